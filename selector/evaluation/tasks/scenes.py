@@ -1,0 +1,134 @@
+"""Generated scenes: coloured shapes on textured backgrounds, with questions on counts, colours, shapes and presence.
+
+Four kinds of questions, asked equally often: "how many circles are there?", "what color is the circle?" and "what shape
+is the red thing?" (only where one object fits), "is there a red thing?" (half of them answered "no"). Evidence: the boxes of the
+objects concerned, none for a zero or a "no". Objects keep inside 48-px cells, so that no 96-px tile cuts one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image, ImageDraw
+
+from selector.evaluation.tasks.drawing import COLOURS, SHAPES, add_noise, shape, textured
+from selector.evaluation.tasks.sample import Box, Page, Sample, Turn
+
+CELL = 48
+SIZES = {(192, 192): (1, 7), (192, 96): (1, 5), (96, 192): (1, 5)}
+"""Image sizes (width, height) and how many objects each carries."""
+MOST = 4
+"""The largest count asked for."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape of a colour; `x`, `y` its centre and `radius` its half side, in pixels."""
+
+    shape: str
+    colour: str
+    x: int
+    y: int
+    radius: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def box(self) -> Box:
+        return (
+            float(self.x - self.radius),
+            float(self.y - self.radius),
+            float(self.x + self.radius),
+            float(self.y + self.radius),
+        )
+
+
+def layout(rng: Random, size: tuple[int, int], count: int) -> list[Thing]:
+    """`count` objects in distinct cells, in reading order; shapes repeat often enough for counts above one."""
+    across = size[0] // CELL
+    cells = sorted(rng.sample(range(across * (size[1] // CELL)), count))
+    shapes = rng.sample(SHAPES, rng.choice((2, 3, 4)))
+    colours = rng.sample(list(COLOURS), rng.choice((2, 3, 4, 6)))
+    things = []
+    for cell in cells:
+        radius = rng.randint(13, 20)
+        slack = CELL // 2 - radius - 1
+        x = cell % across * CELL + CELL // 2 + rng.randint(-slack, slack)
+        y = cell // across * CELL + CELL // 2 + rng.randint(-slack, slack)
+        things.append(Thing(rng.choice(shapes), rng.choice(colours), x, y, radius))
+    return things
+
+
+def marks(things: list[Thing]) -> tuple[tuple[str, Box], ...]:
+    return tuple((thing.label, thing.box) for thing in things)
+
+
+def _boxes(things: list[Thing]) -> tuple[Box, ...]:
+    return tuple(thing.box for thing in things)
+
+
+def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
+    """Up to two questions of each kind, their answers spread evenly; the order is random."""
+    by_shape = {s: [t for t in things if t.shape == s] for s in SHAPES}
+    by_colour = {c: [t for t in things if t.colour == c] for c in COLOURS}
+    counted: dict[int, list[str]] = {}
+    for name, found in by_shape.items():
+        if len(found) <= MOST:
+            counted.setdefault(len(found), []).append(name)
+    if rng.random() < 0.5:  # else zero would be the best blind guess
+        counted.pop(0, None)
+    chosen = []
+    for number in rng.sample(sorted(counted), min(2, len(counted))):
+        name = rng.choice(counted[number])
+        plural = "crosses" if name == "cross" else f"{name}s"
+        chosen.append(Turn(f"how many {plural} are there?", str(number), _boxes(by_shape[name])))
+    single = [name for name, found in by_shape.items() if len(found) == 1]
+    for name in rng.sample(single, min(2, len(single))):
+        chosen.append(Turn(f"what color is the {name}?", by_shape[name][0].colour, _boxes(by_shape[name])))
+    lone = [colour for colour, found in by_colour.items() if len(found) == 1]
+    for colour in rng.sample(lone, min(2, len(lone))):
+        chosen.append(Turn(f"what shape is the {colour} thing?", by_colour[colour][0].shape, _boxes(by_colour[colour])))
+    for answer, pool in (("yes", [c for c in by_colour if by_colour[c]]), ("no", [c for c in by_colour if not by_colour[c]])):
+        if pool:
+            colour = rng.choice(pool)
+            chosen.append(Turn(f"is there a {colour} thing?", answer, _boxes(by_colour[colour])))
+    rng.shuffle(chosen)
+    return tuple(chosen)
+
+
+def draw_page(rng: Random, size: tuple[int, int], things: list[Thing]) -> Image.Image:
+    image = textured(rng, size)
+    draw = ImageDraw.Draw(image)
+    for thing in things:
+        shape(draw, rng, thing.shape, thing.colour, thing.x, thing.y, thing.radius)
+    return add_noise(image, rng)
+
+
+def page(split: str, seed: int, index: int, size: tuple[int, int] | None = None) -> Page:
+    """The scene number `index` of a stream; `split` is "train" or "test", and no two streams share a scene's seed."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    rng = Random(f"scenes/{split}/{seed}/{index}")
+    size = size or rng.choice(list(SIZES))
+    things = layout(rng, size, rng.randint(*SIZES[size]))
+    return Page(draw_page(rng, size, things), turns(rng, things), marks(things))
+
+
+def transcript(page_marks: tuple[tuple[str, Box], ...]) -> str:
+    """The objects in reading order: "red circle, blue square"."""
+    return ", ".join(label for label, _ in page_marks)
+
+
+def samples(count: int, seed: int) -> Iterator[Sample]:
+    """Held-out questions, one a scene, the four kinds equally often where the scene allows them."""
+    for index in range(count):
+        shown = page("test", seed, index)
+        rng = Random(f"scenes/question/{seed}/{index}")
+        kinds = sorted({turn.question.split()[1] for turn in shown.turns})
+        kind = rng.choice(kinds)
+        turn = rng.choice([turn for turn in shown.turns if turn.question.split()[1] == kind])
+        yield Sample(f"scenes-{seed}-{index}", shown.image, turn.question, turn.answer, turn.boxes)

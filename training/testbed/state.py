@@ -1,0 +1,46 @@
+"""A stage's state on disk: everything needed to go on, written atomically, and a JSON-lines log of its curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_state(path: Path, **parts: Any) -> None:
+    """Writes `parts` (state dicts and numbers) so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(parts, partial)
+    os.replace(partial, path)
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """What `save_state` wrote, or None where there is nothing yet. Loads tensors and plain containers only."""
+    return torch.load(path, weights_only=True) if path.exists() else None
+
+
+class Log:
+    """Appends one JSON object a line; prints it too."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._stage, self._start = path, stage, time.monotonic()
+
+    def __call__(self, step: int, **values: float) -> None:
+        rounded = {name: round(float(value), 4) for name, value in values.items()}
+        row = {"stage": self._stage, "step": step, "seconds": round(time.monotonic() - self._start, 1), **rounded}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def schedule(step: int, steps: int, peak: float, warmup: int, last: float = 0.05) -> float:
+    """Linear warm-up to `peak`, then a linear way down to `last` of it."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 - (1 - last) * (step - warmup) / max(1, steps - warmup))

@@ -1,0 +1,68 @@
+"""What lies under every patch: the dense target of the tower and the symbolic page on which the reader learns.
+
+Classes: 0 is background, then the characters of the documents, then every colour-and-shape pair of the scenes. A
+second, binary label marks the patch at the centre of an object, so that objects can be counted. A character belongs to
+the one patch that holds its cell's centre, and only where it has its native size; an object to every patch
+whose centre lies in the ellipse inscribed in its box, at any scale.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from selector.evaluation.tasks.drawing import ADVANCE, COLOURS, SHAPES
+from selector.evaluation.tasks.sample import Box
+
+TILE, PATCH = 96, 8
+GRID = TILE // PATCH
+PINPOINTS = [[96, 192], [192, 96], [192, 192]]
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:"
+OBJECTS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+CLASSES = ("",) + tuple(CHARACTERS) + OBJECTS
+INDEX = {name: i for i, name in enumerate(CLASSES)}
+
+Marks = tuple[tuple[str, Box], ...]
+
+
+def label_grid(marks: Marks, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """[2, rows, columns]: class and centre flag of every patch of an image of `size` (w, h) cut into `grid` (rows, columns)."""
+    labels = np.zeros((2, *grid), np.int64)
+    dy, dx = size[1] / grid[0], size[0] / grid[1]
+    centre_y, centre_x = (np.arange(grid[0]) + 0.5) * dy, (np.arange(grid[1]) + 0.5) * dx
+    native = dy == dx == ADVANCE
+    for name, (x0, y0, x1, y1) in marks:
+        middle = min(int((y0 + y1) / 2 / dy), grid[0] - 1), min(int((x0 + x1) / 2 / dx), grid[1] - 1)
+        if len(name) == 1:
+            if native:
+                labels[(0, *middle)] = INDEX[name]
+            continue
+        across = ((centre_x - (x0 + x1) / 2) / ((x1 - x0) / 2)) ** 2
+        down = ((centre_y - (y0 + y1) / 2) / ((y1 - y0) / 2)) ** 2
+        labels[0][down[:, None] + across[None] <= 1] = INDEX[name]
+        labels[(0, *middle)] = INDEX[name]
+        labels[(1, *middle)] = 1
+    return labels
+
+
+def page_labels(marks: Marks, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the base tile [2, 12, 12] and of the page at native scale [2, rows, columns]."""
+    return label_grid(marks, size, (GRID, GRID)), label_grid(marks, size, (size[1] // PATCH, size[0] // PATCH))
+
+
+def cut_labels(base: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """[tiles, 2, 12, 12], in the order of `cut`."""
+    rows, columns = full.shape[1] // GRID, full.shape[2] // GRID
+    cut = [full[:, r * GRID : (r + 1) * GRID, c * GRID : (c + 1) * GRID] for r in range(rows) for c in range(columns)]
+    return np.stack([base, *cut])
+
+
+def cut(image: Image.Image) -> np.ndarray:
+    """[tiles, 3, 96, 96] float32 in [-1, 1]: base tile, then the tiles row by row, as the saved processor makes them."""
+    columns, rows = image.width // TILE, image.height // TILE
+    if [image.height, image.width] not in PINPOINTS:
+        raise ValueError(f"image must have one of the sizes (height, width) {PINPOINTS}, got {[image.height, image.width]}")
+    pixels = np.asarray(image)
+    parts = [np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC))]
+    parts += [pixels[r * TILE : (r + 1) * TILE, c * TILE : (c + 1) * TILE] for r in range(rows) for c in range(columns)]
+    return (np.stack(parts).astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
