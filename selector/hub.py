@@ -1,0 +1,115 @@
+"""Selector checkpoints: ``config.json`` (class_path + init_args + metadata), ``model.safetensors``, ``README.md``.
+
+Loading is strict and safe: the class must be known or explicitly allowed, every tensor must be there with its shape,
+none may be left over, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from selector.base import TokenSelector
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def save(
+    selector: TokenSelector, folder: str | Path, card: str | None = None, metadata: dict[str, Any] | None = None
+) -> Path:
+    """Writes a checkpoint; each file appears whole or not at all. Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    cls = type(selector)
+    config = {
+        "class_path": f"{cls.__module__}.{cls.__qualname__}",
+        "init_args": selector.init_args,
+        "metadata": metadata or {},
+    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in selector.state_dict().items()}
+    _write(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    _write(folder / CARD, lambda path: path.write_text(card or _default_card(selector)))
+    return folder
+
+
+def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
+    """The selector in a folder, or in a hub repository when no such folder exists; in evaluation mode.
+
+    Raises:
+        FileNotFoundError: a file of the checkpoint is missing.
+        ValueError: a class from elsewhere, wrong arguments, or weights that do not fit exactly.
+    """
+    from selector.registry import build
+
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _download(name_or_path)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no selector checkpoint: {name} is missing")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        selector = build(config["class_path"], config["init_args"], allow)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is no selector config (class_path, init_args): {error!r}") from error
+    try:
+        state = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
+    try:
+        selector.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit {type(selector).__name__}: {error}") from error
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{folder / WEIGHTS} holds NaN or infinity in {', '.join(broken)}")
+    return selector.eval()
+
+
+def push(selector: TokenSelector, repo_id: str, private: bool = False, card: str | None = None) -> str:
+    """Uploads a checkpoint to the Hugging Face hub (needs a login)."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(selector, folder, card=card)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def _download(name: str | Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS, CARD]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"no folder {str(name)!r}, and the hub gave none: {error}") from error
+
+
+def _write(path: Path, writer: Any) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        writer(Path(temporary))
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _default_card(selector: TokenSelector) -> str:
+    return (
+        "---\nlibrary_name: visual-token-selector\ntags: [visual-token-selection]\n---\n"
+        f"# {type(selector).__name__}\n\n```python\nfrom selector import TokenSelector\n"
+        'selector = TokenSelector.from_pretrained("THIS_FOLDER")\n```\n'
+    )

@@ -1,0 +1,84 @@
+"""The learned selector of "When Less is Enough" (arXiv 2503.16660).
+
+Known from the paper: three Transformer layers and a linear Gumbel-Softmax head give a binary mask over one tile's
+encoder features (1 keep, 0 drop); at inference tokens are ranked by logit and a fixed number stays. Width, heads and
+positions are not fixed there, hence arguments. Departures: features are normalised per channel with statistics of the
+training set (CLIP features have huge norms), and by default the training serves every budget with one ranking.
+
+Shapes: B tiles, N patches, D encoder width. The head has two classes, 0 = drop and 1 = keep: a Gumbel-Softmax over a
+dimension of size one is constant, whatever the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selector.base import ScoreSelector
+from selector.tokens import VisualTokens
+
+
+class GumbelSelector(ScoreSelector):
+    """Three Transformer layers over the features of a tile and a two-way keep/drop head.
+
+    Args:
+        dim: D, width of the encoder features it reads.
+        num_patches: N, patches a tile (learned positions).
+        width: width of the Transformer; None takes `dim`.
+        layers, heads, mlp_ratio: of the Transformer.
+    """
+
+    learned = True
+    paper = "arXiv 2503.16660"
+
+    def __init__(
+        self,
+        dim: int,
+        num_patches: int,
+        width: int | None = None,
+        layers: int = 3,
+        heads: int = 4,
+        mlp_ratio: float = 2.0,
+    ):
+        super().__init__()
+        self.dim, self.num_patches, self.width = dim, num_patches, width
+        self.layers, self.heads, self.mlp_ratio = layers, heads, mlp_ratio
+        inner = width or dim
+        if inner % heads:
+            raise ValueError(f"width {inner} must be a multiple of heads, got {heads} heads")
+        self.feature_mean: Tensor
+        self.feature_std: Tensor
+        self.register_buffer("feature_mean", torch.zeros(dim))
+        self.register_buffer("feature_std", torch.ones(dim))
+        self.embed = nn.Linear(dim, inner)
+        self.position = nn.Parameter(torch.randn(num_patches, inner) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            inner, heads, round(inner * mlp_ratio), dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(inner), enable_nested_tensor=False)
+        self.head = nn.Linear(inner, 2)
+
+    def normalized(self, features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Features in units of the training set's spread, per channel."""
+        if features.shape[-1] != self.dim:
+            raise ValueError(f"the selector reads features of width {self.dim}, got width {features.shape[-1]}")
+        if features.shape[-2] != self.num_patches:
+            raise ValueError(f"the selector reads {self.num_patches} patches a tile, got {features.shape[-2]}")
+        return (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
+
+    def logits(self, features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 2"]:
+        """Unnormalised log-odds of drop (0) and keep (1)."""
+        return self.head(self.encoder(self.embed(self.normalized(features)) + self.position))
+
+    def sample(
+        self, features: Float[Tensor, "B N D"], temperature: float = 1.0
+    ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N 2"]]:
+        """A straight-through Gumbel-Softmax draw: a 0/1 mask with the gradient of its relaxation, and the logits."""
+        logits = self.logits(features)
+        return F.gumbel_softmax(logits, tau=temperature, hard=True, dim=-1)[..., 1], logits
+
+    def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        logits = self.logits(tokens.features)
+        return logits[..., 1] - logits[..., 0]

@@ -1,0 +1,58 @@
+"""LoFi (arXiv 2503.06794, "Silent Hazards of Token Reduction"): leverage scores of the model's internal representation.
+
+Known from the abstracts: training-free, low-rank SVD of the model's internal representations, pruning by the leverage
+score. The layer, the rank and centring are not fixed by a text we could read. Here the internal representation is the
+projected visual tokens as the language model receives them, where SVD-Prune takes the encoder's features.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from selector.base import ScoreSelector
+from selector.spectrum import Method, leverage_scores
+from selector.tokens import VisualTokens
+
+
+class LoFi(ScoreSelector):
+    """Leverage scores of the projected visual tokens of each image.
+
+    Args:
+        energy: share of the variance that the truncation keeps, in (0, 1]; ignored when `rank` is given.
+        rank: fixed truncation rank.
+        center: subtract the mean token first.
+        method: ``"exact"`` or, with a small `rank`, ``"fast"`` (seeded with `seed`).
+    """
+
+    paper = "arXiv 2503.06794"
+    needs = frozenset({"projected"})
+
+    def __init__(
+        self,
+        energy: float = 0.9,
+        rank: int | None = None,
+        center: bool = True,
+        method: Method = "exact",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.energy, self.rank, self.center, self.seed = energy, rank, center, seed
+        self.method: Method = method
+
+    def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        if tokens.projected is None:
+            raise ValueError("lofi reads the projected visual tokens, and these tokens have none")
+        matrix, mask = tokens.by_image(tokens.projected)
+        energy = None if self.rank is not None else self.energy
+        return tokens.unpacked(
+            leverage_scores(
+                matrix,
+                rank=self.rank,
+                energy=energy,
+                center=self.center,
+                mask=mask,
+                method=self.method,
+                seed=self.seed,
+            ).scores
+        )

@@ -1,0 +1,120 @@
+"""Names and specs of selectors.
+
+A file under ``selector/methods`` is its own registration: ``svd_prune.py`` defines the one selector named
+``svd-prune``. Everywhere (command line, YAML, checkpoints) a selector is written in one of these forms:
+
+    svd-prune                                   a name
+    svd-prune:energy=0.5,center=false           a name with arguments
+    checkpoints/my-selector                     a checkpoint folder
+    hf:owner/name                               a checkpoint on the Hugging Face hub
+    {class_path: ..., init_args: {...}}         the schema of LightningCLI and of config.json
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selector import methods
+from selector.base import TokenSelector
+
+
+def available_selectors() -> dict[str, type[TokenSelector]]:
+    """Every shipped selector class by its short name."""
+    return {name: _class_of(name) for name in _names()}
+
+
+def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: Iterable[str] = ()) -> TokenSelector:
+    """A selector from any of the forms above, or the object itself.
+
+    Args:
+        allow: packages beside ``selector`` whose classes a spec or a checkpoint may name. A selector class that is
+            already defined in this process needs no permission.
+
+    Raises:
+        ValueError: unknown name (with the closest ones), wrong argument, or a learned selector without a checkpoint.
+    """
+    if isinstance(spec, TokenSelector):
+        return spec
+    if isinstance(spec, Mapping):
+        return build(str(spec.get("class_path", "")), dict(spec.get("init_args") or {}), allow)
+    if isinstance(spec, Path) or Path(spec).is_dir():
+        return TokenSelector.from_pretrained(spec, allow=allow)
+    name, _, arguments = spec.partition(":")
+    if name == "hf":
+        return TokenSelector.from_pretrained(arguments, allow=allow)
+    if name not in _names():
+        if "/" in spec:
+            raise ValueError(f"no selector checkpoint at {spec!r}: the folder does not exist")
+        close = difflib.get_close_matches(name, _names(), n=3, cutoff=0.4)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"unknown selector {name!r}: not one of {', '.join(_names())}, nor a checkpoint folder{hint}")
+    cls = _class_of(name)
+    if cls.learned:
+        raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, it means nothing untrained")
+    return _construct(cls, _arguments(spec, arguments))
+
+
+def build(class_path: str, init_args: dict[str, Any], allow: Iterable[str] = ()) -> TokenSelector:
+    """An object of the class that a checkpoint or a YAML names; only known or allowed classes are imported."""
+    for known in _subclasses(TokenSelector):
+        if f"{known.__module__}.{known.__qualname__}" == class_path:
+            return _construct(known, init_args)
+    module, _, name = class_path.rpartition(".")
+    trusted = ("selector", *allow)
+    if not any(module == package or module.startswith(package + ".") for package in trusted):
+        raise ValueError(
+            f"class_path {class_path!r} is not from {' or '.join(trusted)}: import its module, or allow its package"
+        )
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"class_path {class_path!r} cannot be imported: {error}") from error
+    if not (inspect.isclass(cls) and issubclass(cls, TokenSelector)):
+        raise ValueError(f"class_path {class_path!r} is not a TokenSelector")
+    return _construct(cls, init_args)
+
+
+def _construct(cls: type[TokenSelector], init_args: dict[str, Any]) -> TokenSelector:
+    try:
+        inspect.signature(cls).bind(**init_args)
+    except TypeError as error:
+        raise ValueError(f"init_args of {cls.__name__}: {error}; it takes {inspect.signature(cls)}") from error
+    return cls(**init_args)
+
+
+def _names() -> list[str]:
+    return sorted(info.name.replace("_", "-") for info in pkgutil.iter_modules(methods.__path__))
+
+
+def _class_of(name: str) -> type[TokenSelector]:
+    module = importlib.import_module(f"selector.methods.{name.replace('-', '_')}")
+    (cls,) = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, TokenSelector) and value.__module__ == module.__name__
+    ]
+    return cls
+
+
+def _arguments(spec: str, text: str) -> dict[str, Any]:
+    arguments = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"selector {spec!r}: {part!r} is not of the form argument=value")
+        arguments[key.strip()] = yaml.safe_load(value)
+    return arguments
+
+
+def _subclasses(cls: type[TokenSelector]) -> Iterable[type[TokenSelector]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)

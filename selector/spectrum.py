@@ -1,0 +1,185 @@
+"""Spectra of token matrices: leverage scores, energy rank, inverse participation ratio, effective rank.
+
+Pure linear algebra, batched over the leading dimensions. Singular values s_1 >= s_2 >= ... of F ``[N, D]``;
+p_i = s_i² / Σ s²; rank-k leverage of token t: l_t = ‖U[t, :k]‖², in [0, 1], Σ_t l_t = k.
+
+The full SVD is the wrong primitive (seconds at [2880, 4096]). Leverage needs only the left singular vectors of the
+leading values, so the exact method takes the eigenvectors of the float32 Gram matrix of the shorter side; the fast one
+is a seeded block subspace iteration for small fixed ranks (Halko et al., arXiv 0909.4061, Alg. 4.4).
+
+Leverage does not depend on the sign or the rotation of singular vectors, except at a degenerate cut (s_k ≈ s_{k+1}),
+where the kept subspace itself is not determined. At full rank every leverage is 1 (centred: almost): truncation is what
+makes it mean anything, so that case warns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Method = Literal["exact", "fast"]
+
+
+class FullRankWarning(UserWarning):
+    """The rank reaches that of the matrix: leverage scores no longer tell tokens apart."""
+
+
+class Leverage(NamedTuple):
+    """Leverage scores and the rank that was used for each matrix."""
+
+    scores: Float[Tensor, "*B N"]
+    rank: Int[Tensor, "*B"]
+
+
+def leverage_scores(
+    features: Float[Tensor, "*B N D"],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    center: bool = True,
+    normalize_rows: bool = False,
+    mask: Bool[Tensor, "*B N"] | None = None,
+    method: Method = "exact",
+    seed: int = 0,
+) -> Leverage:
+    """Rank-k statistical leverage of the rows of each matrix.
+
+    Args:
+        features: ``[*B, N, D]``, any float type; computed in float32 (float64 stays float64).
+        rank: k; or, with None, `energy`: the smallest k with Σ_{i<=k} s_i² >= energy · Σ s_i².
+        center: subtract the mean row first (otherwise a strong common mean takes the first component).
+        normalize_rows: scale rows to unit length after centring, so that outlier tokens do not dominate.
+        mask: ``[*B, N]`` rows that exist; the others get score 0 and do not influence the rest.
+        method: ``"exact"`` (Gram + eigh) or ``"fast"`` (needs `rank`; sketch of width rank + 32, 8 iterations; a matrix
+            no wider than the sketch is done exactly).
+        seed: of the fast method's sketch.
+
+    Returns:
+        Scores ``[*B, N]`` in [0, 1] and the rank used ``[*B]``: 0 (all scores 0) for a matrix without variance.
+
+    Raises:
+        ValueError: both or neither of rank and energy, values out of range, NaN or infinity in the features.
+    """
+    _check_rank(rank, energy, method)
+    matrix, present = _prepare(features, center, normalize_rows, mask)
+    if method == "fast" and rank is not None and rank + 32 < min(matrix.shape[-2:]):
+        left, squares = _subspace(matrix, rank, seed)
+    else:
+        left, squares = _gram(matrix)
+    full = torch.minimum(present.sum(-1) - int(center), torch.full_like(present.sum(-1), matrix.shape[-1])).clamp(min=0)
+    numeric = (squares > squares[..., :1] * 10 * torch.finfo(matrix.dtype).eps).sum(-1)  # below: rounding noise
+    total = matrix.pow(2).sum((-2, -1))
+    wanted = torch.full_like(numeric, rank) if rank is not None else energy_rank(squares, float(energy or 0), total)
+    if bool(((wanted >= full) & (full > 0)).any()):
+        warnings.warn(
+            f"rank {int(wanted.max())} reaches the full rank {int(full.min())} of a {tuple(matrix.shape[-2:])} matrix: "
+            "every leverage score is (almost) 1; lower `rank` or `energy`",
+            FullRankWarning,
+            stacklevel=2,
+        )
+    used = torch.minimum(wanted, numeric)
+    inside = torch.arange(left.shape[-1], device=left.device) < used[..., None]
+    scores = (left.square() * inside[..., None, :]).sum(-1) * present
+    return Leverage(scores.clamp(0, 1), used)
+
+
+def singular_values(
+    features: Float[Tensor, "*B N D"], *, center: bool = False, mask: Bool[Tensor, "*B N"] | None = None
+) -> Float[Tensor, "*B R"]:
+    """Singular values, descending, R = min(N, D); float64 Gram of the shorter side, so small values stay meaningful."""
+    matrix, _ = _prepare(features.double(), center, False, mask)
+    if matrix.shape[-2] < matrix.shape[-1]:
+        matrix = matrix.mT
+    return torch.linalg.eigvalsh(matrix.mT @ matrix).flip(-1).clamp(min=0).sqrt()
+
+
+def energy_rank(
+    squares: Float[Tensor, "*B R"], energy: float, total: Float[Tensor, "*B"] | None = None
+) -> Int[Tensor, "*B"]:
+    """Smallest k with Σ_{i<=k} s_i² >= energy · total, from squared singular values in descending order."""
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    cumulative = squares.double().cumsum(-1)
+    total = cumulative[..., -1] if total is None else total.double()
+    # Rounding must not push energy=1 past the last component.
+    short = cumulative < energy * total[..., None] * (1 - 1e-6)
+    return (short.sum(-1) + 1).clamp(max=squares.shape[-1]).masked_fill(total == 0, 0)
+
+
+def inverse_participation_ratio(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B"]:
+    """IPR = Σ p_i² of singular values, in [1/r, 1]: 1/r for a flat spectrum, 1 for a single component (LoFi)."""
+    return _shares(values).square().sum(-1)
+
+
+def effective_rank(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B"]:
+    """exp(−Σ p log p) of singular values, in [1, r] (Roy & Vetterli 2007, on squared values)."""
+    p = _shares(values)
+    return torch.special.entr(p).sum(-1).exp()
+
+
+def _shares(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B R"]:
+    squares = values.double().square()
+    total = squares.sum(-1, keepdim=True)
+    if bool((total == 0).any()):
+        raise ValueError("values must not all be zero: the spectrum of a zero matrix has no shares")
+    return squares / total
+
+
+def _prepare(
+    features: Float[Tensor, "*B N D"], center: bool, normalize_rows: bool, mask: Bool[Tensor, "*B N"] | None
+) -> tuple[Float[Tensor, "*B N D"], Bool[Tensor, "*B N"]]:
+    present = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device) if mask is None else mask
+    matrix = features if features.dtype == torch.float64 else features.float()
+    matrix = matrix.masked_fill(~present[..., None], 0)
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("features must be finite: got NaN or infinity")
+    if center:
+        count = present.sum(-1).clamp(min=1)[..., None, None]
+        scale = matrix.abs().amax((-2, -1))
+        matrix = (matrix - matrix.sum(-2, keepdim=True) / count).masked_fill(~present[..., None], 0)
+        # Identical rows leave rounding noise behind, which must not be mistaken for variance.
+        noise = matrix.abs().amax((-2, -1)) <= 8 * torch.finfo(matrix.dtype).eps * scale
+        matrix = matrix.masked_fill(noise[..., None, None], 0)
+    if normalize_rows:
+        matrix = torch.nn.functional.normalize(matrix, dim=-1)
+    return matrix, present
+
+
+def _gram(matrix: Float[Tensor, "*B N D"]) -> tuple[Float[Tensor, "*B N R"], Float[Tensor, "*B R"]]:
+    """Left singular vectors and squared singular values, descending, through the Gram matrix of the shorter side."""
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        squares, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+        return vectors.flip(-1), squares.flip(-1).clamp(min=0)
+    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    squares, vectors = squares.flip(-1).clamp(min=0), vectors.flip(-1)
+    tiny = torch.finfo(matrix.dtype).tiny
+    return (matrix @ vectors) / squares.clamp(min=tiny).sqrt()[..., None, :], squares
+
+
+def _subspace(
+    matrix: Float[Tensor, "*B N D"], rank: int, seed: int, extra: int = 32, iterations: int = 8
+) -> tuple[Float[Tensor, "*B N R"], Float[Tensor, "*B R"]]:
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(matrix.shape[-1], rank + extra, generator=generator).to(matrix)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
+    left, squares = _gram(basis.mT @ matrix)
+    return basis @ left, squares
+
+
+def _check_rank(rank: int | None, energy: float | None, method: str) -> None:
+    if (rank is None) == (energy is None):
+        raise ValueError(f"give exactly one of rank and energy, got rank={rank}, energy={energy}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    if method not in ("exact", "fast"):
+        raise ValueError(f"method must be 'exact' or 'fast', got {method!r}")
+    if method == "fast" and rank is None:
+        raise ValueError("method='fast' needs rank: the leading values alone do not tell an energy rank beforehand")

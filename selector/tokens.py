@@ -1,0 +1,114 @@
+"""VisualTokens: the one table that every selector reads.
+
+What a vision-language model does between its encoder and its language model (tiles, unpadding, newline tokens) is
+boiled down to one index map, ``slots``: for every position of the packed sequence, which encoder token lands there.
+A selector scores encoder tokens ``[T, N]``; a budget cuts packed slots ``[I, L]``; the map joins the two.
+
+Shapes: I images, T tiles in the batch, N patches a tile, D encoder width, d width of the language model,
+L packed slots of the longest image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+NEWLINE = -1
+"""Slot of a learned newline embedding: no encoder token lands here."""
+PAD = -2
+"""Slot past the end of a shorter image of the batch."""
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of a batch and where each one lands.
+
+    Attributes:
+        features: ``[T, N, D]`` encoder hidden states at the model's feature layer, row-major patches, prefix tokens
+            (CLS, registers) removed.
+        grid: ``(h, w)`` patches of one tile, ``h * w == N``.
+        image: ``[T]`` index of the image each tile belongs to, ascending, every image at least once. The first tile
+            of an image with several is its downscaled base view.
+        slots: ``[I, L]`` packed order: ``t * N + n`` of the token that lands there, or `NEWLINE`, or `PAD`.
+        projected: ``[T, N, d]`` the tokens as the language model sees them; zero where `valid` is False.
+        cls_attention: ``[T, N]`` attention from CLS at the feature layer, mean over heads.
+    """
+
+    features: Float[Tensor, "T N D"]
+    grid: tuple[int, int]
+    image: Int[Tensor, "T"]
+    slots: Int[Tensor, "I L"]
+    projected: Float[Tensor, "T N d"] | None = None
+    cls_attention: Float[Tensor, "T N"] | None = None
+
+    def __post_init__(self) -> None:
+        h, w = self.grid
+        if h * w != self.features.shape[1]:
+            raise ValueError(f"grid {self.grid} has {h * w} patches, features have {self.features.shape[1]} a tile")
+
+    @classmethod
+    def from_features(
+        cls, features: Float[Tensor, "B N D"], grid: tuple[int, int] | None = None, **extra: Tensor
+    ) -> VisualTokens:
+        """Every row is an image of one tile, with no newline: a bare encoder, or a training batch."""
+        rows, patches = features.shape[:2]
+        index = torch.arange(rows * patches, device=features.device).view(rows, patches)
+        side = int(patches**0.5)
+        grid = grid or ((side, side) if side * side == patches else (1, patches))
+        return cls(features, grid, torch.arange(rows, device=features.device), index, **extra)
+
+    @property
+    def num_images(self) -> int:
+        return self.slots.shape[0]
+
+    @property
+    def is_patch(self) -> Bool[Tensor, "I L"]:
+        """Slots that hold an encoder token (neither newline nor padding)."""
+        return self.slots >= 0
+
+    @property
+    def lengths(self) -> Int[Tensor, "I"]:
+        """Visual tokens of each image that reach an unpruned language model, newlines included."""
+        return (self.slots != PAD).sum(1)
+
+    @property
+    def valid(self) -> Bool[Tensor, "T N"]:
+        """Tokens that land in a slot; unpadding removes the others before the language model sees them."""
+        mask = self.slots.new_zeros(self.features.shape[0] * self.features.shape[1], dtype=torch.bool)
+        mask[self.slots[self.is_patch]] = True
+        return mask.view(self.features.shape[:2])
+
+    @property
+    def rows(self) -> Int[Tensor, "I L"]:
+        """Row of the packed grid that each slot lies in, -1 where no newline ends it (base view, no newlines)."""
+        newline = self.slots == NEWLINE
+        row = newline.cumsum(1) - newline.long()
+        ended = row < newline.sum(1, keepdim=True)
+        per_image = torch.bincount(self.image, minlength=self.num_images)
+        first_tile = per_image.cumsum(0) - per_image
+        base = (self.slots.div(self.features.shape[1], rounding_mode="floor") == first_tile[:, None]) & (
+            per_image[:, None] > 1
+        )
+        return row.masked_fill(~ended | (self.is_patch & base) | (self.slots == PAD), -1)
+
+    def packed(self, values: Float[Tensor, "T N"], fill: float) -> Float[Tensor, "I L"]:
+        """Values of encoder tokens in packed order; `fill` at newlines and padding."""
+        return values.flatten()[self.slots.clamp(min=0)].masked_fill(~self.is_patch, fill)
+
+    def unpacked(self, values: Float[Tensor, "I L"], fill: float = 0.0) -> Float[Tensor, "T N"]:
+        """Inverse of `packed`: `fill` where a token has no slot."""
+        out = values.new_full((self.features.shape[0] * self.features.shape[1],), fill)
+        out[self.slots[self.is_patch]] = values[self.is_patch]
+        return out.view(self.features.shape[:2])
+
+    def by_image(self, table: Float[Tensor, "T N C"]) -> tuple[Float[Tensor, "I L C"], Bool[Tensor, "I L"]]:
+        """One matrix an image: the rows of its packed tokens, zero elsewhere, and which rows are real."""
+        matrix = table.flatten(0, 1)[self.slots.clamp(min=0)]
+        return matrix * self.is_patch[..., None], self.is_patch
+
+    def tiles_of(self, keep: Bool[Tensor, "I L"]) -> Bool[Tensor, "T N"]:
+        """The keep mask seen from the encoder: which patches of which tile survive."""
+        return self.unpacked(keep.float()).bool()
