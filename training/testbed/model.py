@@ -1,0 +1,59 @@
+"""The whole model: a `LlavaNextForConditionalGeneration` around the small tower and a small Llama."""
+
+from __future__ import annotations
+
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from training.testbed.symbols import GRID, PINPOINTS
+from training.testbed.vocabulary import IMAGE
+
+
+def reader_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, heads: int, inner: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, vision: CLIPVisionConfig, text: LlamaConfig
+) -> LlavaNextForConditionalGeneration:
+    """A freshly initialised model; greedy, at most 16 new tokens, unless `generate` is told otherwise."""
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=GRID * GRID,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=16,
+        do_sample=False,
+    )
+    return model

@@ -1,0 +1,139 @@
+"""Stage 2, the reader: the language model alone learns to answer from symbolic pages.
+
+A visual slot holds the embedding of the symbol under its patch: characters share the text's embedding, objects and the
+background have their own, and an object's centre adds one more vector. A curriculum grows the pages from a few cells to the
+real sizes with their base tile; a stage ends when the running accuracy on questions reaches `until`, or after `at_most` steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from training.testbed.lessons import Lesson, collate, lesson
+from training.testbed.state import Log, load_state, save_state
+from training.testbed.symbols import CHARACTERS, CLASSES
+from training.testbed.vocabulary import IMAGE
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One stage of the curriculum: which pages, how many at once, and when it is learnt."""
+
+    documents: dict[tuple[int, int], tuple[int, int]]
+    scenes: dict[tuple[int, int], tuple[int, int]]
+    batch: int
+    rate: float
+    until: float
+    at_most: int
+    scene_share: float = 0.3
+    turns: int = 4
+    aloud: float = 0.5
+    base: bool = True
+    blanks: float = 1.0
+
+    def lesson(self, rng: Random, tokenizer: PreTrainedTokenizerFast, draw: bool = False) -> Lesson:
+        task = "scenes" if rng.random() < self.scene_share else "documents"
+        sizes = self.scenes if task == "scenes" else self.documents
+        size = rng.choice(list(sizes))
+        return lesson(rng, tokenizer, task, size, sizes[size], self.turns, self.aloud, self.base, self.blanks, draw)
+
+
+class Reader(nn.Module):
+    """The language model with the table of symbols that stands in for the tower and the projector."""
+
+    def __init__(self, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        self.language = LlamaModel(config)
+        width = config.hidden_size
+        self.own = nn.Parameter(torch.randn(len(CLASSES), width) * 0.02)
+        self.newline = nn.Parameter(torch.randn(width) * 0.02)
+        self.centre = nn.Parameter(torch.randn(width) * 0.02)
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.register_buffer("characters", torch.tensor(tokenizer.convert_tokens_to_ids(list(CHARACTERS))))
+
+    def table(self) -> Float[Tensor, "C D"]:
+        """The embedding of every symbol, the newline last."""
+        last = 1 + len(CHARACTERS)
+        text = self.language.embed_tokens.weight[self.characters]
+        return torch.cat([self.own[:1], text, self.own[last:], self.newline[None]])
+
+    def embed(self, ids: Int[Tensor, "B L"], symbols: Int[Tensor, "2 S"]) -> Float[Tensor, "B L D"]:
+        """Text and symbols of a batch; `symbols` are those of all its pages, one after the other."""
+        visual = self.table()[symbols[0]] + symbols[1, :, None] * self.centre
+        embedded = self.language.embed_tokens(ids)
+        return embedded.masked_scatter((ids == self.image_id)[..., None], visual)
+
+
+def answer_loss(
+    language: LlamaModel,
+    embedded: Float[Tensor, "B L D"],
+    labels: Int[Tensor, "B L"],
+    positions: Int[Tensor, "B L"],
+    kinds: list[str],
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy over the answers, and the share of answer tokens told rightly by kind of lesson."""
+    # the mask of ones matters: without one, positions with gaps would be read as several packed sequences
+    mask = torch.ones_like(positions)
+    out = language(inputs_embeds=embedded, position_ids=positions, attention_mask=mask, use_cache=False)
+    hidden = out.last_hidden_state[:, :-1]
+    target = labels[:, 1:]
+    asked = target != -100
+    logits = hidden[asked] @ language.embed_tokens.weight.T
+    loss = F.cross_entropy(logits, target[asked])
+    right = logits.argmax(-1) == target[asked]
+    of_row = torch.arange(len(kinds))[:, None].expand_as(target)[asked]
+    scores = {}
+    for kind in sorted(set(kinds)):
+        rows = torch.tensor([name == kind for name in kinds])[of_row]
+        scores[kind] = right[rows].float().mean().item()
+    return loss, scores
+
+
+def train_reader(
+    config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, work: Path, grades: list[Grade], warmup: int, seed: int, every: int = 25
+) -> Reader:
+    """Goes through the grades (going on from the state under `work`) and returns the reader."""
+    torch.manual_seed(seed)
+    reader = Reader(config, tokenizer)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
+    path, log = work / "reader.pt", Log(work / "log.jsonl", "reader")
+    step, grade, within, running = 0, 0, 0, 0.0
+    if state := load_state(path):
+        reader.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, grade, within, running = state["step"], state["grade"], state["within"], state["running"]
+    while grade < len(grades):
+        now = grades[grade]
+        rng = Random(f"reader/{seed}/{step}")
+        lessons = [now.lesson(rng, tokenizer) for _ in range(now.batch)]
+        for group in optimizer.param_groups:
+            group["lr"] = now.rate * min(1.0, (step + 1) / warmup)
+        ids, labels, positions = collate(lessons, tokenizer.pad_token_id)
+        symbols = torch.cat([torch.from_numpy(one.symbols) for one in lessons], dim=1)
+        loss, scores = answer_loss(
+            reader.language, reader.embed(ids, symbols), labels, positions, [one.kind for one in lessons]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+        asked = [value for name, value in scores.items() if name.endswith("asked")]
+        step, within = step + 1, within + 1
+        running = 0.95 * running + 0.05 * (min(asked) if asked else running)
+        if step % every == 0:
+            log(step, grade=grade, length=ids.shape[1], loss=loss.item(), running=running, **scores)
+        done = running >= now.until or within >= now.at_most
+        if done:
+            grade, within, running = grade + 1, 0, 0.0
+        if done or step % 50 == 0:
+            parts = {"step": step, "grade": grade, "within": within, "running": running}
+            save_state(path, model=reader.state_dict(), optimizer=optimizer.state_dict(), **parts)
+    return reader

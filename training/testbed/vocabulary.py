@@ -1,0 +1,96 @@
+"""The tokenizer and the processor of the testbed, made offline from a word list.
+
+One token is a known lower-case word or any single other character (capital, digit, sign, space); unknown words become
+`<unk>`. Decoding joins tokens without anything between, so that known text survives a round trip unchanged. The chat template
+is LLaVA's: `USER: <image>\\nwhat is TOTAL? ASSISTANT:`, the answer right behind it, closed by `</s>`.
+"""
+
+from __future__ import annotations
+
+import string
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrainedTokenizerFast
+
+from training.testbed.symbols import PATCH, PINPOINTS, TILE
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+ROLES = ("USER:", "ASSISTANT:")
+WORDS = (
+    "a all an and answer are at below color colors count crosses circles cross circle describe document each does down "
+    "find for from give green has how image in is it left list look many me no not nothing number object objects of on one "
+    "page picture please purple question read red right say scene see shape shapes show shown single square squares "
+    "tell text that the there thing things this to top triangle triangles using value what where which white with word "
+    "yellow yes you blue write"
+).split()
+IMAGE = "<image>"
+READ, LIST = "read the page.", "list the things."
+"""The two prompts that ask for everything on a page; used in training beside the questions."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT:{% elif message['role'] == 'user' %}USER: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}</s>{% else %}{{ ' ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    characters = [c for c in string.printable if c not in "\t\r\x0b\x0c"]
+    names = list(dict.fromkeys([*SPECIALS, *ROLES, *characters, *WORDS]))
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+|[^a-z]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ROLES])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> LlavaNextProcessor:
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": TILE},
+        crop_size={"height": TILE, "width": TILE},
+        image_grid_pinpoints=PINPOINTS,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE,
+    )
+
+
+def conversation(
+    tokenizer: PreTrainedTokenizerFast, exchanges: list[tuple[str, str]], slots: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels (-100 but for the answers) of questions and answers about one image of `slots` visual tokens."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for index, (question, answer) in enumerate(exchanges):
+        prompt = tokenizer.encode(f"USER: {IMAGE + chr(10) if index == 0 else ''}{question} ASSISTANT:")
+        if index == 0:
+            place = prompt.index(tokenizer.convert_tokens_to_ids(IMAGE))
+            prompt[place : place + 1] = [prompt[place]] * slots
+        reply = tokenizer.encode(f"{answer}</s>")
+        ids += prompt + reply
+        labels += [-100] * len(prompt) + reply
+    return ids, labels
