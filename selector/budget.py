@@ -112,15 +112,16 @@ class Budget:
             return kept.scatter(1, best, True)
         if bool((scores[tokens.valid] < 0).any()):
             raise ValueError(f"keep={self.keep!r} adds scores up: they must be >= 0, got {float(scores.min()):.4g}")
+        share = float(value) * (1 - 1e-6)  # float32 scores that reach the share exactly must not miss it by rounding
         mass = scores.masked_fill(~tokens.valid, 0).double()
         packed = tokens.packed(mass, 0.0)
         if self.scope == "tile":  # every tile reaches the share by itself
             order = mass.argsort(dim=1, descending=True, stable=True)
             before = _mass_before(mass, order)
-            kept = tokens.packed((before < float(value) * mass.sum(1, keepdim=True)).double(), 0.0) > 0
+            kept = tokens.packed((before < share * mass.sum(1, keepdim=True)).double(), 0.0) > 0
         else:
             order = packed.masked_fill(~tokens.is_patch, -1).argsort(dim=1, descending=True, stable=True)
-            kept = _mass_before(packed, order) < float(value) * packed.sum(1, keepdim=True)
+            kept = _mass_before(packed, order) < share * packed.sum(1, keepdim=True)
         return (kept & tokens.is_patch).scatter(1, best, True)
 
     def _newlines_of(self, kept: Bool[Tensor, "I L"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:

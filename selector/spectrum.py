@@ -49,7 +49,7 @@ def leverage_scores(
     """Rank-k statistical leverage of the rows of each matrix.
 
     Args:
-        features: ``[*B, N, D]``, any float type; computed in float32 (float64 stays float64).
+        features: ``[*B, N, D]``, any float type; computed in float32 (uncentred or given float64: in float64).
         rank: k; or, with None, `energy`: the smallest k with Σ_{i<=k} s_i² >= energy · Σ s_i².
         center: subtract the mean row first (otherwise a strong common mean takes the first component).
         normalize_rows: scale rows to unit length after centring, so that outlier tokens do not dominate.
@@ -84,6 +84,7 @@ def leverage_scores(
     used = torch.minimum(wanted, numeric)
     inside = torch.arange(left.shape[-1], device=left.device) < used[..., None]
     scores = (left.square() * inside[..., None, :]).sum(-1) * present
+    scores = scores if features.dtype == torch.float64 else scores.float()
     return Leverage(scores.clamp(0, 1), used)
 
 
@@ -133,7 +134,8 @@ def _prepare(
     features: Float[Tensor, "*B N D"], center: bool, normalize_rows: bool, mask: Bool[Tensor, "*B N"] | None
 ) -> tuple[Float[Tensor, "*B N D"], Bool[Tensor, "*B N"]]:
     present = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device) if mask is None else mask
-    matrix = features if features.dtype == torch.float64 else features.float()
+    # Uncentred, the square of a strong mean would swallow the rest of a float32 Gram matrix.
+    matrix = features.double() if features.dtype == torch.float64 or not center else features.float()
     matrix = matrix.masked_fill(~present[..., None], 0)
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("features must be finite: got NaN or infinity")

@@ -1,0 +1,207 @@
+"""The plug on real model classes with random weights: keep-all is the identity, a pruned prefill is really shorter.
+
+Oracle of a pruned run: the language model called from scratch on the kept embeddings, without a cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from selector import Budget, Norm, Random, SVDPrune, prune_inputs, select_tokens
+from selector.models import encode
+
+FAMILIES = list(itertools.product(("clip", "siglip"), ("llama", "mistral", "qwen2")))
+PROMPT = "USER: <image>\nwhat is shown? ASSISTANT:"
+
+
+def batch(processor, images, texts):
+    return processor(images=images or None, text=texts, return_tensors="pt", padding=True)
+
+
+@pytest.fixture
+def one(tiny_model, make_image):
+    model, processor = tiny_model()
+    return model, batch(processor, [make_image(60, 64, 3)], [PROMPT])
+
+
+@pytest.fixture
+def ragged(tiny_model, make_image):
+    """Three rows: one image, two images of other shapes, no image at all."""
+    model, processor = tiny_model()
+    images = [make_image(40, 90, 1), make_image(70, 30, 2), make_image(50, 50, 3)]
+    texts = [PROMPT, "USER: <image> and <image> how many? ASSISTANT:", "USER: no image here ASSISTANT:"]
+    return model, batch(processor, images, texts)
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False, **kwargs)
+
+
+@pytest.mark.parametrize(("vision", "text"), FAMILIES)
+def test_keep_all_is_bit_identical(tiny_model, make_image, vision, text):
+    model, processor = tiny_model(vision, text)
+    inputs = batch(processor, [make_image(60, 100, 3), make_image(33, 32, 4)], [PROMPT, PROMPT])
+    with torch.no_grad():
+        logits, ids = model(**inputs).logits, generate(model, inputs)
+        with select_tokens(model, Random(), keep=1.0) as log:
+            assert torch.equal(model(**inputs).logits, logits)
+            assert torch.equal(generate(model, inputs), ids)
+    assert log.measured == log.full
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum()
+    assert sum(log.full) == 2 * int(visual)  # forward and generate
+
+
+@pytest.mark.parametrize(("vision", "text"), FAMILIES)
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_pruned_prefill_equals_forward_on_kept_embeddings(tiny_model, make_image, vision, text, positions):
+    model, processor = tiny_model(vision, text)
+    inputs = batch(processor, [make_image(60, 64, 3)], [PROMPT])
+    with torch.no_grad():
+        pruned = prune_inputs(model, inputs, Random(), Budget(9), positions=positions)
+        got = model(**pruned.inputs, use_cache=True)
+        ids = inputs["input_ids"][0]
+        visual = ids == model.config.image_token_id
+        embeddings = model.get_input_embeddings()(ids)
+        packed = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True)
+        embeddings[visual] = packed.pooler_output[0]
+        keep = ~visual
+        keep[visual] = pruned.keep[0]
+        place = torch.arange(len(ids))[keep] if positions == "original" else torch.arange(int(keep.sum()))
+        want = model(
+            inputs_embeds=embeddings[keep][None],
+            attention_mask=torch.ones(1, int(keep.sum()), dtype=torch.long),
+            position_ids=place[None],
+            use_cache=False,
+        )
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+    text_tokens = int((~visual).sum())
+    assert got.past_key_values.get_seq_length() == pruned.measured[0] + text_tokens == 9 + text_tokens
+
+
+def test_pruning_changes_what_the_model_sees(one):
+    model, inputs = one
+    with torch.no_grad():
+        full = model(**inputs).logits[:, -1]
+        with select_tokens(model, Random(), keep=5):
+            assert not torch.allclose(model(**inputs).logits[:, -1], full, atol=1e-3)
+
+
+@pytest.mark.parametrize("keep", [3, 0.4])
+def test_ragged_batch_equals_one_by_one(tiny_model, ragged, make_image, keep):
+    model, inputs = ragged
+    _, processor = tiny_model()
+    with torch.no_grad(), select_tokens(model, Norm(), keep=keep) as log:
+        together = generate(model, inputs)
+    images = [[make_image(40, 90, 1)], [make_image(70, 30, 2), make_image(50, 50, 3)], []]
+    texts = [PROMPT, "USER: <image> and <image> how many? ASSISTANT:", "USER: no image here ASSISTANT:"]
+    measured, length = [], inputs["input_ids"].shape[1]
+    for row, (image, text) in enumerate(zip(images, texts, strict=True)):
+        single = batch(processor, image, [text])
+        with torch.no_grad(), select_tokens(model, Norm(), keep=keep) as alone:
+            ids = generate(model, single)[0, single["input_ids"].shape[1] :]
+        new = together[row, length:]
+        assert torch.equal(new[: len(ids)], ids)
+        assert bool((new[len(ids) :] == model.generation_config.pad_token_id).all())
+        measured += alone.measured
+    assert log.measured == measured
+    assert [m <= f for m, f in zip(log.measured, log.full, strict=True)] == [True] * 3
+
+
+def test_right_padding_stays_on_the_right(tiny_model, ragged):
+    model, inputs = ragged
+    flipped = {k: v.flip(1) if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
+    pruned = prune_inputs(model, flipped, Random(), Budget(4))
+    mask = pruned.inputs["attention_mask"]
+    assert mask.sum(1).unique().numel() > 1  # rows of unequal length
+    assert bool((mask.diff(dim=1) <= 0).all())  # ones, then zeros
+    left = prune_inputs(model, inputs, Random(), Budget(4)).inputs
+    assert bool((left["attention_mask"].diff(dim=1) >= 0).all())
+
+
+def test_generate_returns_the_original_prompt(one):
+    model, inputs = one
+    prompt = inputs["input_ids"]
+    with select_tokens(model, Random(), keep=5):
+        plain = generate(model, inputs)
+        rich = generate(model, inputs, return_dict_in_generate=True)
+        short = model.generate(**inputs, max_length=prompt.shape[1] + 3, do_sample=False)
+    assert torch.equal(plain[:, : prompt.shape[1]], prompt)
+    assert torch.equal(rich.sequences, plain)
+    assert short.shape[1] <= prompt.shape[1] + 3
+
+
+def test_beams_and_several_sequences(ragged):
+    model, inputs = ragged
+    with select_tokens(model, Random(), keep=1.0):
+        same = generate(model, inputs, num_beams=3, num_return_sequences=2)
+    assert torch.equal(same, generate(model, inputs, num_beams=3, num_return_sequences=2))
+    with select_tokens(model, Random(), keep=4):
+        first = generate(model, inputs, num_beams=3)
+        assert torch.equal(generate(model, inputs, num_beams=3), first)  # nothing was edited in place
+
+
+def test_labels_and_gradients(one):
+    model, inputs = one
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+    with select_tokens(model, Random(), keep=6):
+        loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    model.zero_grad(set_to_none=True)
+
+
+def test_text_only_prompt_passes_through(tiny_model):
+    model, processor = tiny_model()
+    inputs = batch(processor, [], ["USER: hello ASSISTANT:"])
+    with torch.no_grad(), select_tokens(model, Random(), keep=4) as log:
+        assert torch.equal(generate(model, inputs), model.generate(**inputs, max_new_tokens=6, do_sample=False))
+    assert log.measured == []
+    assert prune_inputs(model, inputs, Random(), Budget(4)).tokens is None
+
+
+def test_the_model_is_restored_also_after_an_error(one):
+    model, _ = one
+    before = dict(vars(model))
+    with pytest.raises(KeyError), select_tokens(model, Random(), keep=4):
+        raise KeyError
+    assert {k: v for k, v in vars(model).items() if k in ("forward", "generate")} == {}
+    model.forward = wrapped = model.forward  # as accelerate does
+    with select_tokens(model, Random(), keep=4):
+        assert model.forward is not wrapped
+    assert vars(model).pop("forward") is wrapped
+    assert set(vars(model)) == set(before)
+
+
+def test_one_encoding_serves_many_budgets(one):
+    model, inputs = one
+    encoded = encode(model, inputs, {"features"})
+    for keep in (3, 17, 1.0):
+        reused = prune_inputs(model, inputs, SVDPrune(rank=3), Budget(keep), encoded=encoded)
+        fresh = prune_inputs(model, inputs, SVDPrune(rank=3), Budget(keep))
+        assert torch.equal(reused.keep, fresh.keep)
+        assert reused.measured == fresh.measured
+
+
+def test_more_than_there_is_keeps_all(one):
+    model, inputs = one
+    pruned = prune_inputs(model, inputs, Random(), Budget(10_000))
+    assert pruned.measured == pruned.full
+    assert bool(pruned.keep.all())
+
+
+def test_refusals(one, tiny_model):
+    model, inputs = one
+    with pytest.raises(ValueError, match="both a selector and a budget"):
+        prune_inputs(model, inputs, Random())
+    with pytest.raises(ValueError, match="placeholders"):
+        prune_inputs(model, {**inputs, "input_ids": inputs["input_ids"][:, :-9]}, Random(), Budget(4))
+    with select_tokens(model, Random(), keep=4, positions="original"), pytest.raises(ValueError, match="use_cache"):
+        generate(model, inputs, use_cache=False)
+    with select_tokens(model, Random(), keep=4), pytest.raises(ValueError, match="prefill_chunk_size"):
+        generate(model, inputs, prefill_chunk_size=4)
+    other = type("Model", (), {"config": type("C", (), {"model_type": "blip"})()})()
+    with pytest.raises(ValueError, match="no adapter for models of type 'blip'"):
+        prune_inputs(other, inputs, Random(), Budget(4))
