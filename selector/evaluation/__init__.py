@@ -1,0 +1,1 @@
+"""Comparing selectors: tasks, answers, evidence, consistency, cost; resumable runs and their tables."""

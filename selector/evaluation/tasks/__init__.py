@@ -1,0 +1,73 @@
+"""Tasks: streams of samples. ``documents`` and ``scenes`` are generated; ``folder:PATH`` reads images and annotations."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from selector.evaluation.errors import UsageError
+from selector.evaluation.tasks.sample import Sample
+
+GENERATED = ("documents", "scenes")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named stream of samples: the first k of a seed are the same whatever the count.
+
+    Attributes:
+        name: as the user wrote it.
+        samples: (count, seed) -> samples; a count above `size` gives all there are.
+        size: how many samples there are; None where they are generated without end.
+        fingerprint: changes when the samples do.
+        unreadable: images that were left out; filled while iterating, only where the user allowed it.
+    """
+
+    name: str
+    samples: Callable[[int, int], Iterator[Sample]]
+    size: int | None
+    fingerprint: str
+    unreadable: list[str] = field(default_factory=list)
+
+
+def load_task(spec: str, skip_unreadable: bool = False) -> Task:
+    """The task of a spec: "documents", "scenes" or "folder:PATH".
+
+    Args:
+        skip_unreadable: leave images out that cannot be decoded (named in `Task.unreadable`) instead of raising.
+
+    Raises:
+        UsageError: unknown task, or a folder without images or annotations.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind == "folder":
+        from selector.evaluation.tasks.folder import load_folder
+
+        return load_folder(spec, argument, skip_unreadable)
+    if spec not in GENERATED:
+        close = difflib.get_close_matches(spec, GENERATED, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH{hint}")
+    samples = _generator(spec)
+    return Task(spec, samples, None, _probe(samples))
+
+
+def _generator(name: str) -> Callable[[int, int], Iterator[Sample]]:
+    if name == "documents":
+        from selector.evaluation.tasks import documents
+
+        return documents.samples
+    from selector.evaluation.tasks import scenes
+
+    return scenes.samples
+
+
+def _probe(samples: Callable[[int, int], Iterator[Sample]], count: int = 4) -> str:
+    """A fingerprint of a generator: of what it makes, so that a changed generator never meets old records."""
+    digest = hashlib.sha256()
+    for sample in samples(count, 0):
+        digest.update(repr((sample.id, sample.image.size, sample.question, sample.answer, sample.boxes)).encode())
+        digest.update(sample.image.convert("RGB").tobytes())
+    return digest.hexdigest()[:16]

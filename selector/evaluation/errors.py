@@ -1,0 +1,11 @@
+"""What a user can put right: shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """An argument, a file or a setting breaks a rule; the message names the argument, the rule and the value."""
+
+
+class UnreadableImage(UsageError):
+    """An image file that cannot be decoded."""

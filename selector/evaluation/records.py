@@ -1,0 +1,128 @@
+"""Records: one folder an experiment, one JSON line a sample, under a key that changes with everything that matters.
+
+``RUN/<key>/settings.json`` says what was measured and ``predictions.jsonl`` what came out. A line is written in one
+go after its sample is done: a kill loses the sample at work and no other. A line that a kill cut short is found and
+redone. A broken line elsewhere is an error: it is never silently dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from selector.evaluation.errors import UsageError
+
+FORMAT = 1
+"""Raise it when the meaning of a record changes."""
+PREDICTIONS, SETTINGS, RUN = "predictions.jsonl", "settings.json", "run.json"
+WHOLE = 256 * 2**20
+"""Modules up to this many bytes are fingerprinted whole, larger ones by 4,096 entries of every tensor."""
+
+
+class Records:
+    """The records of one key, by sample id; appends survive a kill."""
+
+    def __init__(self, run: Path, settings: Mapping[str, Any]):
+        self.key = key_of(settings)
+        self.folder = run / self.key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / PREDICTIONS
+        write_json(self.folder / SETTINGS, settings)
+        self.done = {record["id"]: record for record in read_records(self.path, repair=True)}
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        with self.path.open("ab") as file:
+            file.write(line.encode())
+        self.done[record["id"]] = dict(record)
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.done = {}
+
+
+def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
+    """The records of a file, in the order written; a last line without its end was cut short and does not count.
+
+    Args:
+        repair: also cut such a line off, so that what is appended next starts a line.
+
+    Raises:
+        UsageError: a whole line that is not JSON.
+    """
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if repair and whole < len(data):
+        os.truncate(path, whole)
+    records = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UsageError(
+                f"{path} line {number} is not JSON ({error}); repair it or start over with --fresh"
+            ) from error
+    return records
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """Folder name of an experiment: a hash of everything that its records depend on."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of a module's tensors: names, types, shapes and values (sampled evenly in modules above 256 MiB)."""
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    whole = sum(value.nbytes for value in state.values()) <= WHOLE
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().flatten()
+        if not whole and len(flat) > 4096:
+            flat = flat[torch.linspace(0, len(flat) - 1, 4096, dtype=torch.float64, device=flat.device).long()]
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def identity(module: nn.Module) -> dict[str, Any]:
+    """What a selector is, whatever it was called: class, arguments, weights, and the source of its file.
+
+    The source is in so that a method under development never meets the records of its earlier self.
+    """
+    cls = type(module)
+    try:
+        source = inspect.getsource(inspect.getmodule(cls) or cls)
+    except (OSError, TypeError):  # defined in a shell: no file to read
+        source = ""
+    return {
+        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "init_args": getattr(module, "init_args", {}),
+        "weights": fingerprint(module),
+        "source": hashlib.sha256(source.encode()).hexdigest()[:16],
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

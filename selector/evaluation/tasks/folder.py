@@ -1,0 +1,120 @@
+"""A folder as a task: ``annotations.jsonl`` and the images it names (beside it, or under ``images/``).
+
+One JSON object a line: ``image`` (file name) and, all optional, ``qa`` [{q, a, boxes}] and ``objects`` [{c, box}];
+boxes are [x0, y0, x1, y1] in pixels of the stored image, and other fields are ignored. One sample an image: with
+questions, one of them, drawn by the seed, and its boxes; without, no question, and the boxes of the objects.
+The seed also shuffles the images, so that a limited count covers the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from selector.evaluation.errors import UnreadableImage, UsageError
+from selector.evaluation.tasks import Task
+from selector.evaluation.tasks.sample import Box, Sample
+
+ANNOTATIONS = "annotations.jsonl"
+
+
+def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
+    """The task of a folder. Every line is checked here, before anything runs; images are opened when their turn comes."""
+    folder = Path(path)
+    if not path or not folder.is_dir():
+        raise UsageError(f"task {name!r}: PATH must be a folder with {ANNOTATIONS} and images, got {path!r}")
+    if not (folder / ANNOTATIONS).is_file():
+        raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} is missing")
+    rows = list(_rows(folder / ANNOTATIONS))
+    if not rows:
+        raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} names no image")
+    files = [_find(folder, row["image"], number) for number, row in rows]
+    digest = hashlib.sha256((folder / ANNOTATIONS).read_bytes())
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    unreadable: list[str] = []
+
+    def samples(count: int, seed: int) -> Iterator[Sample]:
+        order = list(range(len(rows)))
+        Random(f"folder/{seed}").shuffle(order)
+        for place in order[:count]:
+            row = rows[place][1]
+            try:
+                image = open_image(files[place])
+            except UnreadableImage:
+                if not skip_unreadable:
+                    raise
+                unreadable.append(str(files[place]))
+                continue
+            yield _sample(row, image, seed)
+
+    return Task(name, samples, len(rows), digest.hexdigest()[:16], unreadable)
+
+
+def open_image(path: Path) -> Image.Image:
+    """The decoded image in RGB, pixels as stored.
+
+    Raises:
+        UnreadableImage: naming the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()).replace(str(path), path.name)
+        raise UnreadableImage(
+            f"image {path} cannot be read ({reason}); --skip-unreadable leaves such images out"
+        ) from error
+
+
+def _sample(row: dict[str, Any], image: Image.Image, seed: int) -> Sample:
+    if row.get("qa"):
+        turn = Random(f"folder/{seed}/{row['image']}").choice(row["qa"])
+        return Sample(row["image"], image, turn["q"], turn.get("a"), _boxes(turn.get("boxes") or []))
+    return Sample(row["image"], image, None, None, _boxes([thing["box"] for thing in row.get("objects") or []]))
+
+
+def _boxes(boxes: list[list[float]]) -> tuple[Box, ...]:
+    return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    seen: set[str] = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            _check(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} line {number}: needs an image and, optionally, qa [{{q, a, boxes}}] and "
+                f"objects [{{box}}], got {line[:80]!r} ({error!r})"
+            ) from error
+        if row["image"] in seen:
+            raise UsageError(f"{path} line {number}: image {row['image']!r} is there twice")
+        seen.add(row["image"])
+        yield number, row
+
+
+def _check(row: Any) -> None:
+    if not isinstance(row, dict) or not isinstance(row["image"], str):
+        raise TypeError("not an object with an image")
+    for turn in row.get("qa") or []:
+        if not isinstance(turn["q"], str):
+            raise TypeError("a question is not a text")
+        _boxes(turn.get("boxes") or [])
+    _boxes([thing["box"] for thing in row.get("objects") or []])
+
+
+def _find(folder: Path, image: str, number: int) -> Path:
+    for path in (folder / "images" / image, folder / image):
+        if path.is_file():
+            return path
+    raise UsageError(f"{folder / ANNOTATIONS} line {number}: image {image!r} is not in {folder}")
