@@ -14,11 +14,10 @@ def leverage(features, rank=None, energy=None, center=True, normalize_rows=False
         matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
     left, values, _ = np.linalg.svd(matrix, full_matrices=False)
     if rank is None:
-        share = 0.0
-        for rank, value in enumerate(values, start=1):
-            share += value**2 / (values**2).sum()
-            if share >= energy - 1e-12:
-                break
+        rank, share = 0, 0.0
+        while share < energy - 1e-12:
+            share += values[rank] ** 2 / (values**2).sum()
+            rank += 1
     return (left[:, :rank] ** 2).sum(1), rank
 
 
@@ -28,7 +27,7 @@ def spectrum_shares(features):
 
 
 def keep_exactly(scores, slots, rows, count, newlines):
-    """The budget rule in words: walk down the ranking, pay 1 a patch and 1 for a row's newline when it opens the row."""
+    """The budget rule in words: walk down the ranking, pay 1 a patch and 1 for the newline of a row it opens."""
     length = sum(s != -2 for s in slots)
     keep = [False] * len(slots)
     if count >= length:

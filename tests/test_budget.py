@@ -136,7 +136,9 @@ def test_ties_go_to_the_earlier_slot():
     assert Budget(3).select(torch.zeros(1, 6), tokens)[0].tolist() == [True] * 3 + [False] * 3
 
 
-@pytest.mark.parametrize("keep", [0, -3, 0.0, -0.5, 1.5, math.nan, math.inf, True, "energy:0", "energy:x", "top:3", "x"])
+@pytest.mark.parametrize(
+    "keep", [0, -3, 0.0, -0.5, 1.5, math.nan, math.inf, True, "energy:0", "energy:x", "top:3", "x"]
+)
 def test_bad_keep(keep):
     with pytest.raises(ValueError, match="keep must be"):
         Budget(keep)

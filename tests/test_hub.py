@@ -1,0 +1,161 @@
+"""Specs and checkpoints: what loads, and what must not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from selector import (
+    Budget,
+    GumbelSelector,
+    Random,
+    ScoreSelector,
+    SVDPrune,
+    TokenSelector,
+    VisualTokens,
+    load_selector,
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    selector = GumbelSelector(dim=8, num_patches=16, heads=2)
+    selector.feature_mean.normal_()
+    return selector.save_pretrained(tmp_path / "mine", metadata={"steps": 7})
+
+
+class Mine(ScoreSelector):
+    def __init__(self, channel: int = 0):
+        super().__init__()
+        self.channel = channel
+
+    def score(self, tokens):
+        return tokens.features[..., self.channel]
+
+
+def test_round_trip_keeps_weights_buffers_and_metadata(checkpoint):
+    torch.manual_seed(1)
+    one, two = TokenSelector.from_pretrained(checkpoint), load_selector(str(checkpoint))
+    assert isinstance(one, GumbelSelector)
+    assert not one.training
+    assert one.feature_mean.abs().sum() > 0
+    tokens = VisualTokens.from_features(torch.randn(2, 16, 8))
+    assert torch.equal(one(tokens, Budget(5)), two(tokens, Budget(5)))
+    assert json.loads((checkpoint / "config.json").read_text())["metadata"] == {"steps": 7}
+    assert sorted(p.name for p in checkpoint.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_specs():
+    svd = load_selector("svd-prune:energy=0.5,center=false")
+    assert isinstance(svd, SVDPrune)
+    assert (svd.energy, svd.center) == (0.5, False)
+    assert load_selector("random:seed=3").seed == 3
+    by_path = load_selector({"class_path": "selector.methods.random.Random", "init_args": {"seed": 4}})
+    assert isinstance(by_path, Random)
+    assert load_selector(by_path) is by_path
+
+
+def test_a_class_defined_here_round_trips(tmp_path):
+    again = TokenSelector.from_pretrained(Mine(channel=2).save_pretrained(tmp_path))
+    assert isinstance(again, Mine)
+    assert again.channel == 2
+    assert "channel=2" in repr(again)
+
+
+def test_dispatch_checks_the_class_asked_for(checkpoint):
+    assert isinstance(GumbelSelector.from_pretrained(checkpoint), GumbelSelector)
+    with pytest.raises(TypeError, match="holds a GumbelSelector, not a Random"):
+        Random.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("svd-prun", "unknown selector 'svd-prun'.*did you mean svd-prune"),
+        ("zzz", "unknown selector 'zzz': not one of"),
+        ("checkpoints/none", "no selector checkpoint at 'checkpoints/none'"),
+        ("gumbel", "is learned: name a checkpoint folder"),
+        ("random:sede=3", "init_args of Random.*sede"),
+        ("random:seed", "not of the form argument=value"),
+        ({"class_path": "os.path.join"}, "is not from selector"),
+        ({"class_path": "selector.methods.nothing.X"}, "cannot be imported"),
+        ({"class_path": "selector.budget.Budget", "init_args": {"keep": 1}}, "is not a TokenSelector"),
+    ],
+)
+def test_bad_specs(spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_selector(spec)
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_class_from_elsewhere_is_not_imported(checkpoint):
+    edit(checkpoint, class_path="antigravity.Selector")
+    with pytest.raises(ValueError, match="is not from selector"):
+        TokenSelector.from_pretrained(checkpoint)
+    assert "antigravity" not in sys.modules
+
+
+def test_an_allowed_package_is_imported(checkpoint, tmp_path, monkeypatch):
+    package = tmp_path / "my_selectors"
+    package.mkdir()
+    (package / "__init__.py").write_text("from selector import Random\nclass Loud(Random):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(checkpoint, class_path="my_selectors.Loud", init_args={"seed": 1})
+    save_file({}, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match="is not from selector"):
+        TokenSelector.from_pretrained(checkpoint)
+    assert type(TokenSelector.from_pretrained(checkpoint, allow=["my_selectors"])).__name__ == "Loud"
+
+
+def change(folder, **tensors):
+    state = load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        state.pop(name) if value is None else state.update({name: value})
+    save_file(state, folder / "model.safetensors")
+
+
+def test_weights_must_fit_exactly(checkpoint):
+    bias = load_file(checkpoint / "model.safetensors")["head.bias"]
+    change(checkpoint, **{"head.bias": None})
+    with pytest.raises(ValueError, match=r"(?s)does not fit GumbelSelector.*head.bias"):
+        TokenSelector.from_pretrained(checkpoint)
+    change(checkpoint, **{"head.bias": bias, "extra": bias.clone()})
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*extra"):
+        TokenSelector.from_pretrained(checkpoint)
+    change(checkpoint, **{"head.bias": torch.full_like(bias, float("nan")), "extra": None})
+    with pytest.raises(ValueError, match=r"NaN or infinity in head.bias"):
+        TokenSelector.from_pretrained(checkpoint)
+    change(checkpoint, **{"head.bias": bias})
+    edit(checkpoint, init_args={"dim": 16, "num_patches": 16, "heads": 2})
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*size mismatch"):
+        TokenSelector.from_pretrained(checkpoint)
+
+
+def test_broken_folders(checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").write_bytes(b"\x80\x04pickle?")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        TokenSelector.from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        TokenSelector.from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").touch()
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is no selector config"):
+        TokenSelector.from_pretrained(checkpoint)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        TokenSelector.from_pretrained(tmp_path / "nothing")
+
+
+def test_importing_the_package_is_light():
+    code = "import selector, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
