@@ -22,7 +22,7 @@ NOTES = """\
 tokens: visual tokens that reached the language model, base view and newlines included (mean). right: exact match with
 its 95% Wilson interval. same: answers identical to the unpruned model's. r→w, w→r: answers that selection broke or
 mended. ΔNLL: nats a token that the unpruned model's own answer loses. evidence: share of the answer's boxes under kept
-tokens of the high-resolution tiles (base: of the base view). select, prefill: median ms a sample. Full records: {run}"""
+tokens of the high-resolution tiles (base: of the base view). select, prefill: median ms a sample. Records: {run}"""
 
 
 def summarize(run: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def summarize(run: Path) -> dict[str, Any]:
         rows.append({"task": task, "selector": label, "keep": keep} | _figures(found) | _difference(found, against))
     shifts = [r for r in rows if r["keep"] and r["ipr_shift"] is not None and r["agreement"] is not None]
     rank = spearman([abs(r["ipr_shift"]) for r in shifts], [r["agreement"] for r in shifts])
-    return {name: settings[name] for name in ("model", "samples", "seed", "baseline")} | {
+    return {name: settings[name] for name in ("model", "samples", "seed", "baseline", "unreadable")} | {
         "rows": rows,
         "correlations": {"ipr_shift_vs_agreement": rank, "points": len(shifts)},
     }
@@ -153,6 +153,8 @@ def footnotes(summary: dict[str, Any], run: Path) -> str:
     if rank is not None:
         points = summary["correlations"]["points"]
         lines.append(f"Rank correlation of |ΔIPR| with agreement over {points} rows: {rank:+.2f} (Spearman).")
+    for task, names in summary["unreadable"].items():
+        lines.append(f"{task}: {len(names)} images cannot be read and are left out: {', '.join(names)}")
     saturated = sum(row["saturated"] for row in summary["rows"])
     if saturated:
         lines.append(f"{saturated} records are saturated: the image has no more tokens than the budget, so all stayed.")

@@ -92,32 +92,29 @@ def compare(
     if fresh:
         for file in (file for group in files.values() for file in group):
             file.clear()
-    records.write_json(
-        out / records.RUN,
-        {
-            "model": model_name,
-            "samples": samples,
-            "seed": seed,
-            "answers": answers,
-            "baseline": baseline,
-            "rows": [
-                {
-                    "task": task.name,
-                    "label": row.label,
-                    "keep": str(row.budget) if row.budget else None,
-                    "key": file.key,
-                }
-                for task in tasks
-                for row, file in zip(rows, files[task.name], strict=True)
-            ],
-        },
-    )
+    plan: dict[str, Any] = {
+        "model": model_name,
+        "samples": samples,
+        "seed": seed,
+        "answers": answers,
+        "baseline": baseline,
+        "unreadable": {},
+        "rows": [
+            {"task": task.name, "label": row.label, "keep": str(row.budget) if row.budget else None, "key": file.key}
+            for task in tasks
+            for row, file in zip(rows, files[task.name], strict=True)
+        ],
+    }
+    records.write_json(out / records.RUN, plan)
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
     bench = _Bench(model, processor, needs, answers, max_new_tokens)
     for task in tasks:
         total = min(n for n in (samples, task.size) if n is not None)
         for index, sample in enumerate(task.samples(total, seed)):
             yield from _sample_steps(bench, task.name, index, total, sample, rows, files[task.name])
+        if task.unreadable:
+            plan["unreadable"][task.name] = task.unreadable
+            records.write_json(out / records.RUN, plan)
 
 
 def _sample_steps(

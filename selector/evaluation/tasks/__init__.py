@@ -1,4 +1,4 @@
-"""Tasks: streams of samples. ``documents`` and ``scenes`` are generated; ``folder:PATH`` reads images and annotations."""
+"""Tasks: streams of samples. ``documents`` and ``scenes`` are generated, ``folder:PATH`` reads a folder of images."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ ANNOTATIONS = "annotations.jsonl"
 
 
 def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
-    """The task of a folder. Every line is checked here, before anything runs; images are opened when their turn comes."""
+    """The task of a folder. Every line is checked here, before anything runs; an image is opened in its turn."""
     folder = Path(path)
     if not path or not folder.is_dir():
         raise UsageError(f"task {name!r}: PATH must be a folder with {ANNOTATIONS} and images, got {path!r}")

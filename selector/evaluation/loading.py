@@ -1,0 +1,108 @@
+"""Where models, selectors and budgets named on a command line come from; every mistake is a one-line error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import selector
+from selector.base import TokenSelector
+from selector.budget import Budget
+from selector.evaluation.errors import UsageError
+from selector.registry import load_selector
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def find_folder(name: str) -> Path | None:
+    """The folder of that name: from the current folder, else from the root of the repository installed here."""
+    for path in (Path(name), Path(selector.__file__).parent.parent / name):
+        if path.is_dir():
+            return path
+    return None
+
+
+def load_model(
+    name: str, device: str, dtype: str = "auto", device_map: str | None = None, attention: str | None = None
+):
+    """(model, processor) of a folder or a hub name, in evaluation mode.
+
+    Raises:
+        UsageError: not there, not loadable, or an unknown device or type.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = find_device(device)
+    folder = find_folder(name)
+    if folder is None and (name.startswith((".", "/", "checkpoints/")) or name.count("/") != 1):
+        raise UsageError(f"model must be a folder with a checkpoint or a hub name (owner/name), there is no {name!r}")
+    local = folder is not None
+    options: dict[str, Any] = {"local_files_only": local, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if attention is not None:
+        options["attn_implementation"] = attention
+    try:
+        # One image processor everywhere: the PIL and the torchvision one differ in the second decimal.
+        processor = AutoProcessor.from_pretrained(folder or name, backend="pil", local_files_only=local)
+        model = AutoModelForImageTextToText.from_pretrained(folder or name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+    return (model if device_map is not None else model.to(target)).eval(), processor
+
+
+def load_selectors(specs: Sequence[str], device: torch.device) -> dict[str, TokenSelector]:
+    """Selectors by label: the spec as written, or a checkpoint folder's name.
+
+    Raises:
+        UsageError: unknown, not loadable, or twice the same.
+    """
+    chosen: dict[str, TokenSelector] = {}
+    for spec in specs:
+        folder = find_folder(spec) if "/" in spec or Path(spec).is_dir() else None
+        label = folder.resolve().name if folder else spec
+        if label in chosen:
+            raise UsageError(f"selectors must be different, {label!r} is there twice")
+        try:
+            chosen[label] = load_selector(str(folder) if folder else spec).to(device).eval()
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise UsageError(f"selectors: {_one_line(error)}") from error
+    return chosen
+
+
+def parse_budgets(keeps: Sequence[str | int | float], scope: str, newlines: str) -> list[Budget]:
+    """Budgets as written on a command line or in YAML.
+
+    Raises:
+        UsageError: out of range, or twice the same.
+    """
+    try:
+        budgets = [Budget.parse(keep, scope, newlines) for keep in keeps]  # type: ignore[arg-type]
+    except (ValueError, OverflowError) as error:
+        raise UsageError(_one_line(error)) from error
+    for i, budget in enumerate(budgets):
+        if budget in budgets[:i] and type(budget.keep) is type(budgets[budgets.index(budget)].keep):
+            raise UsageError(f"keep must hold different budgets, {budget} is there twice")
+    return budgets
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device must be auto or one that torch has here, got {name!r}: {_one_line(error)}") from error
+    return device
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " …"
