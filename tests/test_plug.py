@@ -143,6 +143,25 @@ def test_beams_and_several_sequences(ragged):
         assert torch.equal(generate(model, inputs, num_beams=3), first)  # nothing was edited in place
 
 
+def test_static_cache_and_sampling(one):
+    model, inputs = one
+    with select_tokens(model, Random(), keep=6):
+        dynamic = generate(model, inputs)
+        assert torch.equal(generate(model, inputs, cache_implementation="static", disable_compile=True), dynamic)
+        torch.manual_seed(0)
+        first = model.generate(**inputs, max_new_tokens=6, do_sample=True)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=True), first)
+
+
+def test_an_assistant_model_changes_nothing(one, tiny_model):
+    model, inputs = one
+    assistant, _ = tiny_model("clip", "llama")
+    with select_tokens(model, Random(), keep=6):
+        alone = generate(model, inputs)
+        assert torch.equal(generate(model, inputs, assistant_model=assistant), alone)
+
+
 def test_labels_and_gradients(one):
     model, inputs = one
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
