@@ -26,13 +26,14 @@ NEWLINE = len(CLASSES)
 
 @dataclass(frozen=True)
 class Lesson:
-    """`symbols` [2, slots]: class and centre flag of every visual slot, in the packed order; `positions` of all tokens."""
+    """`symbols` [2, slots]: class and centre flag of every visual slot in `kept` (packed order); `positions` of all tokens."""
 
     kind: str
     ids: list[int]
     labels: list[int]
     positions: list[int]
     symbols: np.ndarray
+    kept: np.ndarray
     image: Image.Image | None
 
 
@@ -78,15 +79,14 @@ def lesson(
     symbols = pack_symbols(first if base else None, full)
     ids, labels = conversation(tokenizer, exchanges, symbols.shape[1])
     kind = f"{task}_{'all' if tells else 'asked'}"
-    stays = np.ones(len(ids), bool)
-    if blanks < 1:
-        empty = (symbols[0] == 0) | (symbols[0] == NEWLINE)
-        kept = ~empty | (np.random.default_rng(rng.getrandbits(64)).random(symbols.shape[1]) < blanks)
-        start = ids.index(tokenizer.convert_tokens_to_ids(IMAGE))
-        stays[start : start + len(kept)] = kept
-        symbols = symbols[:, kept]
-    positions = np.flatnonzero(stays).tolist()
-    return Lesson(kind, [ids[i] for i in positions], [labels[i] for i in positions], positions, symbols, image)
+    empty = (symbols[0] == 0) | (symbols[0] == NEWLINE)
+    stays = ~empty | (np.random.default_rng(rng.getrandbits(64)).random(symbols.shape[1]) < blanks)
+    start = ids.index(tokenizer.convert_tokens_to_ids(IMAGE))
+    whole = np.ones(len(ids), bool)
+    whole[start : start + len(stays)] = stays
+    positions, kept = np.flatnonzero(whole).tolist(), np.flatnonzero(stays)
+    shorter = [ids[i] for i in positions], [labels[i] for i in positions]
+    return Lesson(kind, *shorter, positions, symbols[:, kept], kept, image)
 
 
 def collate(lessons: list[Lesson], pad: int) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"], Int[Tensor, "B L"]]:

@@ -25,10 +25,13 @@ from training.testbed.vocabulary import IMAGE
 
 @dataclass(frozen=True)
 class Grade:
-    """One stage of the curriculum: which pages, how many at once, and when it is learnt."""
+    """One stage of the curriculum: which pages, how many at once, and when it is learnt.
 
-    documents: dict[tuple[int, int], tuple[int, int]]
-    scenes: dict[tuple[int, int], tuple[int, int]]
+    `documents` and `scenes` map a size "192x96" (width, height) to the least and the largest number of lines or objects.
+    """
+
+    documents: dict[str, tuple[int, int]]
+    scenes: dict[str, tuple[int, int]]
     batch: int
     rate: float
     until: float
@@ -42,8 +45,11 @@ class Grade:
     def lesson(self, rng: Random, tokenizer: PreTrainedTokenizerFast, draw: bool = False) -> Lesson:
         task = "scenes" if rng.random() < self.scene_share else "documents"
         sizes = self.scenes if task == "scenes" else self.documents
-        size = rng.choice(list(sizes))
-        return lesson(rng, tokenizer, task, size, sizes[size], self.turns, self.aloud, self.base, self.blanks, draw)
+        name = rng.choice(list(sizes))
+        width, height = (int(side) for side in name.split("x"))
+        return lesson(
+            rng, tokenizer, task, (width, height), sizes[name], self.turns, self.aloud, self.base, self.blanks, draw
+        )
 
 
 class Reader(nn.Module):
@@ -98,7 +104,13 @@ def answer_loss(
 
 
 def train_reader(
-    config: LlamaConfig, tokenizer: PreTrainedTokenizerFast, work: Path, grades: list[Grade], warmup: int, seed: int, every: int = 25
+    config: LlamaConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    work: Path,
+    grades: list[Grade],
+    warmup: int,
+    seed: int,
+    every: int = 25,
 ) -> Reader:
     """Goes through the grades (going on from the state under `work`) and returns the reader."""
     torch.manual_seed(seed)

@@ -25,11 +25,12 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 
 class Log:
-    """Appends one JSON object a line; prints it too."""
+    """Appends one JSON object a line; prints it too. `seconds` goes on from the stage's last line when a stage is resumed."""
 
     def __init__(self, path: Path, stage: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._stage, self._start = path, stage, time.monotonic()
+        self._path, self._stage = path, stage
+        self._start = time.monotonic() - stage_seconds(path).get(stage, 0.0)
 
     def __call__(self, step: int, **values: float) -> None:
         rounded = {name: round(float(value), 4) for name, value in values.items()}
@@ -37,6 +38,14 @@ class Log:
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
+
+
+def stage_seconds(path: Path) -> dict[str, float]:
+    """The wall time of every stage in a log, in the order they began."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["stage"]: row["seconds"] for row in rows}
 
 
 def schedule(step: int, steps: int, peak: float, warmup: int, last: float = 0.05) -> float:

@@ -61,7 +61,9 @@ def cut(image: Image.Image) -> np.ndarray:
     """[tiles, 3, 96, 96] float32 in [-1, 1]: base tile, then the tiles row by row, as the saved processor makes them."""
     columns, rows = image.width // TILE, image.height // TILE
     if [image.height, image.width] not in PINPOINTS:
-        raise ValueError(f"image must have one of the sizes (height, width) {PINPOINTS}, got {[image.height, image.width]}")
+        raise ValueError(
+            f"image must have one of the sizes (height, width) {PINPOINTS}, got {[image.height, image.width]}"
+        )
     pixels = np.asarray(image)
     parts = [np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC))]
     parts += [pixels[r * TILE : (r + 1) * TILE, c * TILE : (c + 1) * TILE] for r in range(rows) for c in range(columns)]

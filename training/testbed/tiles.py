@@ -46,20 +46,21 @@ def page_tiles(rng: Random, task: str, crowded: bool) -> list[Labelled]:
     else:
         size = rng.choice(list(scenes.SIZES))
         cells = size[0] * size[1] // scenes.CELL**2
-        things = scenes.layout(rng, size, rng.randint(cells // 2, cells) if crowded else rng.randint(*scenes.SIZES[size]))
+        things = scenes.layout(
+            rng, size, rng.randint(cells // 2, cells) if crowded else rng.randint(*scenes.SIZES[size])
+        )
         image, marks = scenes.draw_page(rng, size, things), scenes.marks(things)
     return list(zip(cut(image), cut_labels(*page_labels(marks, size)), strict=True))
 
 
-def batch(rng: Random, count: int) -> Labelled:
-    """`count` tiles [count, 3, 96, 96] and labels [count, 2, 12, 12]: 60% text, 25% shapes, 15% tiles of documents."""
+def batch(rng: Random, count: int, shapes: float, documents_share: float) -> Labelled:
+    """`count` tiles [count, 3, 96, 96] and labels [count, 2, 12, 12]; tiles that are no share of scenes or documents are text."""
     found: list[Labelled] = []
-    while len(found) < count * 0.25:
+    while len(found) < count * shapes:
         tiles = page_tiles(rng, "scenes", crowded=rng.random() < 0.7)
         found += tiles[:1] + rng.sample(tiles[1:], min(2, len(tiles) - 1))
-    while len(found) < count * 0.4:
-        tiles = page_tiles(rng, "documents", crowded=False)
-        found += rng.sample(tiles, 3)
-    found = found[: round(count * 0.4)]
+    while len(found) < count * (shapes + documents_share):
+        found += rng.sample(page_tiles(rng, "documents", crowded=False), 3)
+    found = found[: round(count * (shapes + documents_share))]
     found += [text_tile(rng) for _ in range(count - len(found))]
     return np.stack([t for t, _ in found]), np.stack([y for _, y in found])

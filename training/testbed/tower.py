@@ -7,6 +7,7 @@ its attention and the last layer have something to say too. The heads are droppe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -54,16 +55,22 @@ class DenseTower(nn.Module):
 
 
 def losses(
-    model: DenseTower, pixels: Float[Tensor, "B 3 H W"], labels: Int[Tensor, "B 2 R C"]
+    model: DenseTower, pixels: Float[Tensor, "B 3 H W"], labels: Int[Tensor, "B 2 R C"], objects: float, centres: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """The training loss, and the shares of characters, object patches, centres and background told rightly."""
+    """The training loss, and the shares of characters, object patches, centres and background told rightly.
+
+    `objects` weighs the classes of objects against those of characters, `centres` the rare centres against other patches.
+    """
     classes, centre, present = model(pixels)
     target, middle = labels[:, 0].flatten(1), labels[:, 1].flatten(1)
     weight = torch.ones(len(CLASSES))
     weight[0] = 0.4
+    weight[1 + len(CHARACTERS) :] = objects
     dense = F.cross_entropy(classes.flatten(0, 1), target.flatten(), weight=weight)
     in_objects = (target > len(CHARACTERS)).float()
-    where = F.binary_cross_entropy_with_logits(centre, middle.float(), weight=0.1 + in_objects)
+    where = F.binary_cross_entropy_with_logits(
+        centre, middle.float(), weight=0.1 + in_objects, pos_weight=torch.tensor(centres)
+    )
     seen = torch.zeros_like(present).scatter_(1, target, 1.0)
     which = F.binary_cross_entropy_with_logits(present, seen)
     right = classes.argmax(-1) == target
@@ -77,30 +84,66 @@ def losses(
     return dense + where + 0.2 * which, scores
 
 
+@dataclass(frozen=True)
+class Phase:
+    """`steps` steps at a rate going linearly from `rate` to `last`, on a mixture of tiles (see `tiles.batch`).
+
+    `positions`: the amplitude of a 2-D sine table added to the position embeddings as the phase begins. CLIP's own start has no
+    sense of nearness, and shapes, unlike characters, are only told by comparing neighbours.
+    """
+
+    steps: int
+    rate: float
+    last: float
+    shapes: float
+    documents: float
+    objects: float = 1.0
+    centres: float = 1.0
+    positions: float = 0.0
+
+
+def sine_table(width: int, side: int, longest: float = 30.0) -> Float[Tensor, "N D"]:
+    """[1 + side * side, width]: sines and cosines of row and column, a quarter of the width each; zeros for CLS."""
+    frequency = longest ** (-torch.arange(width // 4) / (width // 4))
+    place = torch.arange(side)[:, None] * frequency
+    waves = torch.cat([place.sin(), place.cos()], dim=1)
+    rows = waves[:, None].expand(side, side, -1)
+    columns = waves[None].expand(side, side, -1)
+    return torch.cat([torch.zeros(1, width), torch.cat([rows, columns], dim=-1).flatten(0, 1)])
+
+
 def train_tower(
-    config: CLIPVisionConfig, work: Path, steps: int, batch: int, rate: float, warmup: int, seed: int, every: int = 100
+    config: CLIPVisionConfig, work: Path, phases: list[Phase], batch: int, warmup: int, seed: int, every: int = 50
 ) -> CLIPVisionModel:
-    """Trains for `steps` steps (going on from the state under `work`), saves `work`/tower and returns the tower."""
+    """Goes through the phases (going on from the state under `work`), saves `work`/tower and returns the tower."""
     torch.manual_seed(seed)
     model = DenseTower(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phases[0].rate, weight_decay=0.02, betas=(0.9, 0.98))
     path, log, start = work / "tower.pt", Log(work / "log.jsonl", "tower"), 0
     if state := load_state(path):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    for step in range(start, steps):
-        pixels, labels = tiles.batch(Random(f"tower/{seed}/{step}"), batch)
+    plan = [(phase, within) for phase in phases for within in range(phase.steps)]
+    for step in range(start, len(plan)):
+        phase, within = plan[step]
+        if within == 0 and phase.positions:
+            table = model.tower.embeddings.position_embedding.weight
+            with torch.no_grad():
+                table += phase.positions * sine_table(table.shape[1], TILE // PATCH)
+        rng = Random(f"tower/{seed}/{step}")
+        pixels, labels = map(torch.from_numpy, tiles.batch(rng, batch, phase.shapes, phase.documents))
+        ramp = warmup if step == within else 0
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, steps, rate, warmup)
-        loss, scores = losses(model, torch.from_numpy(pixels), torch.from_numpy(labels))
+            group["lr"] = schedule(within, phase.steps, phase.rate, ramp, phase.last / phase.rate)
+        loss, scores = losses(model, pixels, labels, phase.objects, phase.centres)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % min(25, every) == 0:
             log(step + 1, loss=loss.item(), **scores)
-        if (step + 1) % every == 0 or step + 1 == steps:
+        if (step + 1) % every == 0 or step + 1 == len(plan):
             save_state(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
     model.tower.save_pretrained(work / "tower")
     return model.tower

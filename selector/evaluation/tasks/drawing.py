@@ -69,13 +69,13 @@ def clip(box: Box, size: tuple[int, int]) -> Box:
     return max(0.0, x0), max(0.0, y0), min(float(size[0]), x1), min(float(size[1]), y1)
 
 
-def glyph_box(x: float, y: float) -> Box:
+def glyph_box(x: int, y: int) -> Box:
     """The cell of a glyph centred at (x, y)."""
     half = ADVANCE / 2
     return x - half, y - half, x + half, y + half
 
 
-def write(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, font: ImageFont.FreeTypeFont, ink: RGB) -> None:
+def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, font: ImageFont.FreeTypeFont, ink: RGB) -> None:
     """Writes `text`, the first glyph centred at (x, y), one glyph every `ADVANCE` pixels."""
     baseline = y + round(font.size * CAP_HEIGHT / 2)
     for index, character in enumerate(text):
@@ -101,9 +101,9 @@ def textured(rng: Random, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def distractor(draw: ImageDraw.ImageDraw, rng: Random, box: Box, ink: RGB, paper: RGB) -> None:
+def distractor(draw: ImageDraw.ImageDraw, rng: Random, box: tuple[int, int, int, int], ink: RGB, paper: RGB) -> None:
     """Something that is neither blank nor text: a bar code, a filled band, a hatched block or a stamp."""
-    x0, y0, x1, y1 = (int(v) for v in box)
+    x0, y0, x1, y1 = box
     tint = tuple((a * 2 + b) // 3 for a, b in zip(ink, paper, strict=True))
     kind = rng.choice(("bars", "band", "hatch", "stamp"))
     if kind == "bars":

@@ -92,7 +92,10 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
     lone = [colour for colour, found in by_colour.items() if len(found) == 1]
     for colour in rng.sample(lone, min(2, len(lone))):
         chosen.append(Turn(f"what shape is the {colour} thing?", by_colour[colour][0].shape, _boxes(by_colour[colour])))
-    for answer, pool in (("yes", [c for c in by_colour if by_colour[c]]), ("no", [c for c in by_colour if not by_colour[c]])):
+    for answer, pool in (
+        ("yes", [c for c in by_colour if by_colour[c]]),
+        ("no", [c for c in by_colour if not by_colour[c]]),
+    ):
         if pool:
             colour = rng.choice(pool)
             chosen.append(Turn(f"is there a {colour} thing?", answer, _boxes(by_colour[colour])))

@@ -1,0 +1,186 @@
+"""The testbed's training: labels and packing agree with the real processor and model, and every stage runs and resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from selector.evaluation.tasks import documents, scenes
+from training.testbed.evaluate import wilson
+from training.testbed.join import embed, tower_features
+from training.testbed.lessons import collate
+from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
+from training.testbed.model import build_model, reader_config
+from training.testbed.reader import Grade
+from training.testbed.state import Log, schedule, stage_seconds
+from training.testbed.symbols import CHARACTERS, INDEX, cut, cut_labels, page_labels
+from training.testbed.tiles import batch
+from training.testbed.tower import Phase, tower_config
+from training.testbed.vocabulary import build_processor, build_tokenizer, conversation
+
+SIZES = {"192x192": (1, 4), "192x96": (1, 4), "96x192": (1, 4)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["what is TOTAL?", "415", "is there a red thing?", "USER: <image>\nread the page. ASSISTANT:TAX 9, UNIT 1A</s>"],
+)
+def test_known_text_survives_the_tokenizer(text: str):
+    tokenizer = build_tokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_every_question_and_answer_is_in_the_vocabulary():
+    tokenizer = build_tokenizer()
+    for task in (documents, scenes):
+        for sample in task.samples(100, 5):
+            assert tokenizer.unk_token_id not in tokenizer.encode(f"{sample.question} {sample.answer}")
+
+
+def test_unknown_words_become_unk():
+    tokenizer = build_tokenizer()
+    assert tokenizer.unk_token_id in tokenizer.encode("zebra")
+
+
+def test_the_chat_template_gives_the_training_prompt():
+    processor = build_processor()
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is TAX?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "12"}]},
+        {"role": "user", "content": [{"type": "text", "text": "what is CITY?"}]},
+        {"role": "assistant", "content": "7A"},
+    ]
+    ids, labels = conversation(processor.tokenizer, [("what is TAX?", "12"), ("what is CITY?", "7A")], 1)
+    assert processor.apply_chat_template(chat) == processor.tokenizer.decode(ids)
+    answers = [i for i, label in zip(ids, labels, strict=True) if label != -100]
+    assert processor.tokenizer.decode(answers) == "12</s>7A</s>"
+    start = processor.apply_chat_template(chat[:1], add_generation_prompt=True)
+    assert start == "USER: <image>\nwhat is TAX? ASSISTANT:"
+
+
+@pytest.mark.parametrize("size", list(documents.SIZES))
+def test_cut_is_what_the_processor_does(size):
+    page = documents.page("train", 0, 3, size)
+    pixels = build_processor().image_processor(page.image, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(cut(page.image), pixels, atol=1e-5)
+
+
+def test_label_grid_spells_the_lines():
+    size = (192, 192)
+    lines = documents.layout(Random(1), size, 5)
+    _, full = page_labels(documents.marks(lines, size), size)
+    rows = ["".join("." if c == 0 else CHARACTERS[c - 1] for c in row) for row in full[0]]
+    for line in lines:
+        assert any(f"{line.key}:" in row and line.value in row for row in rows)
+
+
+def test_every_object_has_one_centre_in_each_scale():
+    size = (192, 96)
+    things = scenes.layout(Random(2), size, 4)
+    base, full = page_labels(scenes.marks(things), size)
+    assert base[1].sum() == full[1].sum() == 4
+    assert sorted(full[0][full[1] == 1]) == sorted(INDEX[thing.label] for thing in things)
+    assert cut_labels(base, full).shape == (3, 2, 12, 12)
+
+
+def test_tile_batches_are_deterministic():
+    first, second = batch(Random("a"), 8, 0.4, 0.2), batch(Random("a"), 8, 0.4, 0.2)
+    assert first[0].shape == (8, 3, 96, 96) and first[1].shape == (8, 2, 12, 12)
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    return build_model(tokenizer, tower_config(16, 2, 2), reader_config(tokenizer, 16, 1, 2, 16)).eval(), tokenizer
+
+
+def test_training_packs_as_the_model_does():
+    model, tokenizer = tiny_model()
+    grade = Grade(SIZES, SIZES, batch=6, rate=1.0, until=1.0, at_most=1)
+    lessons = [grade.lesson(Random(i), tokenizer, draw=True) for i in range(6)]
+    assert len({one.image.size for one in lessons}) == 3
+    ids, _, _ = collate(lessons, tokenizer.pad_token_id)
+    processor = build_processor()
+    inputs = processor.image_processor([one.image for one in lessons], return_tensors="pt")
+    ours = embed(model, lessons, ids)
+    with torch.no_grad():
+        packed = model.get_image_features(**inputs, return_dict=True).pooler_output
+    for row, ours_row, one in zip(packed, ours, lessons, strict=True):
+        slots = torch.tensor(one.ids) == model.config.image_token_id
+        torch.testing.assert_close(ours_row[: len(one.ids)][slots], row, atol=1e-5, rtol=1e-4)
+
+
+def test_left_out_background_keeps_symbols_and_positions():
+    model, tokenizer = tiny_model()
+    whole = Grade(SIZES, SIZES, 1, 1.0, 1.0, 1).lesson(Random(4), tokenizer)
+    short = Grade(SIZES, SIZES, 1, 1.0, 1.0, 1, blanks=0.05).lesson(Random(4), tokenizer)
+    assert len(short.ids) < len(whole.ids)
+    assert [whole.ids[i] for i in short.positions] == short.ids
+    assert [label for label in short.labels if label != -100] == [label for label in whole.labels if label != -100]
+    np.testing.assert_array_equal(short.symbols, whole.symbols[:, short.kept])
+    inked = (whole.symbols[0] > 0) & (whole.symbols[0] < whole.symbols[0].max())
+    assert set(np.flatnonzero(inked)) <= set(short.kept)
+
+
+def test_tower_features_are_those_of_the_feature_layer():
+    model, _ = tiny_model()
+    pixels = torch.randn(2, 3, 96, 96)
+    expected = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[1][:, 1:]
+    torch.testing.assert_close(tower_features(model, pixels), expected.detach())
+
+
+def test_wilson_interval_against_published_values():
+    # Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3: 81 of 263 and 0 of 20
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_schedule_and_log(tmp_path: Path):
+    assert schedule(0, 100, 1.0, 10) == pytest.approx(0.1)
+    assert schedule(10, 100, 1.0, 10) == pytest.approx(1.0)
+    assert schedule(100, 100, 1.0, 10, last=0.2) == pytest.approx(0.2)
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"stage": "tower", "step": 1, "seconds": 50.0}) + "\n")
+    Log(path, "tower")(2, loss=1.0)
+    assert stage_seconds(path)["tower"] >= 50.0
+
+
+def test_every_stage_runs_and_resumes(tmp_path: Path):
+    grade = Grade(SIZES, SIZES, batch=2, rate=1e-3, until=1.1, at_most=2, blanks=0.1)
+
+    def run(tower_steps: int, until="evaluate"):
+        make(
+            out=tmp_path / "out",
+            work=tmp_path / "work",
+            tower=TowerPlan(16, 2, 2, 3, 1, [Phase(tower_steps, 1e-3, 1e-4, 0.3, 0.3)]),
+            reader=ReaderPlan(16, 1, 2, 16, 1, [grade]),
+            join=JoinPlan(2, 2, 1e-3, 1, [grade]),
+            evaluation=EvaluationPlan(3, 0, 2),
+            until=until,
+        )
+
+    run(1, "tower")
+    assert torch.load(tmp_path / "work/tower.pt", weights_only=True)["step"] == 1
+    run(2)
+    assert torch.load(tmp_path / "work/tower.pt", weights_only=True)["step"] == 2
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["documents"]["seen"]["accuracy"] <= 1 and results["samples"] == 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"{results['parameters']:,}" in card and "| scenes |" in card
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    sample = next(documents.samples(1, 0))
+    inputs = processor(images=sample.image, text="USER: <image>\nwhat is TAX? ASSISTANT:", return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() in (444, 744)
+    joined = torch.load(tmp_path / "work/join.pt", weights_only=True)["model"]
+    torch.testing.assert_close(model.state_dict()["model.image_newline"], joined["model.image_newline"])

@@ -1,0 +1,118 @@
+"""From nothing to a checkpoint: tower, reader, join, evaluate. Every stage goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from training.testbed.card import card
+from training.testbed.evaluate import evaluate
+from training.testbed.join import fit_projector, transplant, tune
+from training.testbed.model import build_model, reader_config
+from training.testbed.reader import Grade, train_reader
+from training.testbed.state import stage_seconds
+from training.testbed.tower import Phase, tower_config, train_tower
+from training.testbed.vocabulary import build_processor
+
+Stage = Literal["tower", "reader", "join", "evaluate"]
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    width: int
+    layers: int
+    heads: int
+    batch: int
+    warmup: int
+    phases: list[Phase]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ReaderPlan:
+    width: int
+    layers: int
+    heads: int
+    inner: int
+    warmup: int
+    grades: list[Grade]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class JoinPlan:
+    projector_steps: int
+    projector_batch: int
+    projector_rate: float
+    warmup: int
+    grades: list[Grade]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    count: int = 600
+    seed: int = 0
+    batch: int = 16
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def make(
+    out: Path,
+    tower: TowerPlan,
+    reader: ReaderPlan,
+    join: JoinPlan,
+    evaluation: EvaluationPlan,
+    work: Path = Path("runs/testbed"),
+    threads: int = 1,
+    until: Stage = "evaluate",
+) -> None:
+    """Makes the checkpoint `out`.
+
+    Args:
+        out: the folder of the finished checkpoint.
+        tower: the vision model and its dense pre-training.
+        reader: the language model and its curriculum on symbolic pages.
+        join: the projector's fit and the joint tuning on pixels.
+        evaluation: how many held-out questions, of which stream.
+        work: where states, logs and the tower are kept; a second call goes on from there.
+        threads: CPU threads; the tower and the reader can be trained at the same time by two calls, one `--until tower`.
+        until: the last stage to run.
+    """
+    torch.set_num_threads(threads)
+    processor = build_processor()
+    tokenizer = processor.tokenizer
+    vision = tower_config(tower.width, tower.layers, tower.heads)
+    trained_tower = train_tower(vision, work, tower.phases, tower.batch, tower.warmup, tower.seed)
+    if until == "tower":
+        return
+    text = reader_config(tokenizer, reader.width, reader.layers, reader.heads, reader.inner)
+    trained_reader = train_reader(text, tokenizer, work, reader.grades, reader.warmup, reader.seed)
+    if until == "reader":
+        return
+    model = build_model(tokenizer, vision, text)
+    transplant(model, trained_tower, trained_reader)
+    if not (work / "join.pt").exists():
+        fit_projector(
+            model, trained_reader, work, join.projector_steps, join.projector_batch, join.projector_rate, join.seed
+        )
+    tune(model, tokenizer, work, join.grades, join.warmup, join.seed)
+    model.requires_grad_(True).save_pretrained(out)
+    processor.save_pretrained(out)
+    if until == "join":
+        return
+    results = evaluate(out, evaluation.count, evaluation.seed, evaluation.batch)
+    results["wall_seconds"] = stage_seconds(work / "log.jsonl")
+    results["parameters"] = sum(p.numel() for p in model.parameters())
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "README.md", card(results))
