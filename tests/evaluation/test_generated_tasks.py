@@ -1,4 +1,5 @@
-"""The generated tasks: deterministic, held-out streams apart, evidence boxes where the answer stands, no easy blind guess."""
+"""The generated tasks: deterministic, held-out streams apart, evidence boxes where the answer stands, no easy
+blind guess."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ TASKS = {"documents": documents, "scenes": scenes}
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_pages_are_deterministic(task):
     first, second = task.page("test", 3, 5), task.page("test", 3, 5)
-    assert first.turns == second.turns and first.marks == second.marks
+    assert first.turns == second.turns
+    assert first.marks == second.marks
     np.testing.assert_array_equal(np.asarray(first.image), np.asarray(second.image))
 
 
@@ -39,7 +41,8 @@ def test_boxes_lie_inside_the_image(task):
         page = task.page("train", 1, index)
         assert page.image.size in task.SIZES
         for x0, y0, x1, y1 in [box for turn in page.turns for box in turn.boxes] + [box for _, box in page.marks]:
-            assert 0 <= x0 < x1 <= page.image.width and 0 <= y0 < y1 <= page.image.height
+            assert 0 <= x0 < x1 <= page.image.width
+            assert 0 <= y0 < y1 <= page.image.height
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -87,13 +90,15 @@ def test_scene_answers_follow_from_the_objects():
                 assert [shape for colour, shape in labels if colour == words[-2]] == [turn.answer]
             else:
                 present = any(colour == words[3] for colour, _ in labels)
-                assert turn.answer == ("yes" if present else "no") and bool(turn.boxes) == present
+                assert turn.answer == ("yes" if present else "no")
+                assert bool(turn.boxes) == present
 
 
 def test_objects_do_not_cross_tiles():
     for index in range(30):
         for _, (x0, y0, x1, y1) in scenes.page("train", 4, index).marks:
-            assert x0 // 96 == (x1 - 1) // 96 and y0 // 96 == (y1 - 1) // 96
+            assert x0 // 96 == (x1 - 1) // 96
+            assert y0 // 96 == (y1 - 1) // 96
 
 
 def test_the_best_blind_guess_is_poor():

@@ -1,4 +1,5 @@
-"""The testbed's training: labels and packing agree with the real processor and model, and every stage runs and resumes."""
+"""The testbed's training: labels and packing agree with the real processor and model, and every stage runs and
+resumes."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def test_every_object_has_one_centre_in_each_scale():
 
 def test_tile_batches_are_deterministic():
     first, second = batch(Random("a"), 8, 0.4, 0.2), batch(Random("a"), 8, 0.4, 0.2)
-    assert first[0].shape == (8, 3, 96, 96) and first[1].shape == (8, 2, 12, 12)
+    assert first[0].shape == (8, 3, 96, 96)
+    assert first[1].shape == (8, 2, 12, 12)
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
 
@@ -121,7 +123,7 @@ def test_training_packs_as_the_model_does():
 
 
 def test_left_out_background_keeps_symbols_and_positions():
-    model, tokenizer = tiny_model()
+    _, tokenizer = tiny_model()
     whole = Grade(SIZES, SIZES, 1, 1.0, 1.0, 1).lesson(Random(4), tokenizer)
     short = Grade(SIZES, SIZES, 1, 1.0, 1.0, 1, blanks=0.05).lesson(Random(4), tokenizer)
     assert len(short.ids) < len(whole.ids)
@@ -174,9 +176,11 @@ def test_every_stage_runs_and_resumes(tmp_path: Path):
     run(2)
     assert torch.load(tmp_path / "work/tower.pt", weights_only=True)["step"] == 2
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["documents"]["seen"]["accuracy"] <= 1 and results["samples"] == 3
+    assert results["documents"]["seen"]["accuracy"] <= 1
+    assert results["samples"] == 3
     card = (tmp_path / "out/README.md").read_text()
-    assert f"{results['parameters']:,}" in card and "| scenes |" in card
+    assert f"{results['parameters']:,}" in card
+    assert "| scenes |" in card
     processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     sample = next(documents.samples(1, 0))

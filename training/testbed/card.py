@@ -12,8 +12,10 @@ tags: [llava-next, testbed, visual-token-selection]
 ---
 # llava-next-tiny
 
-A real but very small LLaVA-NeXT (`LlavaNextForConditionalGeneration`, {parameters} parameters), trained from nothing on generated
-documents and scenes. It exists so that visual-token selection can be measured end to end on a CPU: it answers from its image, so
+A real but very small LLaVA-NeXT (`LlavaNextForConditionalGeneration`, {parameters} parameters), trained from
+nothing on generated
+documents and scenes. It exists so that visual-token selection can be measured end to end on a CPU: it answers from
+its image, so
 what a selector removes shows in the answers. It is no general model.
 
 ```python
@@ -27,7 +29,8 @@ print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:
 
 ## What it reaches
 
-Exact match of the whole answer, `generate` greedy, all visual tokens, {samples} held-out questions a task (stream "test", seed {seed});
+Exact match of the whole answer, `generate` greedy, all visual tokens, {samples} held-out questions a task (stream
+"test", seed {seed});
 in brackets the 95% Wilson interval. Blind: the same questions without an image.
 
 | task | with the image | blind |
@@ -43,25 +46,33 @@ By kind of question, with the image: {kinds}.
 python -m training.testbed --config configs/testbed/tiny.yaml --out checkpoints/llava-next-tiny
 ```
 
-The YAML used lies beside this card, as does `results.json`. Machine: a 2-core x86-64 CPU (AVX2, no AMX), fp32, one thread a stage, shared with
-other work. Wall time of the stages in seconds: {seconds}. Tower and reader do not depend on each other and ran at the same time.
+The YAML used lies beside this card, as does `results.json`. Machine: a 2-core x86-64 CPU (AVX2, no AMX), fp32, one
+thread a stage, shared with
+other work. Wall time of the stages in seconds: {seconds}. Tower and reader do not depend on each other and ran at
+the same time.
 
-1. tower: a CLIP vision model learns densely what lies under every 8-px patch (character, or colour and shape, and objects' centres).
+1. tower: a CLIP vision model learns densely what lies under every 8-px patch (character, or colour and shape, and
+  objects' centres).
    The last layer's CLS token tells which of these occur in the tile.
-2. reader: a Llama learns alone to answer from symbolic pages (one symbol a patch, packed as LLaVA-NeXT packs them), by a curriculum.
+2. reader: a Llama learns alone to answer from symbolic pages (one symbol a patch, packed as LLaVA-NeXT packs
+  them), by a curriculum.
    All but its last lessons leave out most background slots, at unchanged positions.
-3. projector: fitted so that a patch's feature becomes the embedding of its symbol. join: projector and language model tuned on pixels, tower frozen.
+3. projector: fitted so that a patch's feature becomes the embedding of its symbol. join: projector and language
+  model tuned on pixels, tower frozen.
 
-Data: `selector.evaluation.tasks.documents` and `scenes`, split "train" for nothing but the generators' own random streams; no page of the
+Data: `selector.evaluation.tasks.documents` and `scenes`, split "train" for nothing but the generators' own random
+streams; no page of the
 held-out stream is seen in training.
 
 ## Geometry
 
-96-px tiles, patches of 8 px (144 tokens a tile), pages of 192x192 (744 visual tokens), 192x96 and 96x192 (444). Feature layer -2, CLS dropped.
+96-px tiles, patches of 8 px (144 tokens a tile), pages of 192x192 (744 visual tokens), 192x96 and 96x192 (444).
+Feature layer -2, CLS dropped.
 
 ## Limits
 
-- Text must stand near its native scale (capitals about 8 px high, one every 8 px) and be upper case; the keys are the 28 it was trained on, values have 2 to 4 characters.
+- Text must stand near its native scale (capitals about 8 px high, one every 8 px) and be upper case; the keys are
+  the 28 it was trained on, values have 2 to 4 characters.
 - Scenes: four shapes and six colours; counts up to 4.
 - Other image sizes work technically, but are resized by the processor and read badly; other prompts give nonsense.
 - Early lessons leave out background tokens, so the model tolerates their loss better than one that never saw this.

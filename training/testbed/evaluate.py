@@ -1,6 +1,7 @@
 """Stage 4: what the saved checkpoint reaches on held-out pages, through its own processor and `generate`.
 
-Exact match of the whole answer after stripping blanks, greedy, all visual tokens; and blind, the same questions without an image.
+Exact match of the whole answer after stripping blanks, greedy, all visual tokens; and blind, the same questions
+without an image.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from random import Random
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
 from training.testbed import tiles
@@ -79,7 +78,8 @@ def fit_projector(
 
 
 def embed(model: LlavaNextForConditionalGeneration, lessons: list[Lesson], ids: Tensor) -> Float[Tensor, "B L D"]:
-    """Text embeddings with the packed, projected features of the pages' kept slots in the places of the image tokens."""
+    """Text embeddings with the packed, projected features of the pages' kept slots in the places of the image
+    tokens."""
     cuts = [torch.from_numpy(cut(one.image)) for one in lessons]
     projected = model.model.multi_modal_projector(tower_features(model, torch.cat(cuts)))
     visual = []

@@ -26,7 +26,8 @@ NEWLINE = len(CLASSES)
 
 @dataclass(frozen=True)
 class Lesson:
-    """`symbols` [2, slots]: class and centre flag of every visual slot in `kept` (packed order); `positions` of all tokens."""
+    """`symbols` [2, slots]: class and centre flag of every visual slot in `kept` (packed order); `positions` of
+    all tokens."""
 
     kind: str
     ids: list[int]
@@ -59,8 +60,10 @@ def lesson(
 ) -> Lesson:
     """One page of `task` with `count` (least, most) lines or things.
 
-    `aloud`: the share of lessons that tell everything. `blanks`: the share of background slots that stay; the others are
-    left out of the sequence while all positions stay as on the whole page, which makes early lessons several times cheaper.
+    `aloud`: the share of lessons that tell everything. `blanks`: the share of background slots that stay; the
+    others are
+    left out of the sequence while all positions stay as on the whole page, which makes early lessons several times
+    cheaper.
     """
     if task == "documents":
         lines = documents.layout(rng, size, rng.randint(*count))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,7 +63,7 @@ class EvaluationPlan:
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def make(
@@ -86,7 +85,8 @@ def make(
         join: the projector's fit and the joint tuning on pixels.
         evaluation: how many held-out questions, of which stream.
         work: where states, logs and the tower are kept; a second call goes on from there.
-        threads: CPU threads; the tower and the reader can be trained at the same time by two calls, one `--until tower`.
+        threads: CPU threads; the tower and the reader can be trained at the same time by two calls, one `--until
+        tower`.
         until: the last stage to run.
     """
     torch.set_num_threads(threads)

@@ -1,8 +1,10 @@
 """Stage 2, the reader: the language model alone learns to answer from symbolic pages.
 
 A visual slot holds the embedding of the symbol under its patch: characters share the text's embedding, objects and the
-background have their own, and an object's centre adds one more vector. A curriculum grows the pages from a few cells to the
-real sizes with their base tile; a stage ends when the running accuracy on questions reaches `until`, or after `at_most` steps.
+background have their own, and an object's centre adds one more vector. A curriculum grows the pages from a few
+cells to the
+real sizes with their base tile; a stage ends when the running accuracy on questions reaches `until`, or after
+`at_most` steps.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from training.testbed.vocabulary import IMAGE
 class Grade:
     """One stage of the curriculum: which pages, how many at once, and when it is learnt.
 
-    `documents` and `scenes` map a size "192x96" (width, height) to the least and the largest number of lines or objects.
+    `documents` and `scenes` map a size "192x96" (width, height) to the least and the largest number of lines or
+    objects.
     """
 
     documents: dict[str, tuple[int, int]]

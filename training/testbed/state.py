@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ def save_state(path: Path, **parts: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(parts, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
@@ -25,7 +24,8 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 
 class Log:
-    """Appends one JSON object a line; prints it too. `seconds` goes on from the stage's last line when a stage is resumed."""
+    """Appends one JSON object a line; prints it too. `seconds` goes on from the stage's last line when a stage is
+    resumed."""
 
     def __init__(self, path: Path, stage: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

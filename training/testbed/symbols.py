@@ -19,14 +19,15 @@ GRID = TILE // PATCH
 PINPOINTS = [[96, 192], [192, 96], [192, 192]]
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:"
 OBJECTS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-CLASSES = ("",) + tuple(CHARACTERS) + OBJECTS
+CLASSES = ("", *CHARACTERS, *OBJECTS)
 INDEX = {name: i for i, name in enumerate(CLASSES)}
 
 Marks = tuple[tuple[str, Box], ...]
 
 
 def label_grid(marks: Marks, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-    """[2, rows, columns]: class and centre flag of every patch of an image of `size` (w, h) cut into `grid` (rows, columns)."""
+    """[2, rows, columns]: class and centre flag of every patch of an image of `size` (w, h) cut into `grid` (rows,
+    columns)."""
     labels = np.zeros((2, *grid), np.int64)
     dy, dx = size[1] / grid[0], size[0] / grid[1]
     centre_y, centre_x = (np.arange(grid[0]) + 0.5) * dy, (np.arange(grid[1]) + 0.5) * dx
@@ -58,7 +59,8 @@ def cut_labels(base: np.ndarray, full: np.ndarray) -> np.ndarray:
 
 
 def cut(image: Image.Image) -> np.ndarray:
-    """[tiles, 3, 96, 96] float32 in [-1, 1]: base tile, then the tiles row by row, as the saved processor makes them."""
+    """[tiles, 3, 96, 96] float32 in [-1, 1]: base tile, then the tiles row by row, as the saved processor makes
+    them."""
     columns, rows = image.width // TILE, image.height // TILE
     if [image.height, image.width] not in PINPOINTS:
         raise ValueError(

@@ -54,7 +54,8 @@ def page_tiles(rng: Random, task: str, crowded: bool) -> list[Labelled]:
 
 
 def batch(rng: Random, count: int, shapes: float, documents_share: float) -> Labelled:
-    """`count` tiles [count, 3, 96, 96] and labels [count, 2, 12, 12]; tiles that are no share of scenes or documents are text."""
+    """`count` tiles [count, 3, 96, 96] and labels [count, 2, 12, 12]; tiles that are no share of scenes or
+    documents are text."""
     found: list[Labelled] = []
     while len(found) < count * shapes:
         tiles = page_tiles(rng, "scenes", crowded=rng.random() < 0.7)

@@ -1,7 +1,9 @@
 """Stage 1, the tower: a small CLIP vision model learns, densely, what lies under each patch.
 
-The features that LLaVA-NeXT takes (layer -2, without CLS) go through a layer norm and a linear head to the classes of `symbols`;
-a second head tells the centre patches of objects. The last layer's CLS token tells which classes occur in the tile, so that CLS,
+The features that LLaVA-NeXT takes (layer -2, without CLS) go through a layer norm and a linear head to the classes
+of `symbols`;
+a second head tells the centre patches of objects. The last layer's CLS token tells which classes occur in the
+tile, so that CLS,
 its attention and the last layer have something to say too. The heads are dropped afterwards.
 """
 
@@ -59,7 +61,8 @@ def losses(
 ) -> tuple[Tensor, dict[str, float]]:
     """The training loss, and the shares of characters, object patches, centres and background told rightly.
 
-    `objects` weighs the classes of objects against those of characters, `centres` the rare centres against other patches.
+    `objects` weighs the classes of objects against those of characters, `centres` the rare centres against other
+    patches.
     """
     classes, centre, present = model(pixels)
     target, middle = labels[:, 0].flatten(1), labels[:, 1].flatten(1)
@@ -88,7 +91,8 @@ def losses(
 class Phase:
     """`steps` steps at a rate going linearly from `rate` to `last`, on a mixture of tiles (see `tiles.batch`).
 
-    `positions`: the amplitude of a 2-D sine table added to the position embeddings as the phase begins. CLIP's own start has no
+    `positions`: the amplitude of a 2-D sine table added to the position embeddings as the phase begins. CLIP's own
+    start has no
     sense of nearness, and shapes, unlike characters, are only told by comparing neighbours.
     """
 

@@ -1,7 +1,8 @@
 """The tokenizer and the processor of the testbed, made offline from a word list.
 
 One token is a known lower-case word or any single other character (capital, digit, sign, space); unknown words become
-`<unk>`. Decoding joins tokens without anything between, so that known text survives a round trip unchanged. The chat template
+`<unk>`. Decoding joins tokens without anything between, so that known text survives a round trip unchanged. The
+chat template
 is LLaVA's: `USER: <image>\\nwhat is TOTAL? ASSISTANT:`, the answer right behind it, closed by `</s>`.
 """
 
@@ -16,13 +17,15 @@ from training.testbed.symbols import PATCH, PINPOINTS, TILE
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")
-WORDS = (
+_WORDS = (
     "a all an and answer are at below color colors count crosses circles cross circle describe document each does down "
-    "find for from give green has how image in is it left list look many me no not nothing number object objects of on one "
+    "find for from give green has how image in is it left list look many me no not nothing number "
+    "object objects of on one "
     "page picture please purple question read red right say scene see shape shapes show shown single square squares "
     "tell text that the there thing things this to top triangle triangles using value what where which white with word "
     "yellow yes you blue write"
-).split()
+)
+WORDS = _WORDS.split()
 IMAGE = "<image>"
 READ, LIST = "read the page.", "list the things."
 """The two prompts that ask for everything on a page; used in training beside the questions."""

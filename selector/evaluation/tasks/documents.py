@@ -26,10 +26,11 @@ from selector.evaluation.tasks.drawing import (
 )
 from selector.evaluation.tasks.sample import Box, Page, Sample, Turn
 
-KEYS = (
+_KEYS = (
     "TOTAL DATE NAME CITY CODE ITEM ROOM SEAT TAX PAGE UNIT TEAM YEAR SIZE PLAN AREA BANK DESK "
     "LINE FLOOR PRICE LEVEL ORDER STOCK GROUP SHIFT CLASS DRAFT"
-).split()
+)
+KEYS = _KEYS.split()
 DIGITS = "0123456789"
 LETTERS = "ACEFHJKLMNPRTUVWXY"
 """Letters of values: without those a digit resembles (B, D, G, I, O, Q, S, Z)."""
@@ -68,7 +69,8 @@ def _place(rng: Random, start: int, length: int, columns: int) -> int:
 
 
 def layout(rng: Random, size: tuple[int, int], count: int) -> list[Line]:
-    """`count` lines on distinct rows of a page of `size` (width, height), either ragged or with a common value column."""
+    """`count` lines on distinct rows of a page of `size` (width, height), either ragged or with a common value
+    column."""
     columns, rows = size[0] // ADVANCE, size[1] // ADVANCE
     first = rng.randint(0, 1)
     slots = sorted(rng.sample(range(1 + first, rows - 1, 2), count))

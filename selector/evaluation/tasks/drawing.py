@@ -2,7 +2,8 @@
 
 Glyphs are letter-spaced like a form filled in on squared paper: one character every 8 px, so that a tower with 8-px
 patches sees a character in essentially one patch. Fonts are the DejaVu family that matplotlib carries, never the
-system's: the same seed gives the same pixels everywhere the same Pillow runs. All randomness comes from the `rng` given.
+system's: the same seed gives the same pixels everywhere the same Pillow runs. All randomness comes from the `rng`
+given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Generated scenes: coloured shapes on textured backgrounds, with questions on counts, colours, shapes and presence.
 
 Four kinds of questions, asked equally often: "how many circles are there?", "what color is the circle?" and "what shape
-is the red thing?" (only where one object fits), "is there a red thing?" (half of them answered "no"). Evidence: the boxes of the
+is the red thing?" (only where one object fits), "is there a red thing?" (half of them answered "no"). Evidence:
+the boxes of the
 objects concerned, none for a zero or a "no". Objects keep inside 48-px cells, so that no 96-px tile cuts one.
 """
 
