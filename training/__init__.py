@@ -1,0 +1,1 @@
+"""Training of learned selectors on frozen vision-encoder features; see ``selector-train --help``."""

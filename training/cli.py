@@ -1,0 +1,130 @@
+"""``selector-train``: fit, validate and test through LightningCLI; export to a selector folder.
+
+Lightning is imported only when it is needed, so that ``--help``, ``export`` and a misspelt command answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningCLI
+
+HELP = """\
+Train a visual-token selector on the frozen features of a vision encoder.
+
+commands
+  fit        train; writes runs/NAME/version_N/ with checkpoints/best.ckpt, last.ckpt, config.yaml, metrics.csv
+  validate   compare the rankings on the validation images: --config ... --ckpt_path runs/.../best.ckpt
+  test       the same on the test images
+  export     write a checkpoint as a selector folder: selector-train export CKPT FOLDER
+
+examples
+  selector-train fit --config configs/train/tiny.yaml                          generated pages, no folder needed
+  selector-train fit --config configs/train/tiny.yaml --data.images PHOTOS     your images
+  selector-train fit --config configs/train/timm.yaml --model.encoder.init_args.name vit_base_patch16_clip_224.openai
+  selector-train fit --config configs/train/tiny.yaml --trainer.fast_dev_run true
+  selector-train fit --config runs/selector/version_0/config.yaml --ckpt_path runs/selector/version_0/checkpoints/last.ckpt
+  selector-train export runs/selector/version_0/checkpoints/best.ckpt checkpoints/my-selector
+
+flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --trainer.precision bf16-mixed ...
+  selector-train fit --help                            every argument
+  selector-train fit --config ... --print_config       every argument with its value
+"""
+COMMANDS = ("fit", "validate", "test", "export")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"selector-train: command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        return 2
+    try:
+        if arguments[0] == "export":
+            return _export(arguments[1:])
+        run(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("SELECTOR_TRACEBACK"):
+            raise
+        print(f"selector-train: error: {error}\n(SELECTOR_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "RankingError":
+            raise
+        print(f"selector-train: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="selector-train export", description="Write a checkpoint as a selector folder.")
+    parser.add_argument("checkpoint", help="best.ckpt or last.ckpt of a run")
+    parser.add_argument("folder", help="where to, such as checkpoints/my-selector")
+    parser.add_argument("--command", help="how the run was started, for the card")
+    options = parser.parse_args(arguments)
+    from training.export import export
+
+    print(export(options.checkpoint, options.folder, options.command))
+    return 0
+
+
+def run(arguments: list[str]) -> LightningCLI:
+    """Runs one Lightning command; returns the CLI object (its `trainer`, `model` and `datamodule`)."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+    from training.data import ImageModule
+    from training.module import SelectorModule
+
+    class SelectorCLI(LightningCLI):
+        """Adds the run's name, the wandb switch, default loggers and checkpoints."""
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--name", default="selector", help="the run's folder below --root")
+            parser.add_argument("--root", default="runs", help="folder of all runs")
+            parser.add_argument(
+                "--wandb", default="off", choices=["off", "offline", "online"], help="log to Weights & Biases too"
+            )
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            settings = self.config_init[self.subcommand]
+            if settings["trainer"].get("logger") in (None, True):
+                kwargs["logger"] = _loggers(settings["root"], settings["name"], settings["wandb"])
+            return super().instantiate_trainer(**kwargs)
+
+    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")  # it is: see main
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen encoder
+    checkpoints = ModelCheckpoint(monitor="val/rec_learned", mode="min", filename="best", save_last=True)
+    return SelectorCLI(
+        SelectorModule,
+        ImageModule,
+        args=arguments,
+        seed_everything_default=0,
+        trainer_defaults={"callbacks": [checkpoints], "log_every_n_steps": 10},
+        parser_kwargs={"prog": "selector-train"},
+        auto_configure_optimizers=False,
+    )
+
+
+def _loggers(root: str, name: str, wandb: str) -> list[Any]:
+    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+    table = CSVLogger(root, name)
+    loggers: list[Any] = [table, TensorBoardLogger(root, name, version=table.version)]
+    if wandb != "off":
+        from pytorch_lightning.loggers import WandbLogger
+
+        loggers.append(WandbLogger(name=name, save_dir=root, offline=wandb == "offline", project="visual-token-selector"))
+    return loggers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

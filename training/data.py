@@ -1,0 +1,219 @@
+"""Images to train on: a folder, or generated pages that need no file at all.
+
+A row of the dataset is one image, already cut into the encoder's pixel tiles ``[T, 3, H, W]``; a batch is the tiles of
+`batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every tile
+is one training example. With `cache_features` the tiles are encoded once and batches hold features ``[T, N, D]``.
+
+A folder is split by a hash of each file's path below it, so that the split does not change when files are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from training.cache import FeatureCache
+from training.encoders import Preprocess, VisionEncoder
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+Generated = Literal["documents", "scenes", "mixed"]
+
+
+class ImageModule(LightningDataModule):
+    """Training, validation and test images of a selector.
+
+    Args:
+        images: folder of images, searched recursively; None generates pages instead.
+        val_share: share of the folder's images held out for validation (and for `test`).
+        skip_unreadable: leave out files that cannot be decoded, and say how many, instead of stopping at the first;
+            costs one pass over the folder.
+        generated: what to draw without a folder: pages of text, scenes of shapes, or both in turn.
+        generated_train: number of generated training images.
+        generated_val: number of generated images for validation, and as many others for `test`.
+        batch_size: images a step and process; an AnyRes image brings all its tiles.
+        workers: loader processes.
+        cache_features: encode every image once and keep the features in memory (small sets only).
+        seed: of the generated pages and of the order of images.
+    """
+
+    def __init__(
+        self,
+        images: str | None = None,
+        val_share: float = 0.1,
+        skip_unreadable: bool = False,
+        generated: Generated = "mixed",
+        generated_train: int = 1200,
+        generated_val: int = 100,
+        batch_size: int = 8,
+        workers: int = 0,
+        cache_features: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not 0 < val_share < 1:
+            raise ValueError(f"data.val_share must be in (0, 1), got {val_share}")
+        if generated not in get_args(Generated):
+            raise ValueError(f"data.generated must be one of {get_args(Generated)}, got {generated!r}")
+        for name, number in (
+            ("generated_train", generated_train),
+            ("generated_val", generated_val),
+            ("batch_size", batch_size),
+        ):
+            if number < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {number}")
+        self.images, self.val_share, self.skip_unreadable = images, val_share, skip_unreadable
+        self.generated, self.generated_train, self.generated_val = generated, generated_train, generated_val
+        self.batch_size, self.workers, self.cache_features, self.seed = batch_size, workers, cache_features, seed
+        self._sets: dict[str, Dataset[Tensor]] = {}
+        self._paths: list[Path] | None = None
+
+    def describe(self) -> str:
+        """For the model card."""
+        if self.images is None:
+            return f"{self.generated_train} generated pages ({self.generated}), seed {self.seed}"
+        return f"{len(self._split('train'))} images of the folder {Path(self.images).name!r}"
+
+    def setup(self, stage: str) -> None:
+        """Lists (and with `cache_features` encodes) what the stage needs; errors in the data surface here."""
+        assert self.trainer is not None  # for the type checker: Lightning sets it before
+        encoder = self.trainer.lightning_module.encoder
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
+        for split in wanted:
+            if split not in self._sets:
+                self._sets[split] = self._dataset(split, encoder)
+
+    def _dataset(self, split: str, encoder: VisionEncoder) -> Dataset[Tensor]:
+        load: Sequence[Callable[[], Image.Image]]
+        if self.images is not None:
+            load = [_File(path) for path in self._split(split)]
+        else:
+            count = self.generated_train if split == "train" else self.generated_val
+            load = [_Page(self.generated, split, self.seed, index) for index in range(count)]
+        tiles = TileDataset(load, encoder.preprocess)
+        return FeatureCache(tiles, encoder) if self.cache_features else tiles
+
+    def _split(self, split: str) -> list[Path]:
+        if self.images is None:
+            return []
+        if self._paths is None:
+            self._paths = list_images(self.images, self.skip_unreadable)
+        train, val = split_by_hash(self._paths, Path(self.images), self.val_share)
+        return train if split == "train" else val
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        assert self.trainer is not None  # for the type checker
+        # One sampler for one process and for many: its order depends on seed and epoch alone, so a resumed run repeats it.
+        sampler = DistributedSampler(
+            self._sets["train"], self.trainer.world_size, self.trainer.global_rank, shuffle=True, seed=self.seed
+        )
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return self._loader("val", None)
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        return self._loader("test", None)
+
+    def _loader(self, split: str, sampler: DistributedSampler | None) -> DataLoader[Tensor]:
+        return DataLoader(
+            self._sets[split],
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            collate_fn=torch.cat,
+            persistent_workers=self.workers > 0,
+        )
+
+
+class TileDataset(Dataset[Tensor]):
+    """Images as the encoder's pixel tiles."""
+
+    def __init__(self, load: Sequence[Callable[[], Image.Image]], preprocess: Preprocess):
+        self.load, self.preprocess = load, preprocess
+
+    def __len__(self) -> int:
+        return len(self.load)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.preprocess(self.load[index]())
+
+
+class _File:
+    """One image of a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self) -> Image.Image:
+        try:
+            with Image.open(self.path) as image:
+                return image.convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"image {self.path} cannot be read ({error}); "
+                "remove it or pass --data.skip_unreadable true to leave such files out"
+            ) from error
+
+
+class _Page:
+    """One generated page; validation pages come from another seed of the training stream, test pages from the test's."""
+
+    def __init__(self, kind: Generated, split: str, seed: int, index: int):
+        self.kind, self.split, self.index = kind, split, index
+        self.seed = seed + 1_000_003 if split == "val" else seed
+
+    def __call__(self) -> Image.Image:
+        from selector.evaluation.tasks import documents, scenes
+
+        kind = ("documents", "scenes")[self.index % 2] if self.kind == "mixed" else self.kind
+        task = {"documents": documents, "scenes": scenes}[kind]
+        return task.page("test" if self.split == "test" else "train", self.seed, self.index).image
+
+
+def list_images(folder: str | Path, skip_unreadable: bool = False) -> list[Path]:
+    """Image files below a folder, sorted.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: it holds no image.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.images must be a folder of images, got {str(folder)!r}, which is none")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if skip_unreadable:
+        readable = [path for path in paths if _is_readable(path)]
+        rank_zero_info(f"data.skip_unreadable: left out {len(paths) - len(readable)} of {len(paths)} files of {root}")
+        paths = readable
+    if not paths:
+        raise ValueError(f"data.images must hold images ({' '.join(EXTENSIONS)}), found none below {str(folder)!r}")
+    return paths
+
+
+def split_by_hash(paths: Sequence[Path], root: Path, val_share: float) -> tuple[list[Path], list[Path]]:
+    """(training, validation) by a hash of the path below `root`; each side gets at least one image."""
+    if len(paths) < 2:
+        raise ValueError(f"data.images needs at least 2 images, one of them for validation, got {len(paths)} in {root}")
+    place = {path: int(hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()[:8], 16) for path in paths}
+    ordered = sorted(paths, key=lambda path: place[path])
+    held_out = {path for path in paths if place[path] < val_share * 2**32} or {ordered[0]}
+    if len(held_out) == len(paths):
+        held_out.discard(ordered[-1])
+    return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        _File(path)()
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,252 @@
+"""Frozen vision encoders behind one wrapper: an image becomes pixel tiles, pixel tiles become patch features.
+
+Whatever the encoder, ``preprocess`` is the encoder's own (its processor's or its pretrained configuration's mean, std
+and input size), and ``forward`` returns what a selector will read at inference: hidden states of one layer, row-major
+patches, prefix tokens (CLS, registers) removed.
+
+    LlavaNextEncoder      the tower inside a LLaVA-NeXT; images become AnyRes tiles exactly as its processor makes them
+    TransformersEncoder   CLIP, SigLIP, DINOv2, ViT, ... from a model folder (or a hub name)
+    TimmEncoder           any timm model with patch features
+
+Shapes: T tiles, H x W pixels, N = h * w patches, D encoder width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+Preprocess = Callable[[Image.Image], Tensor]
+"""An RGB image to its pixel tiles ``[T, 3, H, W]``; picklable, so that loader workers can run it."""
+
+
+class VisionEncoder(nn.Module, ABC):
+    """A frozen encoder: always in evaluation mode, never in a checkpoint, never with gradients.
+
+    Attributes:
+        preprocess: image to pixel tiles.
+        grid: (h, w) patches of a tile.
+        dim: D, width of the features.
+        name: what a model card says it is.
+    """
+
+    preprocess: Preprocess
+    grid: tuple[int, int]
+    dim: int
+    name: str
+
+    def _freeze(self) -> None:
+        """Call at the end of a constructor: freezes the weights and measures grid and width on one blank image."""
+        self.requires_grad_(False)
+        super().train(False)
+        features = self(self.preprocess(Image.new("RGB", (64, 64)))[:1])
+        self.dim = features.shape[-1]
+
+    @abstractmethod
+    def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        """Patch features; sets `grid`."""
+
+    @torch.no_grad()
+    def forward(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        return self.encode(pixels)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def train(self, mode: bool = True) -> VisionEncoder:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Empty: the weights are the encoder's own files, a training checkpoint does not copy them."""
+        return {} if destination is None else destination
+
+    def fingerprint(self) -> str:
+        """A hash of the weights, to tell whether a checkpoint is resumed with the encoder it was started with."""
+        digest = hashlib.sha256()
+        for name, tensor in self.named_parameters():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+    def _without_prefix(self, hidden: Tensor, pixels: Tensor, patch: int) -> Tensor:
+        """Drops what precedes the patches, and measures the grid."""
+        height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        prefix = hidden.shape[1] - height * width
+        if prefix < 0:
+            raise ValueError(
+                f"encoder {self.name}: {hidden.shape[1]} tokens for {height} x {width} patches of {patch} pixels"
+            )
+        self.grid = (height, width)
+        return hidden[:, prefix:]
+
+
+class LlavaNextEncoder(VisionEncoder):
+    """The tower of a LLaVA-NeXT: its feature layer, its prefix rule, its AnyRes tiles (base view and high resolution).
+
+    The language model's layers are not read.
+
+    Args:
+        path: folder (or hub name) of the LLaVA-NeXT, with its processor.
+        backend: of the image processor; "pil" gives the same pixels everywhere.
+    """
+
+    def __init__(self, path: str, backend: str = "pil"):
+        super().__init__()
+        from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
+
+        _must_exist(path, "path")
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "llava_next":
+            raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {config.model_type!r}")
+        if not isinstance(config.vision_feature_layer, int):
+            raise ValueError(f"vision_feature_layer must be one layer, {path!r} has {config.vision_feature_layer}")
+        config.text_config.num_hidden_layers = 0
+        if getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = []
+        with _quiet():
+            model, found = LlavaNextForConditionalGeneration.from_pretrained(
+                path, config=config, dtype=torch.float32, output_loading_info=True
+            )
+        missing = [name for name in found["missing_keys"] if "vision_tower" in name]
+        if missing:
+            raise ValueError(f"{path!r} lacks {len(missing)} weights of its vision tower, the first {sorted(missing)[0]}")
+        self.path, self.backend = path, backend
+        self.name = f"{Path(path).name} vision tower, layer {config.vision_feature_layer}"
+        self.tower = model.model.vision_tower
+        self.layer = config.vision_feature_layer
+        self.prefix = 1 if config.vision_feature_select_strategy == "default" else 0
+        self.patch = config.vision_config.patch_size
+        self.preprocess = ProcessorTiles(AutoProcessor.from_pretrained(path, backend=backend).image_processor)
+        self._freeze()
+
+    def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        hidden = self.tower(pixels, output_hidden_states=True).hidden_states[self.layer][:, self.prefix :]
+        self.grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
+        return hidden
+
+
+class TransformersEncoder(VisionEncoder):
+    """A vision model of transformers (CLIP, SigLIP, DINOv2, DINOv3, ViT, ...), or the vision half of a dual encoder.
+
+    Args:
+        path: folder (or hub name) with config, weights and image processor.
+        layer: entry of ``hidden_states``; None takes the last hidden state, after the model's final norm if it has one.
+        backend: of the image processor.
+    """
+
+    def __init__(self, path: str, layer: int | None = None, backend: str = "pil"):
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel
+
+        _must_exist(path, "path")
+        with _quiet():
+            model = AutoModel.from_pretrained(path, dtype=torch.float32)
+            self.preprocess = ProcessorTiles(AutoImageProcessor.from_pretrained(path, backend=backend))
+        self.path, self.layer, self.backend = path, layer, backend
+        self.name = f"{Path(path).name}, layer {'last' if layer is None else layer}"
+        self.model = getattr(model, "vision_model", model)
+        config = getattr(model.config, "vision_config", model.config)
+        self.patch = config.patch_size
+        self._freeze()
+
+    def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        out = self.model(pixel_values=pixels, output_hidden_states=self.layer is not None)
+        hidden = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
+        return self._without_prefix(hidden, pixels, self.patch)
+
+
+class TimmEncoder(VisionEncoder):
+    """A timm model; convolutional ones (ConvNeXt, Swin) too, whose last feature map is the grid.
+
+    Args:
+        name: timm's model name, such as ``vit_base_patch16_clip_224.openai``.
+        pretrained: download timm's weights (True) or start from random ones (False); there is no default, so that
+            nothing is downloaded, and no untrained encoder used, by accident.
+        layer: block whose output is taken; negative counts from the end.
+        norm: apply the model's final norm; None does so for the last block only.
+        image_size: side of the input in pixels; None takes the model's own.
+    """
+
+    def __init__(
+        self, name: str, pretrained: bool, layer: int = -1, norm: bool | None = None, image_size: int | None = None
+    ):
+        super().__init__()
+        import timm
+        from timm.data import create_transform, resolve_model_data_config
+
+        if not timm.is_model(name):
+            raise ValueError(f"name must be a timm model, got {name!r}; timm.list_models('*{name[:4]}*') lists some")
+        sized = {} if image_size is None else {"img_size": image_size}
+        self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **sized)
+        self.layer, self.norm = layer, layer == -1 if norm is None else norm
+        self.name = f"timm {name}{'' if pretrained else ' (random weights)'}, block {layer}"
+        data = resolve_model_data_config(self.model)
+        if image_size is not None:
+            data["input_size"] = (3, image_size, image_size)
+        data["crop_pct"] = 1.0  # a selector sees the whole image, not the classifier's centre crop
+        self.preprocess = TransformTiles(create_transform(**data, is_training=False))
+        self._freeze()
+
+    def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        blocks = getattr(self.model, "blocks", None)
+        index = self.layer + len(blocks) if blocks is not None and self.layer < 0 else self.layer
+        options = {"indices": [index], "norm": self.norm, "output_fmt": "NCHW", "intermediates_only": True}
+        (features,) = self.model.forward_intermediates(pixels, **options)
+        self.grid = (features.shape[-2], features.shape[-1])
+        return features.flatten(2).transpose(1, 2)
+
+
+class ProcessorTiles:
+    """The tiles of an image by an image processor of transformers; one tile where it makes no tiles."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "T 3 H W"]:
+        pixels = self.processor(images=[image], return_tensors="pt")["pixel_values"]
+        return pixels[0] if pixels.ndim == 5 else pixels
+
+
+class TransformTiles:
+    """One tile an image, by a torchvision transform."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "1 3 H W"]:
+        return self.transform(image)[None]
+
+
+class _quiet:
+    """Silences the loading report of transformers: layers left out on purpose are listed there as unexpected."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.verbosity, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.verbosity)
+        if self.bars:
+            logging.enable_progress_bar()
+
+
+def _must_exist(path: str, argument: str) -> None:
+    """A path that looks local must be there; otherwise it would be taken for a hub name and fail obscurely."""
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.split("/")[0] == "checkpoints"
+    if local and not Path(path).is_dir():
+        raise FileNotFoundError(f"{argument} must be a model folder, got {path!r}, which does not exist")

@@ -1,0 +1,122 @@
+"""From a training checkpoint to a selector folder: config.json, model.safetensors, README.md (the card), training.yaml.
+
+The ``.ckpt`` is read with ``weights_only=True`` and the weights are put in strictly: nothing is unpickled, nothing may
+be missing or left over.
+"""
+
+from __future__ import annotations
+
+import pickle
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PREFIX = "selector."
+
+
+def export(checkpoint: str | Path, folder: str | Path, command: str | None = None) -> Path:
+    """Writes the selector of a checkpoint to `folder` and returns it.
+
+    Args:
+        checkpoint: ``best.ckpt`` or ``last.ckpt`` of a run; the run's ``config.yaml``, if it is there, is copied.
+        folder: where to; existing files of an earlier export are replaced.
+        command: how the checkpoint was made, for the card.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: not a checkpoint of this package, or tensors missing, left over or misshapen.
+    """
+    from selector.methods.gumbel import GumbelSelector
+
+    state = _read(Path(checkpoint))
+    about = state["selector"]
+    selector = GumbelSelector(**about["init_args"])
+    weights = {name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)}
+    try:
+        selector.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {checkpoint} does not fit a GumbelSelector: {error}") from error
+    metadata = {name: about[name] for name in ("encoder", "data", "objective", "steps", "validation")}
+    metadata["torch"] = str(torch.__version__)
+    config = _run_config(Path(checkpoint))
+    card = model_card(selector.init_args, metadata, command, config is not None, Path(folder).name)
+    written = selector.save_pretrained(folder, card=card, metadata=metadata)
+    if config is not None:
+        partial = written / ".training.yaml.partial"
+        shutil.copyfile(config, partial)
+        partial.replace(written / "training.yaml")
+    return written
+
+
+def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | None, has_yaml: bool, name: str) -> str:
+    """The README of a selector folder; every number in it comes from the checkpoint."""
+    lines = [
+        "---",
+        "library_name: visual-token-selector",
+        "tags: [visual-token-selection]",
+        "---",
+        f"# {name}",
+        "",
+        "A learned visual-token selector (GumbelSelector, after arXiv 2503.16660): it ranks the patches of a tile by how",
+        "badly the others reconstruct them, and the highest survive.",
+        "",
+        "```python",
+        "from selector import TokenSelector",
+        f'selector = TokenSelector.from_pretrained("checkpoints/{name}")',
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| encoder | {about['encoder']['name']} (weights {about['encoder']['fingerprint']}) |",
+        f"| trained on | {about['data']} |",
+        f"| objective | {about['objective']}, {about['steps']} steps |",
+        f"| size | {', '.join(f'{key} {value}' for key, value in init_args.items())} |",
+        f"| machine | {platform.machine()}, torch {about['torch']} |",
+    ]
+    if command:
+        lines.append(f"| made with | `{command}` |")
+    if has_yaml:
+        lines.append("| every setting | `training.yaml`, as Lightning resolved it |")
+    return "\n".join([*lines, "", *_validation_table(about["validation"])]) + "\n"
+
+
+def _validation_table(seen: dict[str, float]) -> list[str]:
+    """Reconstruction error of dropped tokens by the same reconstructor, for each ranking and kept share."""
+    shares = [name.removeprefix("rec_learned_") for name in seen if name.startswith("rec_learned_")]
+    if not shares:
+        return ["The checkpoint was written before any validation."]
+    rows = [
+        f"| {ranker} | " + " | ".join(f"{seen[f'rec_{ranker}_{share}']:.3f}" for share in shares) + " |"
+        for ranker in ("learned", "random", "leverage")
+    ]
+    return [
+        "Held-out reconstruction error of dropped tokens (normalised features; lower is better), one reconstructor for",
+        "all rows, tokens ranked within a tile:",
+        "",
+        "| kept | " + " | ".join(f"{share}%" for share in shares) + " |",
+        "|---|" + "---|" * len(shares),
+        *rows,
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint must be a .ckpt file of a training run, got {str(path)!r}, which is none")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read safely (weights only): {error}") from error
+    if not isinstance(state, dict) or "selector" not in state or "state_dict" not in state:
+        raise ValueError(f"checkpoint {path} was not written by selector-train: it has no entry 'selector'")
+    return state
+
+
+def _run_config(checkpoint: Path) -> Path | None:
+    """The YAML that LightningCLI saved for the run, beside or above the checkpoint."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    return None

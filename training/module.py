@@ -1,0 +1,316 @@
+"""The LightningModule: a Gumbel-Softmax selector and a reconstructor, trained on frozen features.
+
+Paper: "When Less is Enough" (arXiv 2503.16660): keep what the other tokens cannot reconstruct. Its objective is here as
+``objective="paper"``: straight-through Gumbel-Softmax masks, ``||F_rec - F||^2 + max(mean(M), p)``.
+
+The default, ``objective="sampled_budget"``, makes one ranking serve every budget: each step draws a budget and a mask of
+exactly that size, the reconstructor learns to rebuild the dropped tokens, and the score is regressed onto the logarithm
+of each dropped token's error.
+
+Shapes: B tiles, N patches, D encoder width; masks are 1 where a token is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from selector.budget import Budget
+from selector.methods.gumbel import GumbelSelector
+from selector.methods.random import Random
+from selector.methods.svd_prune import SVDPrune
+from selector.tokens import VisualTokens
+from training.autoencoder import Reconstructor
+from training.encoders import VisionEncoder
+from training.losses import dropped_mean, drop_error_regression, paper_loss, token_error
+from training.schedules import gumbel_top_k, random_mask, rate_factor, sampled_keep, temperature
+
+Objective = Literal["sampled_budget", "paper"]
+
+
+class RankingError(RuntimeError):
+    """The deterministic ranking of a trained selector reconstructs worse than a random choice."""
+
+
+class SelectorModule(LightningModule):
+    """Trains a `GumbelSelector` and its reconstructor.
+
+    Args:
+        encoder: the frozen vision encoder, by class_path (`training.encoders`).
+        objective: ``"sampled_budget"`` (one ranking for every budget) or ``"paper"``.
+        kept_range: smallest and largest share of a tile kept in a step (sampled_budget).
+        random_share: share of the steps, from the start, whose masks are uniformly random; after them they are drawn
+            from the selector's noisy ranking (sampled_budget).
+        proportion: p of the paper's clamp, the wanted share of kept tokens (paper).
+        regularizer: weight of the clamp; the paper leaves the norm's scale, and so this weight, open (paper).
+        width: width of both Transformers; None takes the encoder's.
+        layers: of each Transformer.
+        heads: attention heads of each.
+        mlp_ratio: of each.
+        learning_rate: AdamW's, after the warm-up.
+        weight_decay: AdamW's.
+        warmup_steps: linear warm-up of the learning rate.
+        temperature_start: of the Gumbel-Softmax at the first step.
+        temperature_end: at the last; geometric in between.
+        statistics_batches: training batches from which the mean and spread of each feature channel are estimated.
+        kept_shares: shares of a tile's tokens at which validation compares the rankings.
+        allow_worse_than_random: end without an error even if the deterministic ranking loses to random choices.
+        seed: of all mask noise.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        objective: Objective = "sampled_budget",
+        kept_range: tuple[float, float] = (0.05, 0.75),
+        random_share: float = 0.5,
+        proportion: float = 0.3,
+        regularizer: float = 1.0,
+        width: int | None = None,
+        layers: int = 3,
+        heads: int = 4,
+        mlp_ratio: float = 2.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 50,
+        temperature_start: float = 1.0,
+        temperature_end: float = 0.5,
+        statistics_batches: int = 20,
+        kept_shares: tuple[float, ...] = (0.5, 0.25, 0.1),
+        allow_worse_than_random: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        _check(objective, kept_range, random_share, proportion, temperature_end, temperature_start, kept_shares)
+        self.encoder = encoder
+        self.objective, self.kept_range, self.random_share = objective, kept_range, random_share
+        self.proportion, self.regularizer = proportion, regularizer
+        self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
+        self.temperature_start, self.temperature_end = temperature_start, temperature_end
+        self.statistics_batches, self.kept_shares = statistics_batches, kept_shares
+        self.allow_worse_than_random, self.seed = allow_worse_than_random, seed
+        sizes = (encoder.dim, encoder.num_patches, width, layers, heads, mlp_ratio)
+        self.selector = GumbelSelector(*sizes)
+        self.reconstructor = Reconstructor(*sizes)
+        self.rivals = {"random": Random(seed=seed), "leverage": SVDPrune(matrix="tile")}
+        self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self._names()})
+        self.last_validation: dict[str, float] = {}
+        self.register_load_state_dict_post_hook(_encoder_is_not_loaded)
+
+    # ---- training
+
+    def features(self, batch: Tensor) -> Float[Tensor, "B N D"]:
+        """Encoder features of a batch, which holds pixels ``[B, 3, H, W]`` or cached features ``[B, N, D]``."""
+        return (batch if batch.ndim == 3 else self.encoder(batch)).float()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Float[Tensor, ""]:
+        features = self.features(batch)
+        step, total = self.global_step, int(self.trainer.estimated_stepping_batches)
+        tau = temperature(step, total, self.temperature_start, self.temperature_end)
+        objective = self._paper if self.objective == "paper" else self._sampled_budget
+        loss, logs = objective(features, tau, step < self.random_share * total, self._generator(step))
+        self.log_dict({"train/loss": loss.detach(), "train/temperature": tau})
+        self.log_dict(logs, prog_bar=True)
+        return loss
+
+    def _sampled_budget(
+        self, features: Float[Tensor, "B N D"], tau: float, at_random: bool, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = self.selector.score(VisualTokens.from_features(features, self.encoder.grid)).float()
+        batch, patches = scores.shape
+        keep = sampled_keep(patches, self.kept_range, generator)
+        if at_random:
+            mask = random_mask(batch, patches, keep, generator).to(scores)
+        else:
+            mask = gumbel_top_k(scores, keep, tau, generator).detach()
+        target = self.selector.normalized(features)
+        error = token_error(self.reconstructor(target, mask), target)
+        rebuild, rank = dropped_mean(error, mask), drop_error_regression(scores, error, mask)
+        return rebuild + rank, {"rec": rebuild.detach(), "rank": rank.detach(), "keep": mask.mean()}
+
+    def _paper(
+        self, features: Float[Tensor, "B N D"], tau: float, _: bool, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.random.fork_rng(devices=[features.device] if features.is_cuda else []):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            mask, _logits = self.selector.sample(features, tau)
+        target = self.selector.normalized(features)
+        error = token_error(self.reconstructor(target, mask), target)
+        loss = paper_loss(error, mask, self.proportion, self.regularizer)
+        return loss, {"rec": dropped_mean(error, mask.detach()).detach(), "keep": mask.detach().mean()}
+
+    def _generator(self, step: int) -> torch.Generator:
+        """Noise of one step and process: a resumed run draws what the uninterrupted one would have drawn."""
+        rank = self.trainer.global_rank if self._trainer is not None else 0
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_009 + rank)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            [*self.selector.parameters(), *self.reconstructor.parameters()],
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate_factor(s, total, self.warmup_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+
+    # ---- feature statistics
+
+    def on_fit_start(self) -> None:
+        """Estimates mean and spread of every channel on the first batches; a resumed run has them in its checkpoint."""
+        if self.trainer.ckpt_path is not None:
+            return
+        mean, std = self._statistics()
+        self.selector.feature_mean.copy_(mean)
+        self.selector.feature_std.copy_(std)
+        rank_zero_info(f"feature spread per channel: {float(std.min()):.3g} to {float(std.max()):.3g}")
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        loader = self.trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
+        width = self.encoder.dim
+        sums = torch.zeros(2, width, dtype=torch.float64, device=self.device)
+        count = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(loader):
+            if index == self.statistics_batches:
+                break
+            table = self.features(batch.to(self.device)).flatten(0, 1).double()
+            sums += torch.stack([table.sum(0), table.pow(2).sum(0)])
+            count += len(table)
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        count = self.trainer.strategy.reduce(count, reduce_op="sum")
+        mean, square = sums / count
+        std = (square - mean.pow(2)).clamp(min=0).sqrt()
+        return mean.float(), torch.where(std > 1e-6, std, 1.0).float()  # a constant channel stays as it is
+
+    # ---- validation: the deterministic ranking against random and leverage, by the same reconstructor
+
+    def _names(self) -> list[str]:
+        rankers = ["learned", *self.rivals]
+        names = [f"rec_{ranker}_{_percent(share)}" for ranker in rankers for share in self.kept_shares]
+        names += [f"{what}_{_percent(share)}" for what in ("cos_learned", "agreement") for share in self.kept_shares]
+        return [*names, *(f"rec_{ranker}" for ranker in rankers), "keep_drawn"]
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._compare(batch, batch_idx, "val")
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._compare(batch, batch_idx, "test")
+
+    def _compare(self, batch: Tensor, batch_idx: int, stage: str) -> None:
+        features = self.features(batch)
+        tokens = VisualTokens.from_features(features, self.encoder.grid)
+        target = self.selector.normalized(features)
+        scores = {"learned": self.selector.score(tokens).float()}
+        scores["random"] = torch.rand(features.shape[:2], generator=self._generator(-1 - batch_idx)).to(features)
+        scores["leverage"] = self.rivals["leverage"].score(tokens)
+        for share in self.kept_shares:
+            budget = Budget(share, newlines="none")
+            for ranker, values in scores.items():
+                mask = budget.select(values, tokens).float()
+                rebuilt = self.reconstructor(target, mask).float()
+                error = dropped_mean(token_error(rebuilt, target), mask)
+                self._meter(stage, f"rec_{ranker}_{_percent(share)}", error, len(features))
+                self._meter(stage, f"rec_{ranker}", error, len(features))
+                if ranker == "learned":
+                    cosine = dropped_mean(F.cosine_similarity(rebuilt, target.float(), dim=-1), mask)
+                    self._meter(stage, f"cos_learned_{_percent(share)}", cosine, len(features))
+            self._meter(stage, f"agreement_{_percent(share)}", self._agreement(scores["learned"], share), len(features))
+        self._meter(stage, "keep_drawn", torch.sigmoid(scores["learned"]).mean(), len(features))
+
+    def _agreement(self, scores: Float[Tensor, "B N"], share: float) -> Tensor:
+        """Share of kept tokens that two masks drawn with different noise have in common."""
+        keep = max(1, round(share * scores.shape[1]))
+        first, second = (gumbel_top_k(scores, keep, 1.0, self._generator(-1_000_000 - draw)) for draw in range(2))
+        return (first * second).sum() / first.sum()
+
+    def _meter(self, stage: str, name: str, value: Tensor, weight: int) -> None:
+        meter = self.meters[_key(name)]
+        meter.update(value, weight)
+        main = name in ("rec_learned", "rec_random")
+        self.log(f"{stage}/{name}", meter, on_step=False, on_epoch=True, batch_size=weight, prog_bar=main)
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.last_validation = {name: float(self.meters[_key(name)].compute()) for name in self._names()}
+
+    def on_train_end(self) -> None:
+        """Fails when the deterministic ranking ended below random: noisy training masks hide that."""
+        lost = self.losses_to_random()
+        if lost and not self.allow_worse_than_random and not self.trainer.fast_dev_run:
+            raise RankingError(
+                "the deterministic ranking reconstructs worse than random tokens at "
+                + ", ".join(f"{at} (learned {ours:.4g}, random {theirs:.4g})" for at, ours, theirs in lost)
+                + "; train longer, or pass --model.allow_worse_than_random true to end without this error"
+            )
+
+    def losses_to_random(self) -> list[tuple[str, float, float]]:
+        """Kept shares at which the last validation's ranking lost: (share, learned error, random error)."""
+        seen, found = self.last_validation, []
+        for percent in map(_percent, self.kept_shares):
+            if seen and seen[f"rec_learned_{percent}"] > seen[f"rec_random_{percent}"]:
+                found.append((f"{percent}%", seen[f"rec_learned_{percent}"], seen[f"rec_random_{percent}"]))
+        return found
+
+    # ---- checkpoints: plain containers only, so that they load with weights_only=True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        checkpoint["selector"] = {
+            "init_args": self.selector.init_args,
+            "encoder": {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint()},
+            "data": data.describe() if hasattr(data, "describe") else "unknown",
+            "objective": self.objective,
+            "steps": self.global_step,
+            "validation": dict(self.last_validation),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        ours, theirs = self.encoder.fingerprint(), checkpoint["selector"]["encoder"]["fingerprint"]
+        if ours != theirs:
+            raise ValueError(
+                f"ckpt_path was trained on another encoder: {checkpoint['selector']['encoder']['name']} ({theirs}), "
+                f"this run has {self.encoder.name} ({ours})"
+            )
+
+
+def _encoder_is_not_loaded(module: nn.Module, keys: Any) -> None:
+    """The encoder's weights are never in a checkpoint, so they are not missing from it."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith("encoder.")]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}"
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _check(
+    objective: str,
+    kept_range: tuple[float, float],
+    random_share: float,
+    proportion: float,
+    cold: float,
+    hot: float,
+    kept_shares: tuple[float, ...],
+) -> None:
+    if objective not in get_args(Objective):
+        raise ValueError(f"model.objective must be one of {get_args(Objective)}, got {objective!r}")
+    if not 0 < kept_range[0] <= kept_range[1] < 1:
+        raise ValueError(f"model.kept_range must be 0 < smallest <= largest < 1, got {kept_range}")
+    if not 0 <= random_share <= 1:
+        raise ValueError(f"model.random_share must be in [0, 1], got {random_share}")
+    if not 0 < proportion <= 1:
+        raise ValueError(f"model.proportion must be in (0, 1], got {proportion}")
+    if not 0 < cold <= hot:
+        raise ValueError(f"model.temperature_end must be in (0, temperature_start], got {cold} and {hot}")
+    if not kept_shares or not all(0 < share < 1 for share in kept_shares):
+        raise ValueError(f"model.kept_shares must be shares in (0, 1), got {kept_shares}")
