@@ -20,6 +20,7 @@ SELECTORS = ["checkpoints/selector-llava-next-tiny", "svd-prune", "lofi", "rando
 COMMON: dict[str, Any] = {
     "model": MODEL,
     "selectors": SELECTORS,
+    "allow": [],
     "scope": "image",
     "newlines": "kept_rows",
     "seed": 0,
@@ -44,7 +45,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 16},
     "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
 }
-LISTS = ("selectors", "keep", "tasks")
+LISTS = ("selectors", "allow", "keep", "tasks")
 
 EXAMPLES = """\
 examples:

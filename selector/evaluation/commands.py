@@ -36,6 +36,8 @@ def compare_command(settings: dict[str, Any]) -> int:
     samples = _samples(settings["samples"])
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     tasks = [load_task(spec, settings["skip_unreadable"]) for spec in _distinct("tasks", settings["tasks"])]
+    seed = _whole("seed", settings["seed"])
+    limit = _positive("max_new_tokens", settings["max_new_tokens"])
     model, processor, selectors = _load(settings)
     baseline = settings["baseline"]
     if baseline not in selectors:
@@ -50,9 +52,9 @@ def compare_command(settings: dict[str, Any]) -> int:
         tasks,
         Path(settings["out"]),
         samples=samples,
-        seed=_whole("seed", settings["seed"]),
+        seed=seed,
         answers=settings["answers"],
-        max_new_tokens=_positive("max_new_tokens", settings["max_new_tokens"]),
+        max_new_tokens=limit,
         baseline=baseline,
         fresh=settings.get("fresh", False),
         model_name=str(settings["model"]),
@@ -167,7 +169,7 @@ def _load(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
         torch.set_num_threads(_positive("threads", settings["threads"]))
     transformers.logging.disable_progress_bar()
     device = loading.find_device(settings["device"])
-    selectors = loading.load_selectors(settings["selectors"], device)
+    selectors = loading.load_selectors(settings["selectors"], device, settings["allow"])
     model, processor = loading.load_model(
         settings["model"], settings["device"], settings["dtype"], settings["device_map"], settings["attention"]
     )

@@ -62,7 +62,7 @@ def model_rectangles(
 
 
 def evidence(
-    kept: Bool[Tensor, "T N"], rectangles: Float[Tensor, "T N 4"], boxes: Sequence[Box]
+    kept: Bool[Tensor, "_ _"], rectangles: Float[Tensor, "T N 4"], boxes: Sequence[Box]
 ) -> tuple[float, float] | None:
     """(share under kept tokens of the tiles, share under kept tokens of the base view); None without any box area."""
     if kept.shape != rectangles.shape[:2]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import selector
 from selector.base import TokenSelector
-from selector.budget import Budget
+from selector.budget import Budget, Newlines, Scope
 from selector.evaluation.errors import UsageError
 from selector.registry import load_selector
 
@@ -53,34 +53,58 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(folder or name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
-    return (model if device_map is not None else model.to(target)).eval(), processor
+    if device_map is None:
+        torch.nn.Module.to(model, target)
+    return model.eval(), processor
 
 
-def load_selectors(specs: Sequence[str], device: torch.device) -> dict[str, TokenSelector]:
-    """Selectors by label: the spec as written, or a checkpoint folder's name.
+def load_selectors(
+    specs: Sequence[str | Mapping[str, Any]], device: torch.device, allow: Sequence[str] = ()
+) -> dict[str, TokenSelector]:
+    """Selectors by label: the spec as written, a checkpoint folder's name, or a class's name and arguments.
+
+    Args:
+        allow: packages beside this one whose classes a spec or a checkpoint may name.
 
     Raises:
-        UsageError: unknown, not loadable, or twice the same.
+        UsageError: none, unknown, not loadable, or twice the same.
     """
+    if not specs:
+        raise UsageError("selectors must name at least one, got none")
     chosen: dict[str, TokenSelector] = {}
     for spec in specs:
-        folder = find_folder(spec) if "/" in spec or Path(spec).is_dir() else None
-        label = folder.resolve().name if folder else spec
+        label, source = _label(spec)
         if label in chosen:
             raise UsageError(f"selectors must be different, {label!r} is there twice")
         try:
-            chosen[label] = load_selector(str(folder) if folder else spec).to(device).eval()
+            chosen[label] = load_selector(source, allow=allow).to(device).eval()
         except (ValueError, TypeError, FileNotFoundError) as error:
             raise UsageError(f"selectors: {_one_line(error)}") from error
     return chosen
 
 
-def parse_budgets(keeps: Sequence[str | int | float], scope: str, newlines: str) -> list[Budget]:
+def _label(spec: str | Mapping[str, Any]) -> tuple[str, str | Mapping[str, Any]]:
+    """What the table calls a selector, and what it is loaded from."""
+    if isinstance(spec, Mapping):
+        arguments = ",".join(f"{k}={v}" for k, v in (spec.get("init_args") or {}).items())
+        name = str(spec.get("class_path", "")).rpartition(".")[2]
+        return f"{name}:{arguments}" if arguments else name, spec
+    spec = str(spec)
+    folder = find_folder(spec) if "/" in spec or Path(spec).is_dir() else None
+    return (folder.resolve().name, str(folder)) if folder else (spec, spec)
+
+
+def parse_budgets(keeps: Sequence[Any], scope: str, newlines: str) -> list[Budget]:
     """Budgets as written on a command line or in YAML.
 
     Raises:
         UsageError: out of range, or twice the same.
     """
+    for name, value, known in (("scope", scope, get_args(Scope)), ("newlines", newlines, get_args(Newlines))):
+        if value not in known:
+            raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not keeps:
+        raise UsageError("keep must hold at least one budget, got none")
     try:
         budgets = [Budget.parse(keep, scope, newlines) for keep in keeps]  # type: ignore[arg-type]
     except (ValueError, OverflowError) as error:

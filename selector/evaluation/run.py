@@ -77,7 +77,7 @@ def compare(
         baseline: label of the selector that the others are compared with in pairs.
         fresh: forget what `out` already holds of this comparison.
 
-    Yields:
+    Returns:
         A step a record; the iteration drives the run, and stopping it loses nothing.
     """
     for task in tasks:
@@ -108,13 +108,17 @@ def compare(
     records.write_json(out / records.RUN, plan)
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
     bench = _Bench(model, processor, needs, answers, max_new_tokens)
-    for task in tasks:
-        total = min(n for n in (samples, task.size) if n is not None)
-        for index, sample in enumerate(task.samples(total, seed)):
-            yield from _sample_steps(bench, task.name, index, total, sample, rows, files[task.name])
-        if task.unreadable:
-            plan["unreadable"][task.name] = task.unreadable
-            records.write_json(out / records.RUN, plan)
+
+    def steps() -> Iterator[Step]:
+        for task in tasks:
+            total = min(n for n in (samples, task.size) if n is not None)
+            for index, sample in enumerate(task.samples(total, seed)):
+                yield from _sample_steps(bench, task.name, index, total, sample, rows, files[task.name])
+            if task.unreadable:
+                plan["unreadable"][task.name] = task.unreadable
+                records.write_json(out / records.RUN, plan)
+
+    return steps()
 
 
 def _sample_steps(

@@ -78,14 +78,15 @@ def measure(
             raise ValueError("the image gave no visual tokens")
         whole = prune_inputs(model, inputs, None, encoded=encoded)
         pruned = [prune_inputs(model, inputs, s, budget, encoded=encoded) for s in selectors.values()]
-    matrix = encoded.tokens.by_image(encoded.tokens.features.float())[0]
+    tokens = encoded.tokens
+    matrix = tokens.by_image(tokens.features.float())[0]
     return Bench(
         encode=timed("vision tower and projector", lambda: encode(model, inputs, needs)),
         prefill=timed("prefill, every token", lambda: prefill(whole.inputs), sum(whole.measured)),
         svd=timed("full SVD of the features", lambda: torch.linalg.svd(matrix, full_matrices=False)),
         pruned_prefill=timed(f"prefill, keep={budget}", lambda: prefill(pruned[0].inputs), sum(pruned[0].measured)),
         selectors=tuple(
-            timed(name, lambda s=selector: s(encoded.tokens, budget), sum(cut.measured))
+            timed(name, lambda s=selector: s(tokens, budget), sum(cut.measured))
             for (name, selector), cut in zip(selectors.items(), pruned, strict=True)
         ),
     )

@@ -24,7 +24,7 @@ def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[f
 
 
 def paired_bootstrap(
-    ours: Sequence[float], theirs: Sequence[float], seed: int = 0, draws: int = 2000, level: float = 0.95
+    ours: Sequence[float | int], theirs: Sequence[float | int], seed: int = 0, draws: int = 2000, level: float = 0.95
 ) -> tuple[float, float, float]:
     """Mean of ``ours − theirs`` over the same samples, and the percentile interval of a paired bootstrap.
 
@@ -39,7 +39,7 @@ def paired_bootstrap(
     return float(difference.mean()), float(low), float(high)
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+def spearman(x: Sequence[float | int], y: Sequence[float | int]) -> float | None:
     """Rank correlation with mean ranks for ties; None where it is not defined (fewer than 3 points, or no spread)."""
     if len(x) != len(y):
         raise ValueError(f"need two equally long lists, got {len(x)} and {len(y)}")
@@ -48,15 +48,15 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 
-def median(values: Sequence[float]) -> float | None:
+def median(values: Sequence[float | int]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float | int]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray:
+def _ranks(values: Sequence[float | int]) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
     last = counts.cumsum()

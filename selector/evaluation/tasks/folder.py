@@ -80,7 +80,7 @@ def _sample(row: dict[str, Any], image: Image.Image, seed: int) -> Sample:
     return Sample(row["image"], image, None, None, _boxes([thing["box"] for thing in row.get("objects") or []]))
 
 
-def _boxes(boxes: list[list[float]]) -> tuple[Box, ...]:
+def _boxes(boxes: Any) -> tuple[Box, ...]:
     return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
 
 

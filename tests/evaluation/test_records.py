@@ -1,0 +1,89 @@
+"""Records survive kills, keys change with what matters, fingerprints with weights."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from selector.evaluation import records
+from selector.evaluation.errors import UsageError
+from selector.registry import load_selector
+
+
+def test_round_trip(tmp_path):
+    file = records.Records(tmp_path, {"a": 1})
+    file.append({"id": "x", "answer": "é\n"})
+    file.append({"id": "y"})
+    again = records.Records(tmp_path, {"a": 1})
+    assert again.done == {"x": {"id": "x", "answer": "é\n"}, "y": {"id": "y"}}
+    assert json.loads((file.folder / "settings.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9])
+def test_a_line_cut_short_is_dropped_and_redone(tmp_path, cut):
+    file = records.Records(tmp_path, {})
+    file.append({"id": "x"})
+    file.append({"id": "yy"})
+    data = file.path.read_bytes()
+    file.path.write_bytes(data[:-cut])
+    assert [r["id"] for r in records.read_records(file.path)] == ["x"]
+    again = records.Records(tmp_path, {})
+    assert list(again.done) == ["x"]
+    again.append({"id": "yy"})
+    assert file.path.read_bytes() == data
+
+
+def test_a_broken_line_inside_is_an_error(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"id": 1}\n{"id": \n{"id": 3}\n')
+    with pytest.raises(UsageError, match="line 2 is not JSON"):
+        records.read_records(path)
+
+
+def test_nan_is_never_written(tmp_path):
+    file = records.Records(tmp_path, {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        file.append({"id": "x", "value": math.nan})
+    assert records.read_records(file.path) == []
+
+
+def test_keys():
+    assert records.key_of({"a": 1, "b": 2}) == records.key_of({"b": 2, "a": 1})
+    assert len({records.key_of({"keep": keep}) for keep in (1, 1.0, "1", 2)}) == 4
+
+
+def test_fingerprint_sees_every_value_of_a_small_module():
+    module = nn.Linear(40, 30)
+    before = records.fingerprint(module)
+    assert records.fingerprint(module) == before
+    with torch.no_grad():
+        module.weight[17, 23] += 1e-3
+    assert records.fingerprint(module) != before
+
+
+def test_fingerprint_of_a_large_module_is_sampled(monkeypatch):
+    monkeypatch.setattr(records, "WHOLE", 16)
+    module = nn.Linear(300, 200).to(torch.bfloat16)
+    before = records.fingerprint(module)
+    with torch.no_grad():
+        module.weight += 1
+    assert records.fingerprint(module) != before
+
+
+def test_identity_is_the_same_under_any_name_and_differs_by_argument(tmp_path):
+    plain, spelled = load_selector("random"), load_selector("random:seed=0")
+    assert records.identity(plain) == records.identity(spelled)
+    assert records.identity(plain) != records.identity(load_selector("random:seed=1"))
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "results.json"
+    records.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.write_json(path, {"a": math.inf})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]

@@ -1,0 +1,151 @@
+"""The table is a pure function of the records; its figures are computed here a second time, by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from selector.evaluation import records
+from selector.evaluation.errors import UsageError
+from selector.evaluation.report import columns, footnotes, markdown, rich_tables, summarize, write_report
+
+RIGHT = {"full": "1111", "blind": "0000", "ours": "1101", "theirs": "0110"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Four questions: full right on all, ours on three, theirs on two."""
+    rows = [("full", None), ("blind", None), ("ours", "16"), ("theirs", "16")]
+    plan = []
+    for label, keep in rows:
+        file = records.Records(tmp_path, {"label": label})
+        plan.append({"task": "toy", "label": label, "keep": keep, "key": file.key})
+        for i, hit in enumerate(RIGHT[label]):
+            right = hit == "1"
+            record = {
+                "id": f"s{i}",
+                "index": i,
+                "tokens": {"full": 40, "blind": 0}.get(label, 16),
+                "full_tokens": 40,
+                "saturated": False,
+                "answer": "red" if right else "blue",
+                "agrees": right,
+                "correct": right,
+                "full_correct": True,
+                "flip": "same" if right else "right_to_wrong",
+                "nll_shift": 0.0 if right else 2.0,
+                "prefill_ms": float(10 + i),
+            }
+            if keep:
+                record |= {"evidence": i / 4, "base_evidence": 0.5, "ipr_shift": 0.1, "selection_ms": 1.0 + i}
+            file.append(record)
+    settings = {
+        "model": "m",
+        "samples": 4,
+        "seed": 0,
+        "answers": True,
+        "baseline": "theirs",
+        "unreadable": {},
+        "rows": plan,
+    }
+    records.write_json(tmp_path / "run.json", settings)
+    return tmp_path
+
+
+def row(summary, label):
+    return next(r for r in summary["rows"] if r["selector"] == label)
+
+
+def test_figures(run):
+    ours = row(summarize(run), "ours")
+    assert (ours["samples"], ours["tokens"], ours["full_tokens"]) == (4, 16, 40)
+    assert ours["accuracy"] == ours["agreement"] == 0.75
+    assert ours["accuracy_interval"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
+    assert ours["flips"] == {"right_to_wrong": 1, "wrong_to_right": 0, "wrong_to_wrong": 0, "right_to_right": 0}
+    assert (ours["nll_shift"], ours["evidence"], ours["base_evidence"]) == (0.5, 0.375, 0.5)
+    assert (ours["selection_ms"], ours["prefill_ms"]) == (2.5, 11.5)
+
+
+def test_difference_is_paired_and_only_at_the_same_budget(run):
+    summary = summarize(run)
+    versus = row(summary, "ours")["versus_baseline"]
+    assert (versus["difference"], versus["pairs"]) == (0.25, 4)
+    assert versus["interval"][0] < 0.25 < versus["interval"][1]
+    assert all(row(summary, label)["versus_baseline"] is None for label in ("full", "blind", "theirs"))
+
+
+def test_only_shared_samples_are_paired(run):
+    theirs = next(p for p in run.glob("*/settings.json") if json.loads(p.read_text())["label"] == "theirs")
+    path = theirs.with_name("predictions.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:3]))  # s1 and s2 are left
+    versus = row(summarize(run), "ours")["versus_baseline"]
+    assert (versus["difference"], versus["pairs"]) == (-0.5, 2)
+
+
+def test_a_smaller_sample_limit_uses_only_those(run):
+    settings = json.loads((run / "run.json").read_text())
+    records.write_json(run / "run.json", settings | {"samples": 2})
+    assert row(summarize(run), "ours")["samples"] == 2
+    assert row(summarize(run), "ours")["accuracy"] == 1.0
+
+
+def test_pure_function_of_the_files(run):
+    first = write_report(run)
+    files = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    assert write_report(run) == first
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == files
+    assert json.loads((run / "results.json").read_text()) == first
+
+
+def test_markdown(run):
+    text = markdown(summarize(run))
+    assert "| 16 | theirs | 4 | 16 (40%) | 50 [15, 85] |" in text
+    assert "| **16** | **ours** |" in text  # the best at its budget
+    assert "vs theirs" in text
+
+
+def test_rich_table_holds_every_row(run):
+    (table,) = rich_tables(summarize(run))
+    assert table.row_count == 4
+    assert len(table.columns) == len(columns(summarize(run)))
+
+
+def test_columns_without_figures_are_left_out(run):
+    for path in run.glob("*/predictions.jsonl"):
+        kept = [
+            {
+                k: v
+                for k, v in record.items()
+                if k in ("id", "index", "tokens", "full_tokens", "evidence", "base_evidence")
+            }
+            for record in records.read_records(path)
+        ]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    names = [name for name, _ in columns(summarize(run))]
+    assert names == ["keep", "selector", "n", "tokens", "evidence % (base)"]
+    assert "**ours**" in markdown(summarize(run))  # without answers, evidence says which is best
+
+
+def test_an_unfinished_run_has_a_table(run):
+    for path in run.glob("*/predictions.jsonl"):
+        path.unlink()
+    summary = summarize(run)
+    assert {r["samples"] for r in summary["rows"]} == {0}
+    markdown(summary)
+    rich_tables(summary)
+
+
+def test_footnotes_name_what_is_unusual(run):
+    settings = json.loads((run / "run.json").read_text())
+    records.write_json(run / "run.json", settings | {"unreadable": {"folder:x": ["x/bad.png"]}})
+    path = next(run.glob("*/predictions.jsonl"))
+    path.write_text(path.read_text().replace('"saturated": false', '"saturated": true'))
+    text = footnotes(summarize(run), run)
+    assert "4 records are saturated" in text
+    assert "folder:x: 1 images cannot be read and are left out: x/bad.png" in text
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(UsageError, match=r"run\.json does not exist"):
+        summarize(tmp_path)

@@ -1,0 +1,319 @@
+"""The comparison end to end on a tiny random model: what is measured, what is stored, what a re-run does."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+import torch
+
+from selector import Budget, Norm, Random, SVDPrune, select_tokens
+from selector.evaluation import records
+from selector.evaluation.answering import answer, forced_nll, prepare, without_image
+from selector.evaluation.errors import UsageError
+from selector.evaluation.run import compare
+from selector.evaluation.tasks import Task
+from selector.evaluation.tasks.sample import Sample
+from selector.plug import prune_inputs
+
+SIZES = [(64, 64), (30, 70), (70, 30), (90, 40)]
+TOKENS = 3  # of an answer
+
+
+@pytest.fixture
+def task(make_image):
+    questions = ["what is shown?", "how many?", None, "what is shown?"]
+
+    def samples(count, seed):
+        for i, ((h, w), question) in enumerate(zip(SIZES, questions, strict=True)):
+            if i < count:
+                yield Sample(
+                    f"s{i}", make_image(h, w, i + seed), question, "red" if question else None, ((1.0, 1.0, 9.0, 9.0),)
+                )
+
+    return Task("toy", samples, len(SIZES), "toy-1")
+
+
+@pytest.fixture
+def run(tiny_model, task, tmp_path):
+    """``run(**changes)`` -> the steps of a comparison in `tmp_path`."""
+    model, processor = tiny_model()
+
+    def call(selectors=None, keeps=("0.5", "9"), tasks=None, **changes):
+        options = {"max_new_tokens": TOKENS, "baseline": "random", "model_name": "toy-model"} | changes
+        return list(
+            compare(
+                options.pop("model", model),
+                processor,
+                selectors or {"random": Random(), "svd": SVDPrune(energy=0.5)},
+                [Budget.parse(keep) for keep in keeps],
+                tasks or [task],
+                tmp_path,
+                **options,
+            )
+        )
+
+    call.folder, call.model, call.processor = tmp_path, model, processor
+    return call
+
+
+def found(steps):
+    """{(label, keep, sample id): record}"""
+    return {(s.row.label, str(s.row.budget), s.record["id"]): s.record for s in steps if s.record}
+
+
+def test_every_row_and_sample_once(run):
+    steps = run()
+    assert len(steps) == len(found(steps)) == 4 * (2 + 2 * 2)
+    assert all((s.total, s.task) == (4, "toy") for s in steps)
+
+
+def test_counts_are_those_that_reach_the_language_model(run, task):
+    results = found(run())
+    for sample in task.samples(4, 0):
+        inputs = prepare(run.processor, sample.image, sample.question, run.model.device)
+        whole = int((inputs["input_ids"] == run.model.config.image_token_id).sum())
+        row = {key[:2]: record for key, record in results.items() if key[2] == sample.id}
+        assert row["full", "None"]["tokens"] == whole
+        assert row["blind", "None"]["tokens"] == 0
+        assert row["svd", "0.5"]["tokens"] == int(whole / 2 + 0.5)
+        assert row["random", "9"]["tokens"] == 9
+        assert {record["full_tokens"] for record in row.values()} == {whole}
+
+
+def test_answers_are_those_of_the_plain_model_and_of_the_context_manager(run, task):
+    """Two other ways to the same words: generate untouched, and generate inside select_tokens."""
+    results = found(run())
+    for sample in task.samples(4, 0):
+        if sample.question is None:
+            continue
+        inputs = prepare(run.processor, sample.image, sample.question, run.model.device)
+
+        def words(**kwargs):
+            ids = run.model.generate(**kwargs, max_new_tokens=TOKENS, do_sample=False)
+            return run.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)  # noqa: B023
+
+        assert results["full", "None", sample.id]["answer"] == words(**inputs).strip()
+        with select_tokens(run.model, SVDPrune(energy=0.5), keep=9):
+            assert results["svd", "9", sample.id]["answer"] == words(**inputs).strip()
+
+
+def test_the_full_row_is_in_full_agreement_with_itself(run):
+    for (label, _, _), record in found(run()).items():
+        if label == "full":
+            assert record["ipr_shift"] == 0
+            assert not record["saturated"]
+            if "answer" in record:
+                assert (record["agrees"], record["flip"], record["nll_shift"], record["first_token_kl"]) == (
+                    True,
+                    "same",
+                    0,
+                    0,
+                )
+
+
+def test_a_budget_above_the_image_keeps_all_and_says_so(run):
+    results = found(run(keeps=("100000",)))
+    for (label, _, sample), record in results.items():
+        if label in ("svd", "random"):
+            full = results["full", "None", sample]
+            assert record["saturated"]
+            assert record["tokens"] == full["tokens"]
+            assert record.get("answer") == full.get("answer")
+            assert record["ipr_shift"] == 0
+            assert record["evidence"] == full["evidence"]
+
+
+def test_blind_never_sees_the_image(run):
+    results = found(run())
+    same_question = [results["blind", "None", name]["answer"] for name in ("s0", "s3")]
+    assert same_question[0] == same_question[1]
+    assert results["full", "None", "s0"]["answer"] != results["full", "None", "s3"]["answer"]
+
+
+def test_a_sample_without_a_question_has_tokens_and_evidence_only(run):
+    results = found(run())
+    record = results["svd", "0.5", "s2"]
+    assert "answer" not in record
+    assert 0 <= record["evidence"] <= 1
+    assert record["tokens"] > 0
+
+
+def test_an_image_is_encoded_once_and_the_full_model_answers_once(run, monkeypatch):
+    calls = {"encode": 0, "generate": 0}
+    encode, generate = run.model.base_model.get_image_features, type(run.model).generate
+
+    def counted_encode(*args, **kwargs):
+        calls["encode"] += 1
+        return encode(*args, **kwargs)
+
+    def counted_generate(*args, **kwargs):
+        calls["generate"] += 1
+        return generate(*args, **kwargs)
+
+    counted_encode.__signature__ = inspect.signature(encode)
+    monkeypatch.setattr(run.model.base_model, "get_image_features", counted_encode)
+    monkeypatch.setattr(type(run.model), "generate", counted_generate)
+    run()
+    assert calls == {"encode": 4, "generate": 3 * (2 + 2 * 2)}
+
+
+def test_a_rerun_touches_no_model(run, monkeypatch):
+    first = found(run())
+    before = {p: p.read_bytes() for p in run.folder.rglob("*.jsonl")}
+    forbid(monkeypatch, run.model)
+    steps = run()
+    assert all(s.record is None for s in steps)
+    assert len(steps) == len(first)
+    assert {p: p.read_bytes() for p in run.folder.rglob("*.jsonl")} == before
+
+
+def forbid(monkeypatch, model):
+    def never(*args, **kwargs):
+        raise AssertionError("the model was called")
+
+    monkeypatch.setattr(type(model), "generate", never)
+    monkeypatch.setattr(model.base_model, "get_image_features", never)
+
+
+def test_more_samples_continue_where_fewer_ended(run):
+    run(samples=2)
+    steps = run(samples=4)
+    assert [s.record is None for s in steps] == [s.index < 2 for s in steps]
+
+
+def test_a_killed_run_loses_one_sample(run):
+    first = found(run())
+    path = sorted(run.folder.rglob("predictions.jsonl"))[0]
+    whole = records.read_records(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    redone = [s for s in run() if s.record]
+    assert [s.record["id"] for s in redone] == ["s3"]
+    times = {"encode_ms", "selection_ms", "prefill_ms"}
+    strip = [{k: v for k, v in r.items() if k not in times} for r in (whole[-1], redone[0].record)]
+    assert strip[0] == strip[1]
+    assert len(records.read_records(path)) == len(whole) == 4
+    assert len(first) == 24
+
+
+def test_fresh_starts_over(run):
+    run()
+    assert all(s.record for s in run(fresh=True))
+    assert all(len(records.read_records(p)) == 4 for p in run.folder.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"max_new_tokens": TOKENS + 1},
+        {"answers": False},
+        {"selectors": {"random": Random(seed=1)}},
+        {"selectors": {"random": Norm()}},
+    ],
+)
+def test_a_changed_setting_meets_no_old_record(run, change):
+    run(selectors={"random": Random()})
+    steps = run(**({"selectors": {"random": Random()}} | change))
+    assert all(s.record for s in steps if s.row.selector)
+
+
+def test_a_changed_selector_or_model_meets_no_old_record(run, tiny_model):
+    class Weighted(Random):
+        def __init__(self, seed: int = 0):
+            super().__init__(seed)
+            self.weight = torch.nn.Parameter(torch.ones(3))
+
+    selector = Weighted()
+    run(selectors={"w": selector})
+    with torch.no_grad():
+        selector.weight[1] += 1e-6
+    changed = run(selectors={"w": selector})
+    assert [s.record is not None for s in changed] == [s.row.selector is not None for s in changed]
+    other = tiny_model(text="mistral")[0]
+    assert all(s.record for s in run(selectors={"w": selector}, model=other))
+
+
+def test_scope_and_newlines_are_part_of_the_key(run, tiny_model, task):
+    model, processor = tiny_model()
+    for newlines, scope in itertools.product(("kept_rows", "none"), ("image", "tile")):
+        budget = Budget(9, scope=scope, newlines=newlines)
+        steps = list(
+            compare(model, processor, {"svd": SVDPrune(rank=2)}, [budget], [task], run.folder, max_new_tokens=2)
+        )
+        assert all(s.record for s in steps if s.row.selector)
+
+
+def test_without_answers_nothing_is_generated(run, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("generate was called")
+
+    monkeypatch.setattr(type(run.model), "generate", never)
+    results = found(run(answers=False))
+    assert len(results) == 4 * (1 + 2 * 2)
+    assert all("answer" not in record and "evidence" in record for record in results.values())
+
+
+def test_an_exception_goes_up_and_nothing_is_scored(run, monkeypatch):
+    generate, calls = type(run.model).generate, []
+
+    def fails_at_the_third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return generate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run.model), "generate", fails_at_the_third)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run()
+    stored = [r for p in run.folder.rglob("*.jsonl") for r in records.read_records(p)]
+    assert len(stored) == 2  # full and blind of the first sample
+    assert all("answer" in r for r in stored)
+    assert len(found(run())) == 24 - 2
+
+
+def test_a_budget_that_cannot_be_met_is_named(run):
+    with pytest.raises(UsageError, match=r"svd at keep=0\.999 on sample 's0'.*removes nothing"):
+        run(selectors={"svd": SVDPrune()}, keeps=("0.999",))
+
+
+def test_all_of_an_endless_task_is_refused(run, task):
+    endless = Task("endless", task.samples, None, "x")
+    with pytest.raises(UsageError, match="no end, got 'all'"):
+        run(tasks=[endless], samples=None)
+
+
+def test_a_prompt_of_text_alone_passes_through(run):
+    class Text(Sample):
+        def __init__(self):
+            self.__dict__ |= {"id": "text", "image": None, "question": "what is shown?", "answer": "red", "boxes": ()}
+
+    results = found(run(tasks=[Task("text", lambda count, seed: iter([Text()]), 1, "text-1")]))
+    answers = {record["answer"] for record in results.values()}
+    assert len(answers) == 1
+    assert all((r["tokens"], r["full_tokens"], r["agrees"]) == (0, 0, True) for r in results.values())
+
+
+def test_teacher_forcing_repeats_what_generation_computed(tiny_model, make_image):
+    """One forward pass over the answer gives the logits that token-by-token decoding chose from."""
+    model, processor = tiny_model()
+    inputs = prepare(processor, make_image(64, 64), "how many?", model.device)
+    pruned = prune_inputs(model, inputs, SVDPrune(rank=2), Budget(9))
+    said = answer(model, processor, pruned.inputs, 8)
+    assert len(said.ids) == len(said.logits) == 8
+    assert torch.equal(said.logits.argmax(-1), said.ids)
+    assert forced_nll(model, pruned.inputs, said.ids) == pytest.approx(said.nll, abs=1e-5)
+    assert answer(model, processor, pruned.inputs, 8).text == said.text  # the inputs can be used again
+    assert said.prefill_seconds > 0
+
+
+def test_the_blind_prompt_is_the_text_alone(tiny_model, make_image):
+    model, processor = tiny_model()
+    inputs = prepare(processor, make_image(64, 64), "how many?", model.device)
+    blind = without_image(inputs, model.config.image_token_id)
+    text = processor.tokenizer.decode(blind["input_ids"][0])
+    assert text == "USER: \nhow many? ASSISTANT:"
+    assert set(blind) == {"input_ids", "attention_mask"}
+    assert blind["attention_mask"].all()

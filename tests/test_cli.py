@@ -1,0 +1,303 @@
+"""The command line: help, every command on a tiny random model, settings, and every mistake as one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from selector import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--selectors", "svd-prune:rank=2", "random", "--keep", "0.5", "9", "--samples", "2", "--max-new-tokens", "2"]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def model(tiny_model, saved):
+    """Folder of a tiny random LLaVA-NeXT."""
+    folder = saved / "tiny"
+    if not folder.is_dir():
+        built, processor = tiny_model()
+        built.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """``call("compare", ...)`` in an empty folder -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_help_imports_no_torch():
+    """What makes it answer at once; the time itself is the machine's business."""
+    code = "import sys; from selector.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'rich', 'yaml'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for word in ("compare", "show", "bench", "list", "report", "examples:"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", ["compare", "show", "bench", "list", "report"])
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_tiny_yaml_equals_the_defaults():
+    assert yaml.safe_load((ROOT / "configs/compare/tiny.yaml").read_text()) == cli.DEFAULTS["compare"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_is_valid(path):
+    from selector.evaluation import loading
+    from selector.evaluation.tasks import load_task
+
+    settings = cli._settings("compare", {"config": str(path)})
+    loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
+    assert all(load_task(task).fingerprint for task in settings["tasks"])
+    names = [s for s in settings["selectors"] if "/" not in s]
+    assert len(loading.load_selectors(names, loading.find_device("cpu"))) == len(names)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("samples: 7\nkeep: [3]\n")
+    parsed = vars(cli._parser().parse_args(["compare", "--config", str(tmp_path / "c.yaml"), "--keep", "0.5"]))
+    parsed.pop("command")
+    settings = cli._settings("compare", parsed)
+    assert (settings["samples"], settings["keep"], settings["seed"]) == (7, ["0.5"], 0)
+    assert settings["given"] == ["keep", "samples"]
+
+
+def test_compare_then_report(call, model):
+    code, out, _ = call("compare", "--model", model, *SMALL, "--out", "runs/a", "--tasks", "documents", "scenes")
+    assert code == 0
+    for word in ("documents", "scenes", "full", "blind", "svd-prune:rank=2", "vs random", "prefill ms"):
+        assert word in out
+    results = json.loads(Path("runs/a/results.json").read_text())
+    assert len(results["rows"]) == 2 * (2 + 2 * 2)
+    assert {row["samples"] for row in results["rows"]} == {2}
+    again = call("report", "runs/a")
+    assert (again[0], again[1]) == (0, out)
+    assert "| 9 | " in Path("runs/a/table.md").read_text().replace("**", "")
+    repeated = call("compare", "--model", model, *SMALL, "--out", "runs/a", "--tasks", "documents", "scenes")
+    assert repeated[1] == out  # nothing was measured anew: even the times are the same
+
+
+def test_compare_with_a_file_and_a_class_in_it(call, model):
+    selectors = ["random", {"class_path": "selector.methods.norm.Norm", "init_args": {"largest": False}}]
+    settings = {
+        "model": model,
+        "selectors": selectors,
+        "keep": [9],
+        "samples": 1,
+        "tasks": ["scenes"],
+        "answers": False,
+    }
+    Path("c.yaml").write_text(yaml.safe_dump(settings))
+    code, out, _ = call("compare", "--config", "c.yaml")
+    assert code == 0
+    assert "Norm:largest=False" in out
+    assert Path("runs/compare/results.json").is_file()
+
+
+def test_compare_a_folder(call, model, tmp_path):
+    folder(tmp_path / "data", ["a.png", "b.png"])
+    code, out, _ = call(
+        "compare", "--model", model, *SMALL, "--tasks", "folder:data", "--no-answers", "--samples", "all"
+    )
+    assert code == 0
+    assert "evidence" in out
+    assert "blind" not in out
+    assert {row["samples"] for row in json.loads(Path("runs/compare/results.json").read_text())["rows"]} == {2}
+
+
+def folder(path, names, broken=()):
+    path.mkdir()
+    rows = []
+    for i, name in enumerate(names):
+        Image.new("RGB", (60 + i, 50), (i, 200, 90)).save(path / name)
+        if name in broken:
+            (path / name).write_bytes(b"not an image")
+        rows.append({"image": name, "qa": [{"q": "what?", "a": "red", "boxes": [[5, 5, 20, 20]]}]})
+    (path / "annotations.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def test_unreadable_images(call, model, tmp_path):
+    folder(tmp_path / "data", ["a.png", "b.png", "c.png"], broken=["b.png"])
+    arguments = ["compare", "--model", model, *SMALL, "--tasks", "folder:data", "--no-answers", "--samples", "all"]
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "b.png cannot be read" in err
+    code, out, err = call(*arguments, "--skip-unreadable")
+    assert code == 0
+    assert "1 images cannot be read and are left out" in err
+    assert "b.png" in out
+
+
+def test_interrupted_prints_what_is_done(call, model, monkeypatch):
+    from selector.evaluation import run
+
+    kept, calls = run.answer, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 9:  # within the second sample
+            raise KeyboardInterrupt
+        return kept(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "answer", interrupt)
+        code, out, err = call("compare", "--model", model, *SMALL, "--tasks", "scenes")
+    assert code == 130
+    assert "the same command goes on from here" in err
+    assert "svd-prune:rank=2" in out
+    counts = [row["samples"] for row in json.loads(Path("runs/compare/results.json").read_text())["rows"]]
+    assert counts == [2, 2, 1, 1, 1, 1]
+    assert call("compare", "--model", model, *SMALL, "--tasks", "scenes")[0] == 0
+
+
+def test_show(call, model, make_image):
+    make_image(70, 120).save("a.png")
+    make_image(50, 50).save("b.jpg")
+    options = ["--model", model, "--selectors", "svd-prune:rank=2", "random", "--keep", "0.25", "9"]
+    code, out, _ = call("show", "a.png", "b.jpg", *options, "--out", "deep/p.png")
+    assert code == 0
+    assert "4 rows of 3 panels" in out
+    with Image.open("deep/p.png") as picture:
+        assert picture.width == 3 * 368
+    code, _, _ = call("show", *options, "--question", "what?", "--max-new-tokens", "2")
+    assert code == 0
+    assert Path("selector.png").is_file()
+
+
+def test_bench(call, model):
+    code, out, _ = call("bench", "--model", model, "--selectors", "random", "--keep", "9", "--repeats", "2")
+    assert code == 0
+    for word in ("full SVD", "prefill", "random", "of the full prefill"):
+        assert word in out
+
+
+def test_list(call):
+    code, out, _ = call("list")
+    assert code == 0
+    for word in ("gumbel", "svd-prune", "lofi", "random", "arXiv 2604.11530", "projected"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--selectors", "svd-prone"], "unknown selector 'svd-prone'.*did you mean.*svd-prune"),
+        (["--selectors", "checkpoints/none"], "no selector checkpoint at 'checkpoints/none'"),
+        (["--selectors", "gumbel"], "'gumbel' is learned: name a checkpoint folder"),
+        (["--selectors", "random:sede=3"], "sede"),
+        (["--selectors", "random", "random"], "must be different, 'random' is there twice"),
+        (["--keep", "0"], "keep must be .* got 0"),
+        (["--keep", "-3"], "keep must be .* got -3"),
+        (["--keep", "nan"], "keep must be .* got nan"),
+        (["--keep", "1.5"], "keep must be .* got 1.5"),
+        (["--keep", "many"], "keep must be .* got 'many'"),
+        (["--keep", "energy:2"], "keep must be .* got 'energy:2'"),
+        (["--keep", "0.5", "0.50"], "0.5 is there twice"),
+        (["--scope", "page"], "scope must be one of .*got 'page'"),
+        (["--newlines", "some"], "newlines must be one of .*got 'some'"),
+        (["--samples", "0"], "samples must be an int >= 1 or all, got '0'"),
+        (["--samples", "few"], "samples must be an int >= 1 or all, got 'few'"),
+        (["--samples", "all"], "samples must be a number for the task 'documents'"),
+        (["--tasks", "paintings"], "unknown task 'paintings'"),
+        (["--tasks", "scenes", "scenes"], "tasks must name at least one, each once"),
+        (["--tasks", "folder:nowhere"], "PATH must be a folder .* got 'nowhere'"),
+        (["--tasks", "folder:."], r"annotations\.jsonl is missing"),
+        (["--model", "checkpoints/nothing"], "model must be a folder .* there is no 'checkpoints/nothing'"),
+        (["--device", "abacus"], "device must be auto or one that torch has"),
+        (["--dtype", "float7"], "dtype must be one of .* got 'float7'"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be an int >= 1, got 0"),
+        (["--threads", "0"], "threads must be an int >= 1, got 0"),
+        (["--baseline", "nobody"], "baseline must be one of the selectors .*got 'nobody'"),
+        (["--config", "none.yaml"], "config must be a YAML file, there is no 'none.yaml'"),
+    ],
+)
+def test_mistakes_are_one_line(call, model, arguments, message):
+    code, out, err = call("compare", "--model", model, *SMALL, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("selector compare: error: ")
+    assert re.search(message, err), err
+    assert not list(Path().rglob("predictions.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("kepe: [1]", "unknown setting 'kepe'; did you mean keep"),
+        ("keep: 1", "keep must be a list, got 1"),
+        ("samples: [1]", "samples must be one value"),
+        ("- 1", "must hold names and values, got list"),
+        ("a: [", "is not YAML"),
+        ("samples: true", "samples must be an int >= 1 or all, got True"),
+        ("seed: x", "seed must be an int, got 'x'"),
+        ("keep: [true]", "keep must be .* got True"),
+        ("selectors: []", "selectors must name at least one"),
+    ],
+)
+def test_mistakes_in_a_config(call, model, content, message):
+    Path("c.yaml").write_text(content)
+    code, _, err = call("compare", "--config", "c.yaml", "--model", model, "--tasks", "scenes")
+    assert code == 2
+    assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "nowhere"], "run must be a folder that `selector compare` wrote"),
+        (["show", "gone.png"], r"image gone\.png cannot be read"),
+        (["show", "--out", "picture.jpg"], "out must be the name of a PNG file"),
+        (["bench", "--image", "gone.png"], r"gone\.png cannot be read"),
+        (["bench", "--repeats", "0"], "repeats must be an int >= 1, got 0"),
+    ],
+)
+def test_mistakes_of_the_other_commands(call, arguments, message):
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert re.search(message, err), err
+
+
+def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
+    """Defaults are looked for in the current folder, then at the root of the repository that is installed."""
+    from selector.evaluation.loading import find_folder
+
+    assert find_folder("configs/compare") == ROOT / "configs/compare"
+    Path("configs/compare").mkdir(parents=True)
+    assert find_folder("configs/compare") == Path("configs/compare")
+    assert find_folder("checkpoints/none") is None
+
+
+def test_debug_shows_the_traceback(call):
+    from selector.evaluation.errors import UsageError
+
+    with pytest.raises(UsageError):
+        call("compare", "--keep", "0", "--debug")
