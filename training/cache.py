@@ -27,7 +27,9 @@ class FeatureCache(Dataset[Tensor]):
         self.rows = [encoder(tiles[index].to(device)).float().cpu() for index in range(count)]
         size = sum(row.numel() * row.element_size() for row in self.rows)
         hint = "; data.cache_features false encodes on the fly" if size > WARN_AT else ""
-        rank_zero_info(f"cached the features of {count} images: {sum(map(len, self.rows))} tiles, {size / 2**20:.0f} MiB{hint}")
+        rank_zero_info(
+            f"cached the features of {count} images: {sum(map(len, self.rows))} tiles, {size / 2**20:.0f} MiB{hint}"
+        )
 
     def __len__(self) -> int:
         return len(self.rows)

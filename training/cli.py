@@ -28,8 +28,8 @@ examples
   selector-train fit --config configs/train/tiny.yaml --data.images PHOTOS     your images
   selector-train fit --config configs/train/timm.yaml --model.encoder.init_args.name vit_base_patch16_clip_224.openai
   selector-train fit --config configs/train/tiny.yaml --trainer.fast_dev_run true
-  selector-train fit --config runs/selector/version_0/config.yaml --ckpt_path runs/selector/version_0/checkpoints/last.ckpt
-  selector-train export runs/selector/version_0/checkpoints/best.ckpt checkpoints/my-selector
+  selector-train fit --config runs/tiny/version_0/config.yaml --ckpt_path last
+  selector-train export runs/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector
 
 flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --trainer.precision bf16-mixed ...
   selector-train fit --help                            every argument
@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="selector-train export", description="Write a checkpoint as a selector folder.")
+    parser = argparse.ArgumentParser(
+        prog="selector-train export", description="Write a checkpoint as a selector folder."
+    )
     parser.add_argument("checkpoint", help="best.ckpt or last.ckpt of a run")
     parser.add_argument("folder", help="where to, such as checkpoints/my-selector")
     parser.add_argument("--command", help="how the run was started, for the card")
@@ -96,12 +98,15 @@ def run(arguments: list[str]) -> LightningCLI:
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             settings = self.config_init[self.subcommand]
+            if settings["trainer"].get("default_root_dir") is None:
+                kwargs["default_root_dir"] = settings["root"]
             if settings["trainer"].get("logger") in (None, True):
                 kwargs["logger"] = _loggers(settings["root"], settings["name"], settings["wandb"])
             return super().instantiate_trainer(**kwargs)
 
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")  # it is: see main
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen encoder
+    warnings.filterwarnings("ignore", ".*dirpath has changed from.*")  # a resumed run writes to a version of its own
     checkpoints = ModelCheckpoint(monitor="val/rec_learned", mode="min", filename="best", save_last=True)
     return SelectorCLI(
         SelectorModule,
@@ -122,7 +127,9 @@ def _loggers(root: str, name: str, wandb: str) -> list[Any]:
     if wandb != "off":
         from pytorch_lightning.loggers import WandbLogger
 
-        loggers.append(WandbLogger(name=name, save_dir=root, offline=wandb == "offline", project="visual-token-selector"))
+        loggers.append(
+            WandbLogger(name=name, save_dir=root, offline=wandb == "offline", project="visual-token-selector")
+        )
     return loggers
 
 

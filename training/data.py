@@ -111,7 +111,7 @@ class ImageModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None  # for the type checker
-        # One sampler for one process and for many: its order depends on seed and epoch alone, so a resumed run repeats it.
+        # One sampler for any number of processes; its order depends on seed and epoch alone: a resumed run repeats it.
         sampler = DistributedSampler(
             self._sets["train"], self.trainer.world_size, self.trainer.global_rank, shuffle=True, seed=self.seed
         )
@@ -165,7 +165,7 @@ class _File:
 
 
 class _Page:
-    """One generated page; validation pages come from another seed of the training stream, test pages from the test's."""
+    """One generated page; validation pages come from another seed, test pages from the test stream."""
 
     def __init__(self, kind: Generated, split: str, seed: int, index: int):
         self.kind, self.split, self.index = kind, split, index
@@ -203,7 +203,9 @@ def split_by_hash(paths: Sequence[Path], root: Path, val_share: float) -> tuple[
     """(training, validation) by a hash of the path below `root`; each side gets at least one image."""
     if len(paths) < 2:
         raise ValueError(f"data.images needs at least 2 images, one of them for validation, got {len(paths)} in {root}")
-    place = {path: int(hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()[:8], 16) for path in paths}
+    place = {
+        path: int(hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()[:8], 16) for path in paths
+    }
     ordered = sorted(paths, key=lambda path: place[path])
     held_out = {path for path in paths if place[path] < val_share * 2**32} or {ordered[0]}
     if len(held_out) == len(paths):

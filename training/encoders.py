@@ -119,7 +119,9 @@ class LlavaNextEncoder(VisionEncoder):
             )
         missing = [name for name in found["missing_keys"] if "vision_tower" in name]
         if missing:
-            raise ValueError(f"{path!r} lacks {len(missing)} weights of its vision tower, the first {sorted(missing)[0]}")
+            raise ValueError(
+                f"{path!r} lacks {len(missing)} weights of its vision tower, the first {sorted(missing)[0]}"
+            )
         self.path, self.backend = path, backend
         self.name = f"{Path(path).name} vision tower, layer {config.vision_feature_layer}"
         self.tower = model.model.vision_tower

@@ -3,9 +3,9 @@
 Paper: "When Less is Enough" (arXiv 2503.16660): keep what the other tokens cannot reconstruct. Its objective is here as
 ``objective="paper"``: straight-through Gumbel-Softmax masks, ``||F_rec - F||^2 + max(mean(M), p)``.
 
-The default, ``objective="sampled_budget"``, makes one ranking serve every budget: each step draws a budget and a mask of
-exactly that size, the reconstructor learns to rebuild the dropped tokens, and the score is regressed onto the logarithm
-of each dropped token's error.
+The default, ``objective="sampled_budget"``, makes one ranking serve every budget: each step draws a budget and a mask
+of exactly that size, the reconstructor learns to rebuild the dropped tokens, and the score is regressed onto the
+logarithm of each dropped token's error.
 
 Shapes: B tiles, N patches, D encoder width; masks are 1 where a token is kept.
 """
@@ -29,7 +29,7 @@ from selector.methods.svd_prune import SVDPrune
 from selector.tokens import VisualTokens
 from training.autoencoder import Reconstructor
 from training.encoders import VisionEncoder
-from training.losses import dropped_mean, drop_error_regression, paper_loss, token_error
+from training.losses import drop_error_regression, dropped_mean, paper_loss, token_error
 from training.schedules import gumbel_top_k, random_mask, rate_factor, sampled_keep, temperature
 
 Objective = Literal["sampled_budget", "paper"]

@@ -1,0 +1,274 @@
+"""The commands, end to end on a tiny random LLaVA-NeXT and generated pages: fit, resume, validate, export, errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from selector.base import TokenSelector
+from selector.budget import Budget
+from selector.tokens import VisualTokens
+from training.cli import main, run
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+
+@pytest.fixture
+def tower(tmp_path, tiny_model):
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "llava")
+    processor.save_pretrained(tmp_path / "llava")
+    return str(tmp_path / "llava")
+
+
+@pytest.fixture
+def fit(tmp_path, tower):
+    """``fit(*more)`` -> arguments of a small run on the tiny tower."""
+
+    def arguments(*more: str, command: str = "fit", name: str = "run") -> list[str]:
+        return [
+            command,
+            "--model.encoder=training.encoders.LlavaNextEncoder",
+            f"--model.encoder.path={tower}",
+            "--model.allow_worse_than_random=true",
+            "--data.generated_train=6",
+            "--data.generated_val=3",
+            "--data.batch_size=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_epochs=2",
+            "--trainer.log_every_n_steps=1",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            f"--root={tmp_path / 'runs'}",
+            f"--name={name}",
+            *more,
+        ]
+
+    return arguments
+
+
+def checkpoint(tmp_path: Path, which: str = "last", name: str = "run", version: int = 0) -> Path:
+    return tmp_path / "runs" / name / f"version_{version}" / "checkpoints" / f"{which}.ckpt"
+
+
+def test_fit_logs_compares_the_rankings_and_exports(tmp_path, fit, capsys):
+    assert main(fit("--data.cache_features=true")) == 0
+    folder = tmp_path / "runs" / "run" / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+    wanted = {f"val/rec_{ranker}_{share}" for ranker in ("learned", "random", "leverage") for share in (50, 25, 10)}
+    assert wanted | {"val/rec_learned", "val/cos_learned_25", "val/agreement_25", "val/keep_drawn"} <= logged
+    assert {"train/loss", "rec", "rank", "keep"} <= logged
+    assert list(folder.glob("events.out.tfevents.*"))
+    state = torch.load(checkpoint(tmp_path, "best"), weights_only=True)
+    assert not [name for name in state["state_dict"] if name.startswith("encoder.")]
+
+    out = tmp_path / "out"
+    assert main(["export", str(checkpoint(tmp_path, "best")), str(out), "--command", "selector-train fit ..."]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "training.yaml",
+    ]
+    selector = TokenSelector.from_pretrained(out)
+    for name, tensor in selector.state_dict().items():
+        torch.testing.assert_close(tensor, state["state_dict"][f"selector.{name}"], rtol=0, atol=0)
+    assert bool((selector.feature_std != 1).all())  # statistics came along
+    config = json.loads((out / "config.json").read_text())
+    assert config["init_args"]["dim"] == 32
+    seen = state["selector"]["validation"]
+    card = (out / "README.md").read_text()
+    assert f"{seen['rec_learned_25']:.3f}" in card
+    assert "selector-train fit ..." in card
+    assert yaml.safe_load((out / "training.yaml").read_text())["data"]["generated_train"] == 6
+    tokens = VisualTokens.from_features(torch.randn(2, 16, 32))
+    assert selector(tokens, Budget(5, newlines="none")).sum(1).tolist() == [5, 5]
+
+
+def test_a_checkpoint_with_a_missing_tensor_or_another_width_is_refused(tmp_path, fit):
+    assert main(fit("--trainer.max_epochs=1")) == 0
+    out = tmp_path / "out"
+    main(["export", str(checkpoint(tmp_path)), str(out)])
+    weights = load_file(out / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if name != "head.bias"}, out / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)does not fit GumbelSelector.*head\.bias"):
+        TokenSelector.from_pretrained(out)
+    save_file(weights, out / "model.safetensors")
+    with pytest.raises(ValueError, match="reads features of width 32, got width 40"):
+        TokenSelector.from_pretrained(out).score(VisualTokens.from_features(torch.randn(1, 16, 40)))
+    with pytest.raises(ValueError, match="reads 16 patches a tile, got 9"):
+        TokenSelector.from_pretrained(out).score(VisualTokens.from_features(torch.randn(1, 9, 32)))
+
+    state = torch.load(checkpoint(tmp_path), weights_only=True)
+    del state["state_dict"]["selector.head.bias"]
+    torch.save(state, tmp_path / "cut.ckpt")
+    from training.export import export
+
+    with pytest.raises(ValueError, match=r"(?s)does not fit a GumbelSelector.*head\.bias"):
+        export(tmp_path / "cut.ckpt", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("objective", ["sampled_budget", "paper"])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, fit, objective):
+    settings = [f"--model.objective={objective}", "--model.warmup_steps=2"]
+    whole = run(fit(*settings, name="whole")).model.state_dict()
+
+    from training.module import SelectorModule
+
+    def stop(self):
+        self.trainer.should_stop = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SelectorModule, "on_train_epoch_end", stop)
+        half = run(fit(*settings, name="half"))
+    assert half.trainer.global_step == 3
+    resumed = run(fit(*settings, f"--ckpt_path={checkpoint(tmp_path, name='half')}", name="resumed"))
+    assert resumed.trainer.global_step == 6
+    for name, tensor in resumed.model.state_dict().items():
+        if name.startswith(("selector.", "reconstructor.")):
+            torch.testing.assert_close(tensor, whole[name], rtol=0, atol=0, msg=name)
+
+
+def test_resuming_with_another_encoder_is_refused(tmp_path, fit, tiny_model, capsys):
+    assert main(fit("--trainer.max_epochs=1")) == 0
+    other = tiny_model()[0]
+    changed = tmp_path / "changed"
+    state = {name: tensor + 0.01 for name, tensor in other.state_dict().items()}
+    other.save_pretrained(changed, state_dict=state)
+    tiny_model()[1].save_pretrained(changed)
+    arguments = [part for part in fit() if "encoder.path" not in part]
+    assert main([*arguments, f"--model.encoder.path={changed}", f"--ckpt_path={checkpoint(tmp_path)}"]) == 1
+    assert "ckpt_path was trained on another encoder" in capsys.readouterr().err
+
+
+def test_fast_dev_run_validate_and_test(tmp_path, fit):
+    assert main(fit("--trainer.fast_dev_run=true")) == 0
+    assert not (tmp_path / "runs" / "run" / "version_0" / "checkpoints").exists()
+    assert main(fit("--trainer.max_epochs=1")) == 0
+    for command in ("validate", "test"):
+        ran = run([*(part for part in fit(command=command)), f"--ckpt_path={checkpoint(tmp_path, 'best')}"])
+        stage = "val" if command == "validate" else "test"
+        assert f"{stage}/rec_learned_25" in ran.trainer.callback_metrics
+
+
+def test_bfloat16(fit):
+    ran = run(fit("--trainer.precision=bf16-mixed", "--trainer.max_epochs=1"))
+    assert ran.trainer.global_step == 3
+    assert ran.model.selector.head.weight.dtype == torch.float32
+    assert bool(ran.trainer.callback_metrics["train/loss"].isfinite())
+
+
+def test_two_processes_share_the_work_and_agree(tmp_path, fit):
+    """Simulated DDP over gloo, forked: two processes, one step each on different images, equal weights afterwards."""
+    ran = run(
+        fit(
+            "--trainer.strategy=ddp_fork",
+            "--trainer.devices=2",
+            "--trainer.max_epochs=1",
+            "--trainer.use_distributed_sampler=true",
+        )
+    )
+    assert ran.trainer.world_size == 2
+    state = torch.load(checkpoint(tmp_path), weights_only=True)
+    assert state["global_step"] == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in state["state_dict"].values())
+
+
+def test_timm_on_a_folder_of_images(tmp_path, fit):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(6):
+        Image.effect_noise((48, 32), 20 + 10 * index).convert("RGB").save(images / f"{index}.png")
+    arguments = [part for part in fit() if "--model.encoder" not in part]
+    timm = ["--model.encoder=training.encoders.TimmEncoder", "--model.encoder.name=test_vit"]
+    more = ["--model.encoder.pretrained=false", "--model.encoder.image_size=64", f"--data.images={images}"]
+    ran = run([*arguments, *timm, *more, "--trainer.max_epochs=1", "--data.val_share=0.4"])
+    assert ran.model.selector.num_patches == 16
+    assert ran.trainer.global_step == 2
+
+
+def test_a_ranking_that_loses_to_random_is_an_error(tmp_path, fit, capsys, monkeypatch):
+    from training.module import SelectorModule
+
+    turned = SelectorModule._compare
+
+    def upside_down(self, batch, batch_idx, stage):
+        score = self.selector.score
+        self.selector.score = lambda tokens: -_distance(self, tokens)
+        try:
+            turned(self, batch, batch_idx, stage)
+        finally:
+            self.selector.score = score
+
+    monkeypatch.setattr(SelectorModule, "_compare", upside_down)
+    arguments = [part for part in fit() if "allow_worse_than_random" not in part]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "the deterministic ranking reconstructs worse than random tokens at" in error
+    assert checkpoint(tmp_path).is_file()  # the run is kept, to look at
+
+
+def _distance(module, tokens):
+    """From the mean token: an untrained reconstructor misses these most, so keeping the nearest is upside down."""
+    target = module.selector.normalized(tokens.features)
+    return target.pow(2).mean(-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.images=EMPTY"], "data.images must hold images"),
+        (["--data.images=NOWHERE"], "data.images must be a folder of images"),
+        (["--model.kept_range=[0.5,0.1]"], "model.kept_range must be 0 < smallest <= largest < 1"),
+        (["--model.kept_shares=[0.5,1.0]"], "model.kept_shares must be shares in (0, 1)"),
+        (["--model.heads=5"], "must be a multiple of heads, got 5"),
+    ],
+)
+def test_bad_inputs_end_with_one_line(tmp_path, fit, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    names = {"EMPTY": str(tmp_path / "empty"), "NOWHERE": str(tmp_path / "nowhere")}
+    for short, path in names.items():
+        arguments = [part.replace(short, path) for part in arguments]
+    assert main(fit(*arguments)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_export_names_what_is_no_checkpoint(tmp_path, capsys):
+    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 1
+    assert "checkpoint must be a .ckpt file of a training run" in capsys.readouterr().err
+    torch.save({"model": 1}, tmp_path / "foreign.ckpt")
+    assert main(["export", str(tmp_path / "foreign.ckpt"), str(tmp_path / "out")]) == 1
+    assert "was not written by selector-train" in capsys.readouterr().err
+    torch.save({"selector": Path("a")}, tmp_path / "pickled.ckpt")
+    assert main(["export", str(tmp_path / "pickled.ckpt"), str(tmp_path / "out")]) == 1
+    assert "cannot be read safely" in capsys.readouterr().err
+
+
+def test_help_and_unknown_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "selector-train export" in capsys.readouterr().out
+    assert main(["train"]) == 2
+    assert "command must be one of fit, validate, test, export, got 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_parses(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["fit", f"--config={config}", "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["encoder"]["class_path"].startswith("training.encoders.")
