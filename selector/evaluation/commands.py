@@ -27,7 +27,7 @@ from selector.models import encode
 from selector.plug import prune_inputs
 from selector.registry import available_selectors
 
-WIDTH = 150
+WIDTH = 180
 """Columns of a table that goes to a file or a pipe."""
 
 
@@ -100,7 +100,10 @@ def bench_command(settings: dict[str, Any]) -> int:
     model, processor, selectors = _load(settings)
     console = _console()
     for budget in budgets:
-        result = speed.measure(model, processor, selectors, budget, image, repeats)
+        try:
+            result = speed.measure(model, processor, selectors, budget, image, repeats)
+        except ValueError as error:
+            raise UsageError(f"keep={budget}: {error}") from error
         where = f"{model.device.type}, {torch.get_num_threads()} threads"
         console.print(speed.table(result, f"{settings['model']} · keep {budget} · {where} · median of {repeats}"))
     return 0
@@ -130,8 +133,11 @@ def show_command(settings: dict[str, Any]) -> int:
 def _strips(model: Any, processor: Any, selectors: Any, budgets: Any, sample: Sample, limit: int) -> Iterator[Any]:
     inputs = prepare(processor, sample.image, sample.question, model.device)
     needs = frozenset({"features"}).union(*(s.needs for s in selectors.values()))
-    with torch.no_grad():
-        encoded = encode(model, inputs, needs)
+    try:
+        with torch.no_grad():
+            encoded = encode(model, inputs, needs)
+    except ValueError as error:
+        raise UsageError(f"{sample.id}: {error}") from error
     if encoded is None:
         raise RuntimeError("the processor made no pixels of an image")
     rectangles = model_rectangles(model.config, (sample.image.height, sample.image.width), encoded.tokens.grid)
@@ -216,9 +222,12 @@ def _seen(right: dict[str, list[bool]], shares: list[float]) -> str:
 def _print_report(run: Path) -> None:
     summary = report.write_report(run)
     console = _console()
-    for table in report.rich_tables(summary):
+    tables, left_out = report.fitting_tables(summary, console.width)
+    for table in tables:
         console.print(table)
-    console.print(report.footnotes(summary, run), highlight=False, markup=False)
+    if left_out:
+        console.print(f"Too narrow for {', '.join(left_out)}: see {run / 'table.md'}.", highlight=False)
+    console.print(report.footnotes(summary, run), highlight=False, markup=False, soft_wrap=True)
 
 
 def _console() -> Console:

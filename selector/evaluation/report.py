@@ -7,9 +7,11 @@ Accuracy carries a 95% Wilson interval; the difference to the baseline selector 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from selector.evaluation.errors import UsageError
@@ -17,6 +19,9 @@ from selector.evaluation.records import PREDICTIONS, RUN, read_records, write_js
 from selector.evaluation.statistics import mean, median, paired_bootstrap, spearman, wilson
 
 FLIPS = ("right_to_wrong", "wrong_to_right", "wrong_to_wrong", "right_to_right")
+
+EXPENDABLE = ("w→r", "r→w", "n", "ΔNLL", "select ms", "prefill ms", "same %", "evidence % (base)")
+"""Columns that a narrow terminal does without, the first to go first; ``table.md`` has them all."""
 
 NOTES = """\
 tokens: visual tokens that reached the language model, base view and newlines included (mean). right: exact match with
@@ -37,9 +42,9 @@ def summarize(run: Path) -> dict[str, Any]:
     limit = settings["samples"]
     tables: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
     for row in settings["rows"]:
-        found = read_records(run / row["key"] / PREDICTIONS)
-        found = [record for record in found if limit is None or record["index"] < limit]
-        tables[row["task"], row["label"], row["keep"]] = found
+        found = {record["id"]: record for record in read_records(run / row["key"] / PREDICTIONS)}
+        within = [record for record in found.values() if limit is None or record["index"] < limit]
+        tables[row["task"], row["label"], row["keep"]] = within
     rows = []
     for (task, label, keep), found in tables.items():
         against = tables.get((task, settings["baseline"], keep)) if label != settings["baseline"] and keep else None
@@ -112,13 +117,24 @@ def columns(summary: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(header, write) for header, write, field in every if any(row[field] is not None for row in rows)]
 
 
-def rich_tables(summary: dict[str, Any]) -> list[Table]:
+def fitting_tables(summary: dict[str, Any], width: int) -> tuple[list[Table], list[str]]:
+    """The tables with as many columns as `width` characters hold, and the names of the columns left out."""
+    ruler = Console(width=1000)
+    for count in range(len(EXPENDABLE) + 1):
+        tables = rich_tables(summary, EXPENDABLE[:count])
+        if all(ruler.measure(table).maximum <= width for table in tables):
+            break
+    present = [name for name, _ in columns(summary)]
+    return tables, [name for name in EXPENDABLE[:count] if name in present]
+
+
+def rich_tables(summary: dict[str, Any], without: Sequence[str] = ()) -> list[Table]:
     """One table a task; budgets in groups, the best selector of each group in bold."""
     tables = []
     for task in _tasks(summary):
         rows = [row for row in summary["rows"] if row["task"] == task]
         table = Table(title=f"{task} · {summary['model']}", title_justify="left", title_style="bold")
-        shown = columns(summary)
+        shown = [column for column in columns(summary) if column[0] not in without]
         for header, _ in shown:
             table.add_column(header, justify="left" if header in ("keep", "selector") else "right", no_wrap=True)
         best = _best(rows)
@@ -174,13 +190,14 @@ def _tasks(summary: dict[str, Any]) -> list[str]:
 
 
 def _best(rows: list[dict[str, Any]]) -> set[int]:
-    """Rows with the highest accuracy of their budget (evidence where nothing was answered), ties included."""
+    """Rows with the highest accuracy of their budget (evidence where nothing was answered); ties too, unless all tie."""
     best = set()
     field = "accuracy" if any(row["accuracy"] is not None for row in rows) else "evidence"
     for keep in {row["keep"] for row in rows} - {None}:
         group = [row for row in rows if row["keep"] == keep and row[field] is not None]
         top = max((row[field] for row in group), default=None)
-        best |= {id(row) for row in group if row[field] == top and len(group) > 1}
+        winners = {id(row) for row in group if row[field] == top}
+        best |= winners if len(winners) < len(group) else set()
     return best
 
 

@@ -165,8 +165,11 @@ class _Measured:
         self.inputs = prepare(bench.processor, sample.image, sample.question, model.device)
         synchronize(model.device)
         start = time.perf_counter()
-        with torch.no_grad():
-            self.encoded: Encoded | None = encode(model, self.inputs, bench.needs)
+        try:
+            with torch.no_grad():
+                self.encoded: Encoded | None = encode(model, self.inputs, bench.needs)
+        except ValueError as error:  # no adapter for this model, or it cannot give what a selector needs
+            raise UsageError(f"on sample {sample.id!r}: {error}") from error
         synchronize(model.device)
         self.encode_seconds = time.perf_counter() - start
         self.whole = prune_inputs(model, self.inputs, None, encoded=self.encoded)

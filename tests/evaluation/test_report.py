@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 
 from selector.evaluation import records
 from selector.evaluation.errors import UsageError
-from selector.evaluation.report import columns, footnotes, markdown, rich_tables, summarize, write_report
+from selector.evaluation.report import (
+    columns,
+    fitting_tables,
+    footnotes,
+    markdown,
+    rich_tables,
+    summarize,
+    write_report,
+)
 
 RIGHT = {"full": "1111", "blind": "0000", "ours": "1101", "theirs": "0110"}
 
@@ -109,6 +118,16 @@ def test_rich_table_holds_every_row(run):
     (table,) = rich_tables(summarize(run))
     assert table.row_count == 4
     assert len(table.columns) == len(columns(summarize(run)))
+
+
+@pytest.mark.parametrize("width", [70, 100, 130, 200])
+def test_a_narrow_terminal_gets_fewer_columns_but_whole_ones(run, width):
+    summary = summarize(run)
+    (table,), left_out = fitting_tables(summary, width)
+    assert Console(width=500).measure(table).maximum <= width
+    assert len(table.columns) + len(left_out) == len(columns(summary))
+    assert (left_out == []) == (width == 200)
+    assert [c.header for c in table.columns][:2] == ["keep", "selector"]
 
 
 def test_columns_without_figures_are_left_out(run):

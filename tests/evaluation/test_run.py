@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from selector import Budget, Norm, Random, SVDPrune, select_tokens
+from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, select_tokens
 from selector.evaluation import records
 from selector.evaluation.answering import answer, forced_nll, prepare, without_image
 from selector.evaluation.errors import UsageError
@@ -317,3 +317,26 @@ def test_the_blind_prompt_is_the_text_alone(tiny_model, make_image):
     assert text == "USER: \nhow many? ASSISTANT:"
     assert set(blind) == {"input_ids", "attention_mask"}
     assert blind["attention_mask"].all()
+
+
+def test_a_model_that_cannot_give_what_a_selector_needs(run):
+    """Attentions are not there under SDPA: a named error, not a run that goes on."""
+
+    class Attentive(Random):
+        needs = frozenset({"cls_attention"})
+
+    with pytest.raises(UsageError, match=r"on sample 's0': cls_attention: .*attn_implementation"):
+        run(selectors={"a": Attentive()})
+
+
+def test_a_selector_of_another_width_is_named(run):
+    selector = GumbelSelector(dim=7, num_patches=16, heads=1).eval()
+    with pytest.raises(UsageError, match=r"ours at keep=9 on sample 's0': .*width 7, got width 32"):
+        run(selectors={"ours": selector}, keeps=("9",))
+
+
+def test_a_learned_selector_runs_like_the_others(run):
+    torch.manual_seed(0)
+    selector = GumbelSelector(dim=32, num_patches=16).eval()
+    results = found(run(selectors={"ours": selector, "random": Random()}, keeps=("9",)))
+    assert {r["tokens"] for (label, _, _), r in results.items() if label == "ours"} == {9}
