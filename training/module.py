@@ -45,9 +45,9 @@ class SelectorModule(LightningModule):
     Args:
         encoder: the frozen vision encoder, by class_path (`training.encoders`).
         objective: ``"sampled_budget"`` (one ranking for every budget) or ``"paper"``.
-        kept_range: smallest and largest share of a tile kept in a step (sampled_budget).
-        random_share: share of the steps, from the start, whose masks are uniformly random; after them they are drawn
-            from the selector's noisy ranking (sampled_budget).
+        kept_range: smallest and largest share of a tile kept in a step of a sampled budget.
+        random_share: share of the steps, from the start, whose masks are uniformly random, of sampled budgets, so that
+            the reconstructor is right before its errors count; after them the selector draws the masks.
         proportion: p of the paper's clamp, the wanted share of kept tokens (paper).
         regularizer: weight of the clamp; the paper leaves the norm's scale, and so this weight, open (paper).
         width: width of both Transformers; None takes the encoder's.
@@ -57,7 +57,8 @@ class SelectorModule(LightningModule):
         learning_rate: AdamW's, after the warm-up.
         weight_decay: AdamW's.
         warmup_steps: linear warm-up of the learning rate.
-        temperature_start: of the Gumbel-Softmax at the first step.
+        temperature_start: of the Gumbel-Softmax (paper), or scale of the Gumbel noise on the ranking (sampled_budget),
+            at the first step.
         temperature_end: at the last; geometric in between.
         statistics_batches: training batches from which the mean and spread of each feature channel are estimated.
         kept_shares: shares of a tile's tokens at which validation compares the rankings.
@@ -129,18 +130,22 @@ class SelectorModule(LightningModule):
         if at_random:
             mask = random_mask(batch, patches, keep, generator).to(scores)
         else:
-            mask = gumbel_top_k(scores, keep, tau, generator).detach()
+            mask = gumbel_top_k(scores, keep, tau, generator)
         target = self.selector.normalized(features)
         error = token_error(self.reconstructor(target, mask), target)
         rebuild, rank = dropped_mean(error, mask), drop_error_regression(scores, error, mask)
         return rebuild + rank, {"rec": rebuild.detach(), "rank": rank.detach(), "keep": mask.mean()}
 
     def _paper(
-        self, features: Float[Tensor, "B N D"], tau: float, _: bool, generator: torch.Generator
+        self, features: Float[Tensor, "B N D"], tau: float, at_random: bool, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.random.fork_rng(devices=[features.device] if features.is_cuda else []):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            mask, _logits = self.selector.sample(features, tau)
+            mask, logits = self.selector.sample(features, tau)
+        if at_random:  # only the reconstructor learns; the selector stays in the graph, as DDP wants it
+            batch, patches = mask.shape
+            keep = sampled_keep(patches, self.kept_range, generator)
+            mask = random_mask(batch, patches, keep, generator).to(mask) + 0 * logits.sum()
         target = self.selector.normalized(features)
         error = token_error(self.reconstructor(target, mask), target)
         loss = paper_loss(error, mask, self.proportion, self.regularizer)

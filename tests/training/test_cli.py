@@ -174,13 +174,12 @@ def test_bfloat16(fit):
 
 
 def test_two_processes_share_the_work_and_agree(tmp_path, fit):
-    """Simulated DDP over gloo, forked: two processes, one step each on different images, equal weights afterwards."""
+    """Simulated DDP over gloo, forked: 6 images in batches of 2 are two steps for two processes (three for one)."""
     ran = run(
         fit(
             "--trainer.strategy=ddp_fork",
             "--trainer.devices=2",
             "--trainer.max_epochs=1",
-            "--trainer.use_distributed_sampler=true",
         )
     )
     assert ran.trainer.world_size == 2
