@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, debug = arguments.pop("command"), arguments.pop("debug", False)
     try:
         settings = _settings(command, arguments)
-        return importlib.import_module("selector.evaluation.commands").COMMANDS[command](settings)
+        return importlib.import_module(f"selector.evaluation.commands.{command}").run(settings)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

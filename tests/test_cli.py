@@ -57,6 +57,11 @@ def test_help_imports_no_torch():
         assert word in done.stdout
 
 
+def test_report_imports_no_torch():
+    code = "import sys; import selector.evaluation.commands.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("command", ["compare", "show", "bench", "list", "report"])
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -157,9 +162,9 @@ def test_unreadable_images(call, model, tmp_path):
 
 
 def test_interrupted_prints_what_is_done(call, model, monkeypatch):
-    from selector.evaluation import run
+    from selector.evaluation import measure
 
-    kept, calls = run.answer, []
+    kept, calls = measure.answer, []
 
     def interrupt(*args):
         calls.append(1)
@@ -168,7 +173,7 @@ def test_interrupted_prints_what_is_done(call, model, monkeypatch):
         return kept(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "answer", interrupt)
+        patch.setattr(measure, "answer", interrupt)
         code, out, err = call("compare", "--model", model, *SMALL, "--tasks", "scenes")
     assert code == 130
     assert "the same command goes on from here" in err

@@ -8,23 +8,17 @@ redone. A broken line elsewhere is an error: it is never silently dropped.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from selector.evaluation.errors import UsageError
 
 FORMAT = 1
 """Raise it when the meaning of a record changes."""
 PREDICTIONS, SETTINGS, RUN = "predictions.jsonl", "settings.json", "run.json"
-WHOLE = 256 * 2**20
-"""Modules up to this many bytes are fingerprinted whole, larger ones by 4,096 entries of every tensor."""
 
 
 class Records:
@@ -78,38 +72,6 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
 def key_of(settings: Mapping[str, Any]) -> str:
     """Folder name of an experiment: a hash of everything that its records depend on."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash of a module's tensors: names, types, shapes and values (sampled evenly in modules above 256 MiB)."""
-    state = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    whole = sum(value.nbytes for value in state.values()) <= WHOLE
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().flatten()
-        if not whole and len(flat) > 4096:
-            flat = flat[torch.linspace(0, len(flat) - 1, 4096, dtype=torch.float64, device=flat.device).long()]
-        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def identity(module: nn.Module) -> dict[str, Any]:
-    """What a selector is, whatever it was called: class, arguments, weights, and the source of its file.
-
-    The source is in so that a method under development never meets the records of its earlier self.
-    """
-    cls = type(module)
-    try:
-        source = inspect.getsource(inspect.getmodule(cls) or cls)
-    except (OSError, TypeError):  # defined in a shell: no file to read
-        source = ""
-    return {
-        "class": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": getattr(module, "init_args", {}),
-        "weights": fingerprint(module),
-        "source": hashlib.sha256(source.encode()).hexdigest()[:16],
-    }
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -7,7 +7,6 @@ blind accuracy is near its full accuracy measures nothing. Nothing is scored whe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +17,11 @@ import torch
 from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.evaluation import records
-from selector.evaluation.answering import Answer, answer, forced_nll, prepare, without_image
-from selector.evaluation.consistency import divergences, spectral_ipr
-from selector.evaluation.cost import synchronize
 from selector.evaluation.errors import UsageError
-from selector.evaluation.evidence import evidence, model_rectangles
-from selector.evaluation.metrics import exact_match, flip
+from selector.evaluation.identity import fingerprint, identity
+from selector.evaluation.measure import BLIND, FULL, Bench, Row
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
-from selector.models import Encoded, encode
-from selector.plug import Pruned, prune_inputs
-
-FULL, BLIND = "full", "blind"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a selector at a budget, or one of the two references."""
-
-    label: str
-    selector: TokenSelector | None = None
-    budget: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +90,7 @@ def compare(
     }
     records.write_json(out / records.RUN, plan)
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
-    bench = _Bench(model, processor, needs, answers, max_new_tokens)
+    bench = Bench(model, processor, needs, answers, max_new_tokens)
 
     def steps() -> Iterator[Step]:
         for task in tasks:
@@ -122,7 +105,7 @@ def compare(
 
 
 def _sample_steps(
-    bench: _Bench,
+    bench: Bench,
     task: str,
     index: int,
     total: int,
@@ -142,109 +125,6 @@ def _sample_steps(
         yield Step(task, index, total, row, record)
 
 
-class _Bench:
-    """A model ready to take samples."""
-
-    def __init__(self, model: Any, processor: Any, needs: frozenset[str], answers: bool, max_new_tokens: int):
-        self.model, self.processor, self.needs = model, processor, needs
-        self.answers, self.max_new_tokens = answers, max_new_tokens
-
-    def open(self, sample: Sample) -> _Measured:
-        return _Measured(self, sample)
-
-    def answer(self, inputs: Mapping[str, Any]) -> Answer:
-        return answer(self.model, self.processor, inputs, self.max_new_tokens)
-
-
-class _Measured:
-    """A sample encoded once, with the unpruned model's answer; gives a record for every row."""
-
-    def __init__(self, bench: _Bench, sample: Sample):
-        self.bench, self.sample = bench, sample
-        model = bench.model
-        self.inputs = prepare(bench.processor, sample.image, sample.question, model.device)
-        synchronize(model.device)
-        start = time.perf_counter()
-        try:
-            with torch.no_grad():
-                self.encoded: Encoded | None = encode(model, self.inputs, bench.needs)
-        except ValueError as error:  # no adapter for this model, or it cannot give what a selector needs
-            raise UsageError(f"on sample {sample.id!r}: {error}") from error
-        synchronize(model.device)
-        self.encode_seconds = time.perf_counter() - start
-        self.whole = prune_inputs(model, self.inputs, None, encoded=self.encoded)
-        asked = bench.answers and sample.question is not None
-        self.full = bench.answer(self.whole.inputs) if asked else None
-        self.full_nll = self.full.nll if self.full else None
-        self.full_ipr = spectral_ipr(self.encoded.packed[0]) if self.encoded else None
-        self.rectangles = None
-        if self.encoded and sample.boxes:
-            size = (sample.image.height, sample.image.width)
-            self.rectangles = model_rectangles(model.config, size, self.encoded.tokens.grid)
-
-    def record(self, row: Row) -> dict[str, Any]:
-        """Everything measured for one row, as plain values."""
-        if row.label == BLIND and row.selector is None:
-            inputs = self.inputs
-            if self.encoded:
-                inputs = without_image(inputs, self.encoded.image_token_id)
-            return self._tokens(None) | self._answers(inputs, self.full is not None and self.bench.answer(inputs))
-        pruned = self.whole if row.selector is None else self._prune(row)
-        said = self.full if row.selector is None else (self.bench.answer(pruned.inputs) if self.full else None)
-        return self._tokens(pruned) | self._evidence(pruned) | self._answers(pruned.inputs, said)
-
-    def _prune(self, row: Row) -> Pruned:
-        if self.encoded is None:  # a prompt of text alone passes through
-            return self.whole
-        try:
-            return prune_inputs(self.bench.model, self.inputs, row.selector, row.budget, encoded=self.encoded)
-        except ValueError as error:
-            raise UsageError(f"{row.label} at keep={row.budget} on sample {self.sample.id!r}: {error}") from error
-
-    def _tokens(self, pruned: Pruned | None) -> dict[str, Any]:
-        found: dict[str, Any] = {"tokens": 0, "full_tokens": sum(self.whole.full), "saturated": False}
-        if pruned is None or self.encoded is None:
-            return found
-        with torch.no_grad():
-            kept = self.encoded.packed[0][pruned.keep[0].to(self.encoded.packed[0].device)]  # type: ignore[index]
-            ipr = spectral_ipr(kept) if len(kept) else None
-        return {
-            "tokens": sum(pruned.measured),
-            "full_tokens": sum(pruned.full),
-            "saturated": pruned is not self.whole and pruned.measured == pruned.full,
-            "encode_ms": 1e3 * self.encode_seconds,
-            "selection_ms": 1e3 * pruned.selection_seconds,
-            "ipr_shift": ipr - self.full_ipr if ipr is not None and self.full_ipr is not None else None,
-        }
-
-    def _evidence(self, pruned: Pruned) -> dict[str, Any]:
-        if self.rectangles is None or pruned.keep is None or pruned.tokens is None:
-            return {}
-        shares = evidence(pruned.tokens.tiles_of(pruned.keep), self.rectangles, self.sample.boxes)
-        return {} if shares is None else {"evidence": shares[0], "base_evidence": shares[1]}
-
-    def _answers(self, inputs: Mapping[str, Any], said: Answer | bool | None) -> dict[str, Any]:
-        full = self.full
-        if full is None or not isinstance(said, Answer) or self.full_nll is None:
-            return {}
-        agrees = said.text == full.text
-        found: dict[str, Any] = {
-            "question": self.sample.question,
-            "target": self.sample.answer,
-            "answer": said.text,
-            "full_answer": full.text,
-            "agrees": agrees,
-            "prefill_ms": 1e3 * said.prefill_seconds,
-        }
-        if self.sample.answer is not None:
-            right, full_right = (exact_match(a.text, self.sample.answer) for a in (said, full))
-            found |= {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, agrees)}
-        same = torch.equal(said.ids, full.ids)
-        nll = said.nll if same else forced_nll(self.bench.model, inputs, full.ids)
-        kl, js = divergences(full.logits[0], said.logits[0])
-        return found | {"first_token_kl": kl, "first_token_js": js, "nll_shift": nll - self.full_nll}
-
-
 def _common_settings(model: Any, processor: Any, seed: int, answers: bool, max_new_tokens: int) -> dict[str, Any]:
     import transformers
 
@@ -253,7 +133,7 @@ def _common_settings(model: Any, processor: Any, seed: int, answers: bool, max_n
         "format": records.FORMAT,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "model": records.fingerprint(model),
+        "model": fingerprint(model),
         "config": records.key_of(
             {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
         ),
@@ -273,7 +153,7 @@ def _row_settings(row: Row, task: Task, answers: bool) -> dict[str, Any]:
     chosen: dict[str, Any] = {"reference": row.label}
     if row.selector is not None and row.budget is not None:
         chosen = {
-            "selector": records.identity(row.selector),
+            "selector": identity(row.selector),
             "keep": row.budget.keep,
             "scope": row.budget.scope,
             "newlines": row.budget.newlines,

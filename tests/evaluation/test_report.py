@@ -9,15 +9,8 @@ from rich.console import Console
 
 from selector.evaluation import records
 from selector.evaluation.errors import UsageError
-from selector.evaluation.report import (
-    columns,
-    fitting_tables,
-    footnotes,
-    markdown,
-    rich_tables,
-    summarize,
-    write_report,
-)
+from selector.evaluation.report import summarize, write_report
+from selector.evaluation.tables import columns, fitting_tables, footnotes, markdown, rich_tables
 
 RIGHT = {"full": "1111", "blind": "0000", "ours": "1101", "theirs": "0110"}
 
@@ -47,7 +40,12 @@ def run(tmp_path):
                 "prefill_ms": float(10 + i),
             }
             if keep:
-                record |= {"evidence": i / 4, "base_evidence": 0.5, "ipr_shift": 0.1, "selection_ms": 1.0 + i}
+                record |= {
+                    "evidence": i / (4 if label == "ours" else 8),
+                    "base_evidence": 0.5,
+                    "ipr_shift": 0.1,
+                    "selection_ms": 1.0 + i,
+                }
             file.append(record)
     settings = {
         "model": "m",

@@ -1,0 +1,32 @@
+"""`selector bench`: one table of times and ratios a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selector.evaluation import loading, speed
+from selector.evaluation.commands.common import load_all, pages, positive, whole
+from selector.evaluation.commands.printing import console
+from selector.evaluation.errors import UsageError
+from selector.evaluation.tasks.folder import open_image
+
+
+def run(settings: dict[str, Any]) -> int:
+    budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
+    repeats = positive("repeats", settings["repeats"])
+    image = (
+        open_image(Path(settings["image"])) if settings["image"] else pages(whole("seed", settings["seed"]))[0].image
+    )
+    model, processor, selectors = load_all(settings)
+    terminal = console()
+    for budget in budgets:
+        try:
+            result = speed.measure(model, processor, selectors, budget, image, repeats)
+        except ValueError as error:
+            raise UsageError(f"keep={budget}: {error}") from error
+        where = f"{model.device.type}, {torch.get_num_threads()} threads"
+        terminal.print(speed.table(result, f"{settings['model']} · keep {budget} · {where} · median of {repeats}"))
+    return 0

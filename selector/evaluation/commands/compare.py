@@ -1,0 +1,106 @@
+"""`selector compare`: runs, watches, prints the table of what is done (also when interrupted)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from selector.evaluation import loading
+from selector.evaluation.commands.common import load_all, positive, whole
+from selector.evaluation.commands.printing import print_report
+from selector.evaluation.errors import UsageError
+from selector.evaluation.run import Step, compare
+from selector.evaluation.tasks import Task, load_task
+
+
+def run(settings: dict[str, Any]) -> int:
+    samples = _samples(settings["samples"])
+    budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
+    tasks = [load_task(spec, settings["skip_unreadable"]) for spec in _distinct("tasks", settings["tasks"])]
+    seed = whole("seed", settings["seed"])
+    limit = positive("max_new_tokens", settings["max_new_tokens"])
+    model, processor, selectors = load_all(settings)
+    baseline = settings["baseline"]
+    if baseline not in selectors:
+        if "baseline" in settings["given"] and baseline is not None:
+            raise UsageError(f"baseline must be one of the selectors {', '.join(selectors)}, got {baseline!r}")
+        baseline = None
+    steps = compare(
+        model,
+        processor,
+        selectors,
+        budgets,
+        tasks,
+        Path(settings["out"]),
+        samples=samples,
+        seed=seed,
+        answers=settings["answers"],
+        max_new_tokens=limit,
+        baseline=baseline,
+        fresh=settings.get("fresh", False),
+        model_name=str(settings["model"]),
+    )
+    rows = len(selectors) * len(budgets) + 1 + int(settings["answers"])
+    interrupted = _watch(steps, tasks, samples, rows)
+    print_report(Path(settings["out"]))
+    if interrupted:
+        print("interrupted: the table shows what is done; the same command goes on from here", file=sys.stderr)
+    return 130 if interrupted else 0
+
+
+def _watch(steps: Iterator[Step], tasks: list[Task], samples: int | None, rows: int) -> bool:
+    """Drives the run behind a progress bar; True when the user interrupted it."""
+    sizes = {task.name: min(n for n in (samples, task.size) if n is not None) for task in tasks if samples or task.size}
+    text = TextColumn("{task.description:<12} {task.fields[seen]}")
+    clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
+    right: dict[str, list[bool]] = {"full": [], "pruned": []}
+    shares: list[float] = []
+    with Progress(text, *clock, console=Console(stderr=True)) as progress:
+        bars = {name: progress.add_task(name, total=size * rows, seen="") for name, size in sizes.items()}
+        shown = None
+        try:
+            for step in steps:
+                if step.task != shown:
+                    right, shares, shown = {"full": [], "pruned": []}, [], step.task
+                record = step.record
+                if record and step.row.label != "blind":
+                    if "correct" in record:
+                        right["pruned" if step.row.selector else "full"].append(record["correct"])
+                    if step.row.selector:
+                        shares.append(record["tokens"] / max(1, record["full_tokens"]))
+                progress.update(bars[step.task], advance=1, seen=_seen(right, shares))
+        except KeyboardInterrupt:
+            return True
+    for task in tasks:
+        if task.unreadable:
+            print(f"{task.name}: {len(task.unreadable)} images cannot be read and are left out:", file=sys.stderr)
+            print(*(f"  {name}" for name in task.unreadable), sep="\n", file=sys.stderr)
+    return False
+
+
+def _seen(right: dict[str, list[bool]], shares: list[float]) -> str:
+    parts = [f"{name} {100 * sum(hits) / len(hits):.0f}%" for name, hits in right.items() if hits]
+    if shares:
+        parts.append(f"kept {100 * sum(shares) / len(shares):.0f}%")
+    return " · ".join(parts)
+
+
+def _samples(value: Any) -> int | None:
+    if value == "all":
+        return None
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise UsageError(f"samples must be an int >= 1 or all, got {value!r}")
+    return number
+
+
+def _distinct(name: str, values: list[str]) -> list[str]:
+    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+    if twice is not None or not values:
+        raise UsageError(f"{name} must name at least one, each once, got {' '.join(values) or 'none'}")
+    return values

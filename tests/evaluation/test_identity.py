@@ -1,0 +1,33 @@
+"""Fingerprints follow weights, arguments and code, not names."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from selector.evaluation import identity
+from selector.registry import load_selector
+
+
+def test_fingerprint_sees_every_value_of_a_small_module():
+    module = nn.Linear(40, 30)
+    before = identity.fingerprint(module)
+    assert identity.fingerprint(module) == before
+    with torch.no_grad():
+        module.weight[17, 23] += 1e-3
+    assert identity.fingerprint(module) != before
+
+
+def test_fingerprint_of_a_large_module_is_sampled(monkeypatch):
+    monkeypatch.setattr(identity, "WHOLE", 16)
+    module = nn.Linear(300, 200).to(torch.bfloat16)
+    before = identity.fingerprint(module)
+    with torch.no_grad():
+        module.weight += 1
+    assert identity.fingerprint(module) != before
+
+
+def test_identity_is_the_same_under_any_name_and_differs_by_argument(tmp_path):
+    plain, spelled = load_selector("random"), load_selector("random:seed=0")
+    assert identity.identity(plain) == identity.identity(spelled)
+    assert identity.identity(plain) != identity.identity(load_selector("random:seed=1"))
