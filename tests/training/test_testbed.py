@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from selector.evaluation.tasks import documents, scenes
 from training.testbed.evaluate import wilson
 from training.testbed.join import embed, tower_features
-from training.testbed.lessons import collate
+from training.testbed.lessons import collate, facts
 from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
 from training.testbed.model import build_model, reader_config
 from training.testbed.reader import Grade
@@ -23,7 +23,7 @@ from training.testbed.state import Log, schedule, stage_seconds
 from training.testbed.symbols import CHARACTERS, INDEX, cut, cut_labels, page_labels
 from training.testbed.tiles import batch
 from training.testbed.tower import Phase, tower_config
-from training.testbed.vocabulary import build_processor, build_tokenizer, conversation
+from training.testbed.vocabulary import BOS, EOS, IMAGE_ID, PAD, build_processor, build_tokenizer, conversation, recital
 
 SIZES = {"192x192": (1, 4), "192x96": (1, 4), "96x192": (1, 4)}
 
@@ -111,7 +111,7 @@ def test_training_packs_as_the_model_does():
     grade = Grade(SIZES, SIZES, batch=6, rate=1.0, until=1.0, at_most=1)
     lessons = [grade.lesson(Random(i), tokenizer, draw=True) for i in range(6)]
     assert len({one.image.size for one in lessons}) == 3
-    ids, _, _ = collate(lessons, tokenizer.pad_token_id)
+    ids, _, _ = collate(lessons)
     processor = build_processor()
     inputs = processor.image_processor([one.image for one in lessons], return_tensors="pt")
     ours = embed(model, lessons, ids)
@@ -188,3 +188,37 @@ def test_every_stage_runs_and_resumes(tmp_path: Path):
     assert (inputs["input_ids"] == model.config.image_token_id).sum() in (444, 744)
     joined = torch.load(tmp_path / "work/join.pt", weights_only=True)["model"]
     torch.testing.assert_close(model.state_dict()["model.image_newline"], joined["model.image_newline"])
+
+
+def test_special_ids_are_those_of_the_tokenizer():
+    tokenizer = build_tokenizer()
+    names = ["<pad>", "<s>", "</s>", "<image>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [PAD, BOS, EOS, IMAGE_ID]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (PAD, BOS, EOS)
+
+
+def test_a_hint_asks_for_the_first_token_early():
+    tokenizer = build_tokenizer()
+    ids, labels = conversation(tokenizer, [("what is TAX?", "12")], 1, hint=True)
+    asked = [
+        (tokenizer.decode([i]), tokenizer.decode([label])) for i, label in zip(ids, labels, strict=True) if label >= 0
+    ]
+    # a label is what the token before it must predict: "?", the space and "ASSISTANT:" all predict "1"
+    assert asked == [(" ", "1"), ("ASSISTANT:", "1"), ("1", "1"), ("2", "2"), ("</s>", "</s>")]
+
+
+def test_facts_of_a_scene():
+    marks = (("red circle", (0.0, 0.0, 9.0, 9.0)), ("red cross", (20.0, 0.0, 29.0, 9.0)))
+    found = facts("scenes", (), marks)
+    assert len(found) == len(set(found)) == 4 + 2 + 6
+    for fact in [("circles?", "1"), ("squares?", "0"), ("cross?", "red"), ("red?", "yes"), ("blue?", "no")]:
+        assert fact in found
+
+
+def test_a_recital_labels_the_answers_alone():
+    tokenizer = build_tokenizer()
+    ids, labels = recital(tokenizer, [("TAX?", "12"), ("DATE?", "7A")], 3)
+    assert ids.count(IMAGE_ID) == 3
+    assert tokenizer.decode([i for i in ids if i != IMAGE_ID]) == "USER: \nTAX?12,DATE?7A,"
+    assert tokenizer.decode([label for label in labels if label >= 0]) == "12,7A,"
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))

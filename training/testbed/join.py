@@ -18,7 +18,7 @@ from training.testbed import tiles
 from training.testbed.lessons import Lesson, collate
 from training.testbed.reader import Grade, Reader, answer_loss
 from training.testbed.state import Log, load_state, save_state, schedule
-from training.testbed.symbols import GRID, cut
+from training.testbed.symbols import GRID, TILE, cut
 
 
 def transplant(model: LlavaNextForConditionalGeneration, tower: CLIPVisionModel, reader: Reader) -> None:
@@ -80,11 +80,14 @@ def fit_projector(
 def embed(model: LlavaNextForConditionalGeneration, lessons: list[Lesson], ids: Tensor) -> Float[Tensor, "B L D"]:
     """Text embeddings with the packed, projected features of the pages' kept slots in the places of the image
     tokens."""
-    cuts = [torch.from_numpy(cut(one.image)) for one in lessons]
+    images = [one.image for one in lessons if one.image is not None]
+    if len(images) < len(lessons):
+        raise ValueError(f"lessons must all be drawn (draw=True), got {len(lessons) - len(images)} without an image")
+    cuts = [torch.from_numpy(cut(image)) for image in images]
     projected = model.model.multi_modal_projector(tower_features(model, torch.cat(cuts)))
     visual = []
-    for one, features in zip(lessons, projected.split([len(part) for part in cuts]), strict=True):
-        packed = pack(features, model.model.image_newline, one.image.width // (GRID * 8))
+    for one, image, features in zip(lessons, images, projected.split([len(part) for part in cuts]), strict=True):
+        packed = pack(features, model.model.image_newline, image.width // TILE)
         visual.append(packed[torch.from_numpy(one.kept)])
     embedded = model.model.language_model.embed_tokens(ids)
     return embedded.masked_scatter((ids == model.config.image_token_id)[..., None], torch.cat(visual))
@@ -113,7 +116,7 @@ def tune(
         lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, len(plan), now.rate, warmup)
-        ids, labels, positions = collate(lessons, tokenizer.pad_token_id)
+        ids, labels, positions = collate(lessons)
         kinds = [one.kind for one in lessons]
         loss, scores = answer_loss(model.model.language_model, embed(model, lessons, ids), labels, positions, kinds)
         optimizer.zero_grad()

@@ -6,6 +6,7 @@ reader never learns to look.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -17,8 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from selector.evaluation.tasks import documents, scenes
-from training.testbed.symbols import CLASSES, page_labels
-from training.testbed.vocabulary import IMAGE, LIST, READ, conversation
+from selector.evaluation.tasks.drawing import COLOURS, SHAPES
+from selector.evaluation.tasks.sample import Turn
+from selector.evaluation.tasks.scenes import plural
+from training.testbed.symbols import CLASSES, Marks, page_labels
+from training.testbed.vocabulary import IMAGE_ID, LIST, PAD, READ, conversation, recital
 
 NEWLINE = len(CLASSES)
 """The symbol that ends a row of the packed page."""
@@ -46,6 +50,23 @@ def pack_symbols(base: np.ndarray | None, full: np.ndarray) -> np.ndarray:
     return rows if base is None else np.concatenate([base.reshape(2, -1), rows], axis=1)
 
 
+def facts(task: str, turns: Sequence[Turn], marks: Marks) -> list[tuple[str, str]]:
+    """The shortest questions on a page with their answers: ("TOTAL?", "415"), ("circles?", "2"), ("red?", "yes")."""
+    if task == "documents":
+        return [(turn.question.removeprefix("what is "), turn.answer) for turn in turns]
+    things = [label.split() for label, _ in marks]
+    found = []
+    for shape in SHAPES:
+        colours = [colour for colour, kind in things if kind == shape]
+        found.append((f"{plural(shape)}?", str(len(colours))))
+        found += [(f"{shape}?", colours[0])] if len(colours) == 1 else []
+    for colour in COLOURS:
+        kinds = [kind for hue, kind in things if hue == colour]
+        found.append((f"{colour}?", "yes" if kinds else "no"))
+        found += [(f"{colour} thing?", kinds[0])] if len(kinds) == 1 else []
+    return found
+
+
 def lesson(
     rng: Random,
     tokenizer: PreTrainedTokenizerFast,
@@ -54,19 +75,23 @@ def lesson(
     count: tuple[int, int],
     turns: int,
     aloud: float,
+    drill: float = 0.0,
     base: bool = True,
     blanks: float = 1.0,
+    hint: bool = False,
+    loose: bool = False,
+    alike: bool = False,
     draw: bool = False,
 ) -> Lesson:
     """One page of `task` with `count` (least, most) lines or things.
 
-    `aloud`: the share of lessons that tell everything. `blanks`: the share of background slots that stay; the
-    others are
-    left out of the sequence while all positions stay as on the whole page, which makes early lessons several times
-    cheaper.
+    `aloud`: the share of lessons that tell everything. `drill`: the share that asks all `facts` of the page, one right
+    behind the other. `blanks`: the share of background slots that stay; the others are left out of the sequence while
+    all positions stay as on the whole page, which makes early lessons several times cheaper. `hint`: see
+    `conversation`; `loose`, `alike`: see `documents.layout`. `draw`: with the image too.
     """
     if task == "documents":
-        lines = documents.layout(rng, size, rng.randint(*count))
+        lines = documents.layout(rng, size, rng.randint(*count), loose, alike)
         marks, asked = documents.marks(lines, size), documents.turns(lines, size)
         everything = (READ, documents.transcript(asked))
         image = documents.draw_page(rng, size, lines) if draw else None
@@ -75,16 +100,21 @@ def lesson(
         marks, asked = scenes.marks(things), scenes.turns(rng, things)
         everything = (LIST, scenes.transcript(marks))
         image = scenes.draw_page(rng, size, things) if draw else None
-    tells = rng.random() < aloud
+    way = rng.random()
+    tells, drills = way < aloud, way > 1 - drill
     chosen = rng.sample(asked, min(turns, len(asked)))
     exchanges = [everything] if tells else [(turn.question, turn.answer) for turn in chosen]
     first, full = page_labels(marks, size)
     symbols = pack_symbols(first if base else None, full)
-    ids, labels = conversation(tokenizer, exchanges, symbols.shape[1])
-    kind = f"{task}_{'all' if tells else 'asked'}"
+    if drills:
+        known = facts(task, asked, marks)
+        ids, labels = recital(tokenizer, rng.sample(known, len(known)), symbols.shape[1])
+    else:
+        ids, labels = conversation(tokenizer, exchanges, symbols.shape[1], hint)
+    kind = f"{task}_{'all' if tells else 'drill' if drills else 'asked'}"
     empty = (symbols[0] == 0) | (symbols[0] == NEWLINE)
     stays = ~empty | (np.random.default_rng(rng.getrandbits(64)).random(symbols.shape[1]) < blanks)
-    start = ids.index(tokenizer.convert_tokens_to_ids(IMAGE))
+    start = ids.index(IMAGE_ID)
     whole = np.ones(len(ids), bool)
     whole[start : start + len(stays)] = stays
     positions, kept = np.flatnonzero(whole).tolist(), np.flatnonzero(stays)
@@ -92,10 +122,10 @@ def lesson(
     return Lesson(kind, *shorter, positions, symbols[:, kept], kept, image)
 
 
-def collate(lessons: list[Lesson], pad: int) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"], Int[Tensor, "B L"]]:
+def collate(lessons: list[Lesson]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"], Int[Tensor, "B L"]]:
     """Ids, labels and positions, padded on the right (a causal model never sees what comes later)."""
     length = max(len(one.ids) for one in lessons)
-    ids = torch.full((len(lessons), length), pad)
+    ids = torch.full((len(lessons), length), PAD)
     labels = torch.full((len(lessons), length), -100)
     positions = torch.arange(length).repeat(len(lessons), 1)
     for row, one in enumerate(lessons):

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from training.testbed.symbols import GRID, PINPOINTS
-from training.testbed.vocabulary import IMAGE
+from training.testbed.vocabulary import BOS, EOS, IMAGE_ID, PAD
 
 
 def reader_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, heads: int, inner: int) -> LlamaConfig:
@@ -25,9 +25,9 @@ def reader_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, h
         num_key_value_heads=heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
     )
 
 
@@ -38,21 +38,18 @@ def build_model(
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=IMAGE_ID,
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
         image_grid_pinpoints=PINPOINTS,
         image_seq_length=GRID * GRID,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     model = LlavaNextForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
         max_new_tokens=16,
         do_sample=False,
     )

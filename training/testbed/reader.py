@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from training.testbed.lessons import Lesson, collate, lesson
 from training.testbed.state import Log, load_state, save_state
 from training.testbed.symbols import CHARACTERS, CLASSES
-from training.testbed.vocabulary import IMAGE
+from training.testbed.vocabulary import IMAGE_ID
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Grade:
     scene_share: float = 0.3
     turns: int = 4
     aloud: float = 0.5
+    drill: float = 0.0
     base: bool = True
     blanks: float = 1.0
+    hint: bool = False
+    loose: bool = False
+    alike: bool = False
 
     def lesson(self, rng: Random, tokenizer: PreTrainedTokenizerFast, draw: bool = False) -> Lesson:
         task = "scenes" if rng.random() < self.scene_share else "documents"
@@ -51,7 +55,20 @@ class Grade:
         name = rng.choice(list(sizes))
         width, height = (int(side) for side in name.split("x"))
         return lesson(
-            rng, tokenizer, task, (width, height), sizes[name], self.turns, self.aloud, self.base, self.blanks, draw
+            rng,
+            tokenizer,
+            task,
+            (width, height),
+            sizes[name],
+            self.turns,
+            self.aloud,
+            self.drill,
+            self.base,
+            self.blanks,
+            self.hint,
+            self.loose,
+            self.alike,
+            draw,
         )
 
 
@@ -65,7 +82,7 @@ class Reader(nn.Module):
         self.own = nn.Parameter(torch.randn(len(CLASSES), width) * 0.02)
         self.newline = nn.Parameter(torch.randn(width) * 0.02)
         self.centre = nn.Parameter(torch.randn(width) * 0.02)
-        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.characters: Tensor
         self.register_buffer("characters", torch.tensor(tokenizer.convert_tokens_to_ids(list(CHARACTERS))))
 
     def table(self) -> Float[Tensor, "C D"]:
@@ -78,7 +95,7 @@ class Reader(nn.Module):
         """Text and symbols of a batch; `symbols` are those of all its pages, one after the other."""
         visual = self.table()[symbols[0]] + symbols[1, :, None] * self.centre
         embedded = self.language.embed_tokens(ids)
-        return embedded.masked_scatter((ids == self.image_id)[..., None], visual)
+        return embedded.masked_scatter(ids.eq(IMAGE_ID)[..., None], visual)
 
 
 def answer_loss(
@@ -131,7 +148,7 @@ def train_reader(
         lessons = [now.lesson(rng, tokenizer) for _ in range(now.batch)]
         for group in optimizer.param_groups:
             group["lr"] = now.rate * min(1.0, (step + 1) / warmup)
-        ids, labels, positions = collate(lessons, tokenizer.pad_token_id)
+        ids, labels, positions = collate(lessons)
         symbols = torch.cat([torch.from_numpy(one.symbols) for one in lessons], dim=1)
         loss, scores = answer_loss(
             reader.language, reader.embed(ids, symbols), labels, positions, [one.kind for one in lessons]

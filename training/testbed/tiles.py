@@ -41,7 +41,7 @@ def page_tiles(rng: Random, task: str, crowded: bool) -> list[Labelled]:
     """Every tile of a page; a crowded scene has an object in nearly every cell."""
     if task == "documents":
         size = rng.choice(list(documents.SIZES))
-        lines = documents.layout(rng, size, rng.randint(*documents.SIZES[size]))
+        lines = documents.layout(rng, size, rng.randint(*documents.SIZES[size]), loose=True, alike=True)
         image, marks = documents.draw_page(rng, size, lines), documents.marks(lines, size)
     else:
         size = rng.choice(list(scenes.SIZES))

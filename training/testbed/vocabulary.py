@@ -9,6 +9,7 @@ is LLaVA's: `USER: <image>\\nwhat is TOTAL? ASSISTANT:`, the answer right behind
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrainedTokenizerFast
@@ -40,6 +41,10 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}</s>{% else %}{{ ' ' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+
+PAD, BOS, EOS, IMAGE_ID = 0, 1, 2, 4
+"""Ids of `<pad>`, `<s>`, `</s>` and `<image>`: the places of these names in `SPECIALS`."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,17 +88,37 @@ def build_processor() -> LlavaNextProcessor:
 
 
 def conversation(
-    tokenizer: PreTrainedTokenizerFast, exchanges: list[tuple[str, str]], slots: int
+    tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]], slots: int, hint: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels (-100 but for the answers) of questions and answers about one image of `slots` visual tokens."""
+    """Ids and labels (-100 but for the answers) of questions and answers about one image of `slots` visual tokens.
+
+    With `hint` the answer's first token is asked for twice more, right behind the question mark and behind the space
+    after it: without, the reader learns to go on with a value long before it learns to look up where one begins.
+    """
     ids: list[int] = []
     labels: list[int] = []
     for index, (question, answer) in enumerate(exchanges):
         prompt = tokenizer.encode(f"USER: {IMAGE + chr(10) if index == 0 else ''}{question} ASSISTANT:")
         if index == 0:
-            place = prompt.index(tokenizer.convert_tokens_to_ids(IMAGE))
+            place = prompt.index(IMAGE_ID)
             prompt[place : place + 1] = [prompt[place]] * slots
         reply = tokenizer.encode(f"{answer}</s>")
         ids += prompt + reply
-        labels += [-100] * len(prompt) + reply
+        early = 2 if hint else 0
+        labels += [-100] * (len(prompt) - early) + [reply[0]] * early + reply
+    return ids, labels
+
+
+def recital(
+    tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]], slots: int
+) -> tuple[list[int], list[int]]:
+    """Like `conversation`, for short questions without any frame: "USER: <image>\\nTOTAL?415,DATE?22,"."""
+    head = tokenizer.encode(f"USER: {IMAGE}\n")
+    place = head.index(IMAGE_ID)
+    ids = head[:place] + [IMAGE_ID] * slots + head[place + 1 :]
+    labels = [-100] * len(ids)
+    for question, answer in exchanges:
+        asked, reply = tokenizer.encode(question), tokenizer.encode(f"{answer},")
+        ids += asked + reply
+        labels += [-100] * len(asked) + reply
     return ids, labels

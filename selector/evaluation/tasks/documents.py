@@ -26,11 +26,15 @@ from selector.evaluation.tasks.drawing import (
 )
 from selector.evaluation.tasks.sample import Box, Page, Sample, Turn
 
-_KEYS = (
+_KEYS = "TOTAL DATE CITY ITEM SEAT TAX YEAR PLAN AREA BANK GROUP CLASS GRID MENU INFO STAFF MONTH FLAG VIEW DISC"
+KEYS = _KEYS.split()
+"""Keys of forms and receipts, each with a last letter of its own, so that a small reader can tell them apart."""
+_ALIKE_KEYS = (
     "TOTAL DATE NAME CITY CODE ITEM ROOM SEAT TAX PAGE UNIT TEAM YEAR SIZE PLAN AREA BANK DESK "
     "LINE FLOOR PRICE LEVEL ORDER STOCK GROUP SHIFT CLASS DRAFT"
 )
-KEYS = _KEYS.split()
+ALIKE_KEYS = _ALIKE_KEYS.split()
+"""Other keys, several of which end alike; for training alone."""
 DIGITS = "0123456789"
 LETTERS = "ACEFHJKLMNPRTUVWXY"
 """Letters of values: without those a digit resembles (B, D, G, I, O, Q, S, Z)."""
@@ -68,23 +72,27 @@ def _place(rng: Random, start: int, length: int, columns: int) -> int:
     return ADVANCE * start + ADVANCE // 2 + shift
 
 
-def layout(rng: Random, size: tuple[int, int], count: int) -> list[Line]:
-    """`count` lines on distinct rows of a page of `size` (width, height), either ragged or with a common value
-    column."""
+def layout(rng: Random, size: tuple[int, int], count: int, loose: bool = False, alike: bool = False) -> list[Line]:
+    """`count` lines on distinct rows of a page of `size` (width, height), ragged or with a common left edge.
+
+    One blank cell stands between key and value. Pages seen in training alone may be `loose` (up to four, or
+    the values aligned) and have keys that end `alike`.
+    """
     columns, rows = size[0] // ADVANCE, size[1] // ADVANCE
     first = rng.randint(0, 1)
     slots = sorted(rng.sample(range(1 + first, rows - 1, 2), count))
-    keys, values = rng.sample(KEYS, count), [_value(rng) for _ in range(count)]
+    keys, values = rng.sample(ALIKE_KEYS if alike else KEYS, count), [_value(rng) for _ in range(count)]
     widest = max(map(len, keys))
     aligned = rng.random() < 0.5
     margin = rng.randint(0, columns - widest - 2 - max(map(len, values)))
     lines = []
     for row, key, value in zip(slots, keys, values, strict=True):
         if aligned:
-            start, place = margin, margin + widest + 2
+            start = margin
+            place = margin + (widest if loose else len(key)) + 2
         else:
             spare = columns - len(key) - 2 - len(value)
-            gap = rng.randint(0, min(3, spare))
+            gap = rng.randint(0, min(3, spare)) if loose else 0
             start = rng.randint(0, spare - gap)
             place = start + len(key) + 2 + gap
         lines.append(

@@ -48,6 +48,10 @@ class Thing:
         )
 
 
+def plural(shape: str) -> str:
+    return "crosses" if shape == "cross" else f"{shape}s"
+
+
 def layout(rng: Random, size: tuple[int, int], count: int) -> list[Thing]:
     """`count` objects in distinct cells, in reading order; shapes repeat often enough for counts above one."""
     across = size[0] // CELL
@@ -85,8 +89,7 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
     chosen = []
     for number in rng.sample(sorted(counted), min(2, len(counted))):
         name = rng.choice(counted[number])
-        plural = "crosses" if name == "cross" else f"{name}s"
-        chosen.append(Turn(f"how many {plural} are there?", str(number), _boxes(by_shape[name])))
+        chosen.append(Turn(f"how many {plural(name)} are there?", str(number), _boxes(by_shape[name])))
     single = [name for name, found in by_shape.items() if len(found) == 1]
     for name in rng.sample(single, min(2, len(single))):
         chosen.append(Turn(f"what color is the {name}?", by_shape[name][0].colour, _boxes(by_shape[name])))
