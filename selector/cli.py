@@ -35,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {
         "keep": [0.5, 0.25, 64, 32, 16],
         "tasks": ["documents", "scenes"],
-        "samples": 100,
+        "samples": 60,
         "out": "runs/compare",
         "baseline": "random",
         "answers": True,

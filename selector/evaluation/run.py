@@ -83,7 +83,7 @@ def compare(
         "baseline": baseline,
         "unreadable": {},
         "rows": [
-            {"task": task.name, "label": row.label, "keep": str(row.budget) if row.budget else None, "key": file.key}
+            {"task": task.name, "label": row.label, "keep": _keep(row.budget), "key": file.key}
             for task in tasks
             for row, file in zip(rows, files[task.name], strict=True)
         ],
@@ -123,6 +123,16 @@ def _sample_steps(
         record = {"id": sample.id, "index": index} | measured.record(row)
         file.append(record)
         yield Step(task, index, total, row, record)
+
+
+def _keep(budget: Budget | None) -> str | None:
+    """How the table writes a budget: what stays, and scope and newlines where they are not the usual ones."""
+    if budget is None:
+        return None
+    unusual = [budget.scope] if budget.scope != "image" else []
+    return " ".join(
+        [str(budget), *unusual, *([f"newlines={budget.newlines}"] if budget.newlines != "kept_rows" else [])]
+    )
 
 
 def _common_settings(model: Any, processor: Any, seed: int, answers: bool, max_new_tokens: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 
 import pytest
 import torch
@@ -243,6 +244,8 @@ def test_scope_and_newlines_are_part_of_the_key(run, tiny_model, task):
             compare(model, processor, {"svd": SVDPrune(rank=2)}, [budget], [task], run.folder, max_new_tokens=2)
         )
         assert all(s.record for s in steps if s.row.selector)
+    keeps = {row["keep"] for row in json.loads((run.folder / "run.json").read_text())["rows"]}
+    assert keeps == {None, "9 tile newlines=none"}
 
 
 def test_without_answers_nothing_is_generated(run, monkeypatch):
