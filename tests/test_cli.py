@@ -40,6 +40,7 @@ def call(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
+        capsys.readouterr()  # saving the model leaves a progress bar behind
         code = cli.main([str(a) for a in arguments])
         out, err = capsys.readouterr()
         return code, out, err
