@@ -18,8 +18,8 @@ HELP = """\
 Train a visual-token selector on the frozen features of a vision encoder.
 
 commands
-  fit        train; writes runs/NAME/version_N/ with checkpoints/best.ckpt, last.ckpt, config.yaml, metrics.csv
-  validate   compare the rankings on the validation images: --config ... --ckpt_path runs/.../best.ckpt
+  fit        train; writes runs/train/NAME/version_N/ with checkpoints/best.ckpt, last.ckpt, config.yaml, metrics.csv
+  validate   compare the rankings on the validation images: --config ... --ckpt_path best.ckpt of a run
   test       the same on the test images
   export     write a checkpoint as a selector folder: selector-train export CKPT FOLDER
 
@@ -28,8 +28,8 @@ examples
   selector-train fit --config configs/train/tiny.yaml --data.images PHOTOS     your images
   selector-train fit --config configs/train/timm.yaml --model.encoder.init_args.name vit_base_patch16_clip_224.openai
   selector-train fit --config configs/train/tiny.yaml --trainer.fast_dev_run true
-  selector-train fit --config runs/tiny/version_0/config.yaml --ckpt_path last
-  selector-train export runs/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector
+  selector-train fit --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt         go on with a run
+  selector-train export runs/train/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector
 
 flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --trainer.precision bf16-mixed ...
   selector-train fit --help                            every argument
@@ -91,13 +91,13 @@ def run(arguments: list[str]) -> LightningCLI:
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--name", default="selector", help="the run's folder below --root")
-            parser.add_argument("--root", default="runs", help="folder of all runs")
+            parser.add_argument("--root", default="runs/train", help="folder of all runs")
             parser.add_argument(
                 "--wandb", default="off", choices=["off", "offline", "online"], help="log to Weights & Biases too"
             )
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
-            settings = self.config_init[self.subcommand]
+            settings = self.config_init[str(self.subcommand)]
             if settings["trainer"].get("default_root_dir") is None:
                 kwargs["default_root_dir"] = settings["root"]
             if settings["trainer"].get("logger") in (None, True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -85,7 +85,7 @@ class ImageModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Lists (and with `cache_features` encodes) what the stage needs; errors in the data surface here."""
         assert self.trainer is not None  # for the type checker: Lightning sets it before
-        encoder = self.trainer.lightning_module.encoder
+        encoder = cast("VisionEncoder", self.trainer.lightning_module.encoder)
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in wanted:
             if split not in self._sets:
@@ -167,7 +167,7 @@ class _File:
 class _Page:
     """One generated page; validation pages come from another seed, test pages from the test stream."""
 
-    def __init__(self, kind: Generated, split: str, seed: int, index: int):
+    def __init__(self, kind: str, split: str, seed: int, index: int):
         self.kind, self.split, self.index = kind, split, index
         self.seed = seed + 1_000_003 if split == "val" else seed
 

@@ -17,7 +17,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -114,9 +114,9 @@ class LlavaNextEncoder(VisionEncoder):
         if getattr(config.text_config, "layer_types", None):
             config.text_config.layer_types = []
         with _quiet():
-            model, found = LlavaNextForConditionalGeneration.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True
-            )
+            options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+            loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(path, **options)
+            model, found = loaded
         missing = [name for name in found["missing_keys"] if "vision_tower" in name]
         if missing:
             raise ValueError(
@@ -184,26 +184,29 @@ class TimmEncoder(VisionEncoder):
     ):
         super().__init__()
         import timm
-        from timm.data import create_transform, resolve_model_data_config
+        from timm.data.config import resolve_model_data_config
+        from timm.data.transforms_factory import create_transform
 
         if not timm.is_model(name):
             raise ValueError(f"name must be a timm model, got {name!r}; timm.list_models('*{name[:4]}*') lists some")
-        sized = {} if image_size is None else {"img_size": image_size}
+        sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **sized)
         self.layer, self.norm = layer, layer == -1 if norm is None else norm
         self.name = f"timm {name}{'' if pretrained else ' (random weights)'}, block {layer}"
         data = resolve_model_data_config(self.model)
         if image_size is not None:
             data["input_size"] = (3, image_size, image_size)
-        data["crop_pct"] = 1.0  # a selector sees the whole image, not the classifier's centre crop
-        self.preprocess = TransformTiles(create_transform(**data, is_training=False))
+        # A selector sees the whole image, squeezed into a square, not the centre crop of a classifier.
+        data |= {"crop_pct": 1.0, "crop_mode": "squash"}
+        transform: Any = create_transform(**data, is_training=False)
+        self.preprocess = TransformTiles(transform)
         self._freeze()
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
         blocks = getattr(self.model, "blocks", None)
         index = self.layer + len(blocks) if blocks is not None and self.layer < 0 else self.layer
-        options = {"indices": [index], "norm": self.norm, "output_fmt": "NCHW", "intermediates_only": True}
-        (features,) = self.model.forward_intermediates(pixels, **options)
+        options: Any = {"indices": [index], "norm": self.norm, "output_fmt": "NCHW", "intermediates_only": True}
+        (features,) = cast("Any", self.model).forward_intermediates(pixels, **options)
         self.grid = (features.shape[-2], features.shape[-1])
         return features.flatten(2).transpose(1, 2)
 

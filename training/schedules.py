@@ -41,12 +41,17 @@ def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 def gumbel_top_k(
     scores: Float[Tensor, "B N"], keep: int, temperature: float, generator: torch.Generator
 ) -> Float[Tensor, "B N"]:
-    """Exactly `keep` tokens a tile, drawn by noisy scores: a two-way Gumbel-Softmax, its threshold moved to fit `keep`.
+    """Exactly `keep` tokens a tile by noisy scores, straight-through.
 
-    The mask has no gradient: see `training.module` for what a straight-through one does to the ranking.
+    A two-way Gumbel-Softmax whose threshold is moved to where `keep` tokens pass. Forward 0/1, backward the gradient of
+    ``sigmoid((score + noise - threshold) / temperature)``. The threshold, itself a noisy score, stays in the graph: so
+    the gradient sums to zero over a tile, and raising all scores together, which changes nothing, is not rewarded.
     """
-    noisy = scores.detach() + temperature * logistic_noise(scores, generator)
-    return torch.zeros_like(noisy).scatter(1, noisy.topk(keep, dim=-1).indices, 1.0)
+    noisy = (scores + logistic_noise(scores, generator)) / temperature
+    top = noisy.topk(keep, dim=-1)
+    soft = torch.sigmoid(noisy - top.values[:, -1:])
+    hard = torch.zeros_like(soft).scatter(1, top.indices, 1.0)
+    return hard + soft - soft.detach()
 
 
 def random_mask(batch: int, num_patches: int, keep: int, generator: torch.Generator) -> Float[Tensor, "B N"]:

@@ -123,7 +123,7 @@ def test_a_checkpoint_with_a_missing_tensor_or_another_width_is_refused(tmp_path
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("objective", ["sampled_budget", "paper"])
+@pytest.mark.parametrize("objective", ["sampled_budget", "straight_through", "paper"])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, fit, objective):
     settings = [f"--model.objective={objective}", "--model.warmup_steps=2"]
     whole = run(fit(*settings, name="whole")).model.state_dict()

@@ -47,14 +47,24 @@ def test_timm_features_are_the_tokens_without_prefix(make_image):
     torch.testing.assert_close(encoder(pixels), tokens[:, 1:], rtol=1e-5, atol=1e-5)
 
 
-def test_timm_sees_the_whole_image(make_image):
+@pytest.mark.parametrize("size", [(40, 120), (120, 40), (64, 64)])
+def test_timm_sees_the_whole_image(make_image, size):
     """A classifier's centre crop would hide the border from the selector."""
     encoder = TimmEncoder("test_vit", pretrained=False, image_size=32)
-    image = make_image(64, 64)
-    image.paste((0, 0, 0), (0, 0, 64, 2))
-    assert encoder.preprocess(image).shape == (1, 3, 32, 32)
-    black = encoder.preprocess(make_image(64, 64))[0, :, 0] != encoder.preprocess(image)[0, :, 0]
-    assert bool(black.any())
+    plain, framed = make_image(*size), make_image(*size)
+    width, height = framed.size
+    for corner in ((0, 0), (width - 6, height - 6)):
+        framed.paste((0, 0, 0), (*corner, corner[0] + 6, corner[1] + 6))
+    changed = (encoder.preprocess(plain) != encoder.preprocess(framed))[0].any(0)
+    assert changed.shape == (32, 32)
+    assert bool(changed[0, 0])
+    assert bool(changed[-1, -1])
+
+
+def test_timm_convolutional_models_have_a_grid_too(make_image):
+    encoder = TimmEncoder("test_convnext", pretrained=False)
+    pixels = encoder.preprocess(make_image(40, 90))
+    assert encoder(pixels).shape == (1, encoder.num_patches, encoder.dim)
 
 
 @pytest.mark.parametrize("size", [(40, 90), (90, 40), (60, 60)])

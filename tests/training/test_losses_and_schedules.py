@@ -58,10 +58,20 @@ def test_dropped_mean_of_a_full_mask_is_zero_not_nan():
 def test_gumbel_top_k_keeps_exactly_k_and_follows_the_scores_when_cold():
     scores = torch.randn(3, 20)
     mask = gumbel_top_k(scores, 7, 1.0, seeded())
-    assert mask.sum(1).tolist() == [7, 7, 7]
-    assert set(mask.unique().tolist()) == {0.0, 1.0}
-    cold = gumbel_top_k(scores, 7, 1e-6, seeded())
+    assert mask.sum(1).tolist() == pytest.approx([7, 7, 7])
+    assert set(mask.round(decimals=5).unique().tolist()) == {0.0, 1.0}
+    cold = gumbel_top_k(scores * 1e6, 7, 1.0, seeded())
     torch.testing.assert_close(cold, torch.zeros(3, 20).scatter(1, scores.topk(7).indices, 1.0))
+
+
+def test_gumbel_top_k_does_not_reward_raising_all_scores():
+    """The defect behind upside-down rankings: with a threshold out of the graph every score only ever rises."""
+    scores = torch.randn(3, 20, requires_grad=True)
+    mask = gumbel_top_k(scores, 7, 1.0, seeded())
+    (mask * torch.randn(3, 20)).sum().backward()
+    assert scores.grad is not None
+    assert bool((scores.grad.abs() > 1e-4).any())
+    torch.testing.assert_close(scores.grad.sum(1), torch.zeros(3), atol=1e-6, rtol=0)
 
 
 def test_gumbel_top_k_draws_as_a_gumbel_softmax_does():
