@@ -271,3 +271,17 @@ def test_every_shipped_config_parses(config, capsys):
         run(["fit", f"--config={config}", "--print_config"])
     assert stop.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["encoder"]["class_path"].startswith("training.encoders.")
+
+
+def test_wandb_by_one_flag_needs_no_account(tmp_path, fit, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ran = run(fit("--wandb=offline", "--trainer.max_epochs=1"))
+    import wandb
+
+    wandb.finish()
+    assert [type(logger).__name__ for logger in ran.trainer.loggers] == [
+        "CSVLogger",
+        "TensorBoardLogger",
+        "WandbLogger",
+    ]
+    assert list((tmp_path / "runs" / "wandb").glob("offline-run-*/*.wandb"))
