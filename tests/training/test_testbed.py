@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from selector.evaluation.tasks import documents, scenes
 from training.testbed.evaluate import wilson
-from training.testbed.join import embed, tower_features
+from training.testbed.join import Round, embed, tower_features
 from training.testbed.lessons import collate, facts
 from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
 from training.testbed.model import build_model, reader_config
@@ -166,7 +166,7 @@ def test_every_stage_runs_and_resumes(tmp_path: Path):
             work=tmp_path / "work",
             tower=TowerPlan(16, 2, 2, 3, 1, [Phase(tower_steps, 1e-3, 1e-4, 0.3, 0.3)]),
             reader=ReaderPlan(16, 1, 2, 16, 1, [grade]),
-            join=JoinPlan(2, 2, 1e-3, 1, [grade]),
+            join=JoinPlan(2, 2, 1e-3, 1, [Round([grade]), Round([grade], last=0.5)]),
             evaluation=EvaluationPlan(3, 0, 2),
             until=until,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from selector.evaluation.tasks.documents import KEYS
+
 _HEAD = """---
 license: apache-2.0
 library_name: transformers
@@ -46,23 +48,24 @@ By kind of question, with the image: {kinds}.
 python -m training.testbed --config configs/testbed/tiny.yaml --out checkpoints/llava-next-tiny
 ```
 
-The YAML used lies beside this card, as does `results.json`. Machine: a 2-core x86-64 CPU (AVX2, no AMX), fp32, one
-thread a stage, shared with
-other work. Wall time of the stages in seconds: {seconds}. Tower and reader do not depend on each other and ran at
-the same time.
+The settings used lie beside this card (`made-with.yaml`), as does `results.json`. Machine: a 2-core x86-64 CPU (AVX2,
+no AMX), fp32, one
+thread a stage, shared with other work. Wall time of the
+stages in seconds: {seconds}. Tower and reader do not depend on each other and ran at the
+same time.
 
 1. tower: a CLIP vision model learns densely what lies under every 8-px patch (character, or colour and shape, and
-  objects' centres).
-   The last layer's CLS token tells which of these occur in the tile.
-2. reader: a Llama learns alone to answer from symbolic pages (one symbol a patch, packed as LLaVA-NeXT packs
-  them), by a curriculum.
-   All but its last lessons leave out most background slots, at unchanged positions.
-3. projector: fitted so that a patch's feature becomes the embedding of its symbol. join: projector and language
-  model tuned on pixels, tower frozen.
+   objects' centres). The last layer's CLS token tells which of these occur in the tile.
+2. reader: a Llama learns alone to answer from symbolic pages (one symbol a patch, packed as LLaVA-NeXT packs them),
+   by a curriculum. Its lessons leave out most background slots, at unchanged positions.
+3. projector: fitted so that a patch's feature becomes the embedding of its symbol. join: projector and language model
+   tuned on pixels, tower frozen; the last lessons of every round are whole pages with all tokens.
 
-Data: `selector.evaluation.tasks.documents` and `scenes`, split "train" for nothing but the generators' own random
-streams; no page of the
-held-out stream is seen in training.
+The plan in the YAML was extended while watching the curves: the run was stopped and resumed between its phases, and the
+file is the sequence that the shipped weights went through. A run from nothing follows the same steps in one go.
+
+Data: `selector.evaluation.tasks.documents` and `scenes`. Training draws pages from random streams of its own; no page
+of the held-out stream is seen.
 
 ## Geometry
 
@@ -72,10 +75,11 @@ Feature layer -2, CLS dropped.
 ## Limits
 
 - Text must stand near its native scale (capitals about 8 px high, one every 8 px) and be upper case; the keys are
-  the 28 it was trained on, values have 2 to 4 characters.
+  the {keys} it was trained on, values have 2 to 4 characters.
 - Scenes: four shapes and six colours; counts up to 4.
 - Other image sizes work technically, but are resized by the processor and read badly; other prompts give nonsense.
-- Early lessons leave out background tokens, so the model tolerates their loss better than one that never saw this.
+- Most lessons leave out background tokens (at unchanged positions), so the model tolerates their loss better than one
+  that never saw this.
 """
 
 
@@ -91,4 +95,4 @@ def card(results: dict[str, Any]) -> str:
         kinds += [f'"{name} ..." {hit}/{of}' for name, (hit, of) in results[task]["seen"]["by_question"].items()]
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in results["wall_seconds"].items())
     head = _HEAD.format(parameters=f"{results['parameters']:,}", samples=results["samples"], seed=results["seed"])
-    return head + rows + _TAIL.format(kinds=", ".join(kinds), seconds=seconds)
+    return head + rows + _TAIL.format(kinds=", ".join(kinds), seconds=seconds, keys=len(KEYS))

@@ -6,6 +6,7 @@ projector and language model are tuned together on pixels; the tower stays froze
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -19,6 +20,14 @@ from training.testbed.lessons import Lesson, collate
 from training.testbed.reader import Grade, Reader, answer_loss
 from training.testbed.state import Log, load_state, save_state, schedule
 from training.testbed.symbols import GRID, TILE, cut
+
+
+@dataclass(frozen=True)
+class Round:
+    """Lessons over which the rate goes down once, from each grade's own to `last` times that."""
+
+    grades: list[Grade]
+    last: float = 0.05
 
 
 def transplant(model: LlavaNextForConditionalGeneration, tower: CLIPVisionModel, reader: Reader) -> None:
@@ -97,25 +106,28 @@ def tune(
     model: LlavaNextForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     work: Path,
-    grades: list[Grade],
+    rounds: list[Round],
     warmup: int,
     seed: int,
     every: int = 20,
 ) -> None:
-    """Projector and language model together, each grade for `at_most` steps, the rate going down over all of them."""
+    """Projector and language model together, each grade for `at_most` steps; in every round the rate goes down anew."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(trained, lr=rounds[0].grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
     path, log, start = work / "join.pt", Log(work / "log.jsonl", "join"), 0
     if state := load_state(path):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    plan = [grade for grade in grades for _ in range(grade.at_most)]
+    plan = []
+    for one in rounds:
+        steps = [grade for grade in one.grades for _ in range(grade.at_most)]
+        plan += [(grade, within, len(steps), one.last) for within, grade in enumerate(steps)]
     for step in range(start, len(plan)):
-        now, rng = plan[step], Random(f"join/{seed}/{step}")
+        (now, within, length, last), rng = plan[step], Random(f"join/{seed}/{step}")
         lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, len(plan), now.rate, warmup)
+            group["lr"] = schedule(within, length, now.rate, warmup, last)
         ids, labels, positions = collate(lessons)
         kinds = [one.kind for one in lessons]
         loss, scores = answer_loss(model.model.language_model, embed(model, lessons, ids), labels, positions, kinds)

@@ -67,6 +67,14 @@ def facts(task: str, turns: Sequence[Turn], marks: Marks) -> list[tuple[str, str
     return found
 
 
+def hue_facts(rng: Random, marks: Marks) -> list[tuple[str, str]]:
+    """The facts of a scene that are asked by colour, with as many absent colours as present ones."""
+    by_hue = [fact for fact in facts("scenes", (), marks) if fact[0].split()[0].removesuffix("?") in COLOURS]
+    absent = [fact for fact in by_hue if fact[1] == "no"]
+    present = [fact for fact in by_hue if fact[1] != "no"]
+    return present + rng.sample(absent, min(len(absent), sum(answer == "yes" for _, answer in present)))
+
+
 def lesson(
     rng: Random,
     tokenizer: PreTrainedTokenizerFast,
@@ -76,6 +84,7 @@ def lesson(
     turns: int,
     aloud: float,
     drill: float = 0.0,
+    hues: bool = False,
     base: bool = True,
     blanks: float = 1.0,
     hint: bool = False,
@@ -86,9 +95,10 @@ def lesson(
     """One page of `task` with `count` (least, most) lines or things.
 
     `aloud`: the share of lessons that tell everything. `drill`: the share that asks all `facts` of the page, one right
-    behind the other. `blanks`: the share of background slots that stay; the others are left out of the sequence while
-    all positions stay as on the whole page, which makes early lessons several times cheaper. `hint`: see
-    `conversation`; `loose`, `alike`: see `documents.layout`. `draw`: with the image too.
+    behind the other; with `hues`, in scenes those by colour only. `blanks`: the share of background slots that stay;
+    the others are left out of the sequence while all positions stay as on the whole page, which makes early lessons
+    several times cheaper. `hint`: see `conversation`; `loose`, `alike`: see `documents.layout`. `draw`: with the image
+    too.
     """
     if task == "documents":
         lines = documents.layout(rng, size, rng.randint(*count), loose, alike)
@@ -107,7 +117,7 @@ def lesson(
     first, full = page_labels(marks, size)
     symbols = pack_symbols(first if base else None, full)
     if drills:
-        known = facts(task, asked, marks)
+        known = hue_facts(rng, marks) if hues and task == "scenes" else facts(task, asked, marks)
         ids, labels = recital(tokenizer, rng.sample(known, len(known)), symbols.shape[1])
     else:
         ids, labels = conversation(tokenizer, exchanges, symbols.shape[1], hint)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 
 from training.testbed.card import card
 from training.testbed.evaluate import evaluate
-from training.testbed.join import fit_projector, transplant, tune
+from training.testbed.join import Round, fit_projector, transplant, tune
 from training.testbed.model import build_model, reader_config
 from training.testbed.reader import Grade, train_reader
 from training.testbed.state import stage_seconds
@@ -49,7 +50,7 @@ class JoinPlan:
     projector_batch: int
     projector_rate: float
     warmup: int
-    grades: list[Grade]
+    rounds: list[Round]
     seed: int = 0
 
 
@@ -64,6 +65,12 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def write_plan(path: Path, **plans: TowerPlan | ReaderPlan | JoinPlan | EvaluationPlan) -> None:
+    """The settings as YAML that the command line reads again."""
+    plain = json.loads(json.dumps({name: asdict(plan) for name, plan in plans.items()}))
+    write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
 
 def make(
@@ -106,11 +113,12 @@ def make(
         fit_projector(
             model, trained_reader, work, join.projector_steps, join.projector_batch, join.projector_rate, join.seed
         )
-    tune(model, tokenizer, work, join.grades, join.warmup, join.seed)
+    tune(model, tokenizer, work, join.rounds, join.warmup, join.seed)
     model.requires_grad_(True).save_pretrained(out)
     processor.save_pretrained(out)
     if until == "join":
         return
+    write_plan(out / "made-with.yaml", tower=tower, reader=reader, join=join, evaluation=evaluation)
     results = evaluate(out, evaluation.count, evaluation.seed, evaluation.batch)
     results["wall_seconds"] = stage_seconds(work / "log.jsonl")
     results["parameters"] = sum(p.numel() for p in model.parameters())
