@@ -40,6 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "baseline": "random",
         "answers": True,
         "max_new_tokens": 16,
+        "positions": "contiguous",
         "skip_unreadable": False,
     },
     "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 16},
@@ -169,6 +170,10 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         help="ask the questions; without, only tokens, time and evidence are measured, which is fast (default: ask)",
     )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (default: 16)")
+    parser.add_argument(
+        "--positions",
+        help="position ids of kept tokens: contiguous (default), or original, with gaps where others were",
+    )
     parser.add_argument(
         "--skip-unreadable",
         action=argparse.BooleanOptionalAction,

@@ -229,6 +229,7 @@ def test_list(call):
         (["--keep", "0.5", "0.50"], "0.5 is there twice"),
         (["--scope", "page"], "scope must be one of .*got 'page'"),
         (["--newlines", "some"], "newlines must be one of .*got 'some'"),
+        (["--positions", "all"], "positions must be one of contiguous, original, got 'all'"),
         (["--samples", "0"], "samples must be an int >= 1 or all, got '0'"),
         (["--samples", "few"], "samples must be an int >= 1 or all, got 'few'"),
         (["--samples", "all"], "samples must be a number for the task 'documents'"),

@@ -88,6 +88,9 @@ def forced_nll(model: Any, inputs: Mapping[str, Any], target: Int[Tensor, "A"]) 
     target = target.to(new["input_ids"].device)
     new["input_ids"] = torch.cat([new["input_ids"], target[None]], 1)
     new["attention_mask"] = torch.cat([new["attention_mask"], new["attention_mask"].new_ones(1, len(target))], 1)
+    if "position_ids" in new:  # gaps stay where tokens were dropped; the answer goes on after the last
+        more = torch.arange(1, len(target) + 1, device=target.device)
+        new["position_ids"] = torch.cat([new["position_ids"], new["position_ids"][:, -1:] + more], 1)
     with torch.no_grad():
         logits = model(**new, use_cache=False, logits_to_keep=len(target) + 1).logits[0, :-1]
     return answer_nll(logits, target)

@@ -12,6 +12,7 @@ import selector
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
 from selector.evaluation.errors import UsageError
+from selector.plug import Positions
 from selector.registry import load_selector
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -113,6 +114,12 @@ def parse_budgets(keeps: Sequence[Any], scope: str, newlines: str) -> list[Budge
         if budget in budgets[:i] and type(budget.keep) is type(budgets[budgets.index(budget)].keep):
             raise UsageError(f"keep must hold different budgets, {budget} is there twice")
     return budgets
+
+
+def check_positions(value: Any) -> Positions:
+    if value not in get_args(Positions):
+        raise UsageError(f"positions must be one of {', '.join(get_args(Positions))}, got {value!r}")
+    return value
 
 
 def find_device(name: str) -> torch.device:

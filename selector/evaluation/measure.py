@@ -19,7 +19,7 @@ from selector.evaluation.evidence import evidence, model_rectangles
 from selector.evaluation.metrics import exact_match, flip
 from selector.evaluation.tasks.sample import Sample
 from selector.models import Encoded, encode
-from selector.plug import Pruned, prune_inputs
+from selector.plug import Positions, Pruned, prune_inputs
 
 FULL, BLIND = "full", "blind"
 
@@ -36,8 +36,16 @@ class Row:
 class Bench:
     """A model ready to take samples."""
 
-    def __init__(self, model: Any, processor: Any, needs: frozenset[str], answers: bool, max_new_tokens: int):
-        self.model, self.processor, self.needs = model, processor, needs
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        needs: frozenset[str],
+        answers: bool,
+        max_new_tokens: int,
+        positions: Positions = "contiguous",
+    ):
+        self.model, self.processor, self.needs, self.positions = model, processor, needs, positions
         self.answers, self.max_new_tokens = answers, max_new_tokens
 
     def open(self, sample: Sample) -> Measured:
@@ -88,7 +96,14 @@ class Measured:
         if self.encoded is None:  # a prompt of text alone passes through
             return self.whole
         try:
-            return prune_inputs(self.bench.model, self.inputs, row.selector, row.budget, encoded=self.encoded)
+            return prune_inputs(
+                self.bench.model,
+                self.inputs,
+                row.selector,
+                row.budget,
+                positions=self.bench.positions,
+                encoded=self.encoded,
+            )
         except ValueError as error:
             raise UsageError(f"{row.label} at keep={row.budget} on sample {self.sample.id!r}: {error}") from error
 

@@ -39,7 +39,7 @@ def summarize(run: Path) -> dict[str, Any]:
         rows.append({"task": task, "selector": label, "keep": keep} | _figures(found) | _difference(found, against))
     shifts = [r for r in rows if r["keep"] and r["ipr_shift"] is not None and r["agreement"] is not None]
     rank = spearman([abs(r["ipr_shift"]) for r in shifts], [r["agreement"] for r in shifts])
-    return {name: settings[name] for name in ("model", "samples", "seed", "baseline", "unreadable")} | {
+    return {name: settings[name] for name in ("model", "samples", "seed", "baseline", "positions", "unreadable")} | {
         "rows": rows,
         "correlations": {"ipr_shift_vs_agreement": rank, "points": len(shifts)},
     }

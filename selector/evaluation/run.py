@@ -22,6 +22,7 @@ from selector.evaluation.identity import fingerprint, identity
 from selector.evaluation.measure import BLIND, FULL, Bench, Row
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
+from selector.plug import Positions
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def compare(
     seed: int = 0,
     answers: bool = True,
     max_new_tokens: int = 16,
+    positions: Positions = "contiguous",
     baseline: str | None = None,
     fresh: bool = False,
     model_name: str = "",
@@ -57,6 +59,7 @@ def compare(
         selectors: by the label that the table shows.
         samples: of each task; None takes all of it.
         answers: False skips generation: tokens, time and evidence only.
+        positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
         baseline: label of the selector that the others are compared with in pairs.
         fresh: forget what `out` already holds of this comparison.
 
@@ -70,7 +73,8 @@ def compare(
     rows += [Row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
     common = _common_settings(model, processor, seed, answers, max_new_tokens)
     files = {
-        task.name: [records.Records(out, common | _row_settings(row, task, answers)) for row in rows] for task in tasks
+        task.name: [records.Records(out, common | _row_settings(row, task, positions)) for row in rows]
+        for task in tasks
     }
     if fresh:
         for file in (file for group in files.values() for file in group):
@@ -80,6 +84,7 @@ def compare(
         "samples": samples,
         "seed": seed,
         "answers": answers,
+        "positions": positions,
         "baseline": baseline,
         "unreadable": {},
         "rows": [
@@ -90,7 +95,7 @@ def compare(
     }
     records.write_json(out / records.RUN, plan)
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
-    bench = Bench(model, processor, needs, answers, max_new_tokens)
+    bench = Bench(model, processor, needs, answers, max_new_tokens, positions)
 
     def steps() -> Iterator[Step]:
         for task in tasks:
@@ -159,7 +164,7 @@ def _common_settings(model: Any, processor: Any, seed: int, answers: bool, max_n
     }
 
 
-def _row_settings(row: Row, task: Task, answers: bool) -> dict[str, Any]:
+def _row_settings(row: Row, task: Task, positions: Positions) -> dict[str, Any]:
     chosen: dict[str, Any] = {"reference": row.label}
     if row.selector is not None and row.budget is not None:
         chosen = {
@@ -167,5 +172,6 @@ def _row_settings(row: Row, task: Task, answers: bool) -> dict[str, Any]:
             "keep": row.budget.keep,
             "scope": row.budget.scope,
             "newlines": row.budget.newlines,
+            "positions": positions,
         }
     return {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint} | chosen

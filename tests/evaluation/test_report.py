@@ -52,6 +52,7 @@ def run(tmp_path):
         "samples": 4,
         "seed": 0,
         "answers": True,
+        "positions": "contiguous",
         "baseline": "theirs",
         "unreadable": {},
         "rows": plan,

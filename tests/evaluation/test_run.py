@@ -210,6 +210,7 @@ def test_fresh_starts_over(run):
         {"seed": 1},
         {"max_new_tokens": TOKENS + 1},
         {"answers": False},
+        {"positions": "original"},
         {"selectors": {"random": Random(seed=1)}},
         {"selectors": {"random": Norm()}},
     ],
@@ -299,11 +300,12 @@ def test_a_prompt_of_text_alone_passes_through(run):
     assert all((r["tokens"], r["full_tokens"], r["agrees"]) == (0, 0, True) for r in results.values())
 
 
-def test_teacher_forcing_repeats_what_generation_computed(tiny_model, make_image):
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_teacher_forcing_repeats_what_generation_computed(tiny_model, make_image, positions):
     """One forward pass over the answer gives the logits that token-by-token decoding chose from."""
     model, processor = tiny_model()
     inputs = prepare(processor, make_image(64, 64), "how many?", model.device)
-    pruned = prune_inputs(model, inputs, SVDPrune(rank=2), Budget(9))
+    pruned = prune_inputs(model, inputs, SVDPrune(rank=2), Budget(9), positions=positions)
     said = answer(model, processor, pruned.inputs, 8)
     assert len(said.ids) == len(said.logits) == 8
     assert torch.equal(said.logits.argmax(-1), said.ids)

@@ -24,6 +24,7 @@ def run(settings: dict[str, Any]) -> int:
     tasks = [load_task(spec, settings["skip_unreadable"]) for spec in _distinct("tasks", settings["tasks"])]
     seed = whole("seed", settings["seed"])
     limit = positive("max_new_tokens", settings["max_new_tokens"])
+    positions = loading.check_positions(settings["positions"])
     model, processor, selectors = load_all(settings)
     baseline = settings["baseline"]
     if baseline not in selectors:
@@ -41,6 +42,7 @@ def run(settings: dict[str, Any]) -> int:
         seed=seed,
         answers=settings["answers"],
         max_new_tokens=limit,
+        positions=positions,
         baseline=baseline,
         fresh=settings.get("fresh", False),
         model_name=str(settings["model"]),
