@@ -25,7 +25,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from jaxtyping import Float
 from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -122,7 +122,7 @@ class SelectorModule(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Float[Tensor, ""]:
         features = self.features(batch)
-        step, total = self.global_step, int(self.trainer.estimated_stepping_batches)
+        step, total = self.global_step, self._total_steps()
         tau = temperature(step, total, self.temperature_start, self.temperature_end)
         loss, logs = getattr(self, f"_{self.objective}")(
             features, tau, step < self.random_share * total, self._generator(step)
@@ -180,13 +180,19 @@ class SelectorModule(LightningModule):
         rank = self.trainer.global_rank if self._trainer is not None else 0
         return torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_009 + rank)
 
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("trainer.max_epochs or trainer.max_steps must be positive: the schedules need an end")
+        return int(total)
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
             [*self.selector.parameters(), *self.reconstructor.parameters()],
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
         )
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self._total_steps()
         factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate_factor(s, total, self.warmup_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
@@ -273,6 +279,8 @@ class SelectorModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Fails when the deterministic ranking ended below random: noisy training masks hide that."""
+        if not self.last_validation and not getattr(self.trainer, "fast_dev_run", False):
+            rank_zero_warn("no validation ran, so the ranking was never compared with random choices")
         lost = self.losses_to_random()
         if lost and not self.allow_worse_than_random and not getattr(self.trainer, "fast_dev_run", False):
             raise RankingError(

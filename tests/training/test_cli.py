@@ -236,6 +236,7 @@ def _distance(module, tokens):
         (["--model.kept_range=[0.5,0.1]"], "model.kept_range must be 0 < smallest <= largest < 1"),
         (["--model.kept_shares=[0.5,1.0]"], "model.kept_shares must be shares in (0, 1)"),
         (["--model.heads=5"], "must be a multiple of heads, got 5"),
+        (["--trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps must be positive"),
     ],
 )
 def test_bad_inputs_end_with_one_line(tmp_path, fit, capsys, arguments, message):
