@@ -72,7 +72,7 @@ def prune_inputs(
     selector: TokenSelector | None,
     budget: Budget | None = None,
     *,
-    positions: Positions = "contiguous",
+    positions: Positions = "original",
     encoded: Encoded | None = None,
 ) -> Pruned:
     """Processor outputs with fewer visual tokens.
@@ -83,8 +83,8 @@ def prune_inputs(
             position_ids. Batches (padded on either side), several images and text-only rows are fine.
         selector: None keeps every token.
         budget: what may stay; needed with a selector.
-        positions: position ids of the shortened prompt: ``"contiguous"`` counts the kept tokens, ``"original"`` keeps
-            the gaps.
+        positions: position ids of the shortened prompt: ``"original"`` leaves every token where the full prompt had it,
+            so that distances on the page stay what the language model knows; ``"contiguous"`` closes the gaps.
         encoded: the same images already encoded, to prune them many times.
 
     Raises:
@@ -117,7 +117,7 @@ def select_tokens(
     *,
     scope: Scope = "image",
     newlines: Newlines = "kept_rows",
-    positions: Positions = "contiguous",
+    positions: Positions = "original",
 ) -> Iterator[SelectionLog]:
     """Within the block, ``model(...)`` and ``model.generate(...)`` select visual tokens first.
 
@@ -150,8 +150,6 @@ def select_tokens(
         arguments |= arguments.pop("kwargs", {})
         if arguments.get("pixel_values") is None:
             return forward(*args, **kwargs)
-        if positions == "original" and arguments.get("use_cache") is False and arguments.get("attention_mask") is None:
-            _refuse_gaps()
         return forward(**prune(arguments))
 
     @functools.wraps(generate)
@@ -164,7 +162,10 @@ def select_tokens(
         if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size must be None: chunks are cut by the original prompt's length")
         if positions == "original" and kwargs.get("use_cache", settings.use_cache) is False:
-            _refuse_gaps()
+            raise ValueError(
+                "positions='original' needs use_cache=True: generate() drops a mask of ones, and without mask and cache "
+                "transformers reads gaps in the position ids as several packed sequences; or use positions='contiguous'"
+            )
         with torch.no_grad():  # as generate itself; and an assistant model deep-copies its arguments
             kwargs = prune(kwargs)
         start = kwargs["input_ids"].shape[1]
@@ -224,7 +225,7 @@ def _shorten(
     new = {"input_ids": take(ids, pad_id), "attention_mask": real.to(mask.dtype)}
     if inputs.get("position_ids") is not None:
         new["position_ids"] = take(inputs["position_ids"], 0)
-    elif positions == "original":
+    elif positions == "original" and not bool(kept.all()):  # with nothing cut, the model's own positions hold
         new["position_ids"] = take((mask.long().cumsum(-1) - 1).clamp(min=0), 0)
     if inputs.get("labels") is not None:
         new["labels"] = take(inputs["labels"], -100)
@@ -242,13 +243,6 @@ def _compact(keep: Bool[Tensor, "B S"], right: bool) -> tuple[Int[Tensor, "B R"]
 def _pad_id(model: Any) -> int:
     pad = model.generation_config.pad_token_id
     return 0 if pad is None else pad
-
-
-def _refuse_gaps() -> None:
-    raise ValueError(
-        "positions='original' needs use_cache=True: without a cache and a mask, transformers reads gaps in the "
-        "position ids as several packed sequences"
-    )
 
 
 def _synchronize(device: torch.device) -> None:

@@ -81,6 +81,30 @@ def test_pruned_prefill_equals_forward_on_kept_embeddings(tiny_model, make_image
     assert got.past_key_values.get_seq_length() == pruned.measured[0] + text_tokens == 9 + text_tokens
 
 
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+def test_generation_equals_a_cache_free_loop(tiny_model, make_image, text, positions):
+    """Oracle: every new token from a fresh forward over all kept embeddings, with the positions written out."""
+    model, processor = tiny_model("clip", text)
+    inputs = batch(processor, [make_image(60, 64, 3)], [PROMPT])
+    with torch.no_grad():
+        with select_tokens(model, Random(), keep=9, positions=positions) as log:
+            got = generate(model, inputs)[0, inputs["input_ids"].shape[1] :]
+        pruned = log.last
+        ids, place = pruned.inputs["input_ids"], pruned.inputs.get("position_ids")
+        place = torch.arange(ids.shape[1])[None] if place is None else place
+        assert (int(place[0, -1]) == inputs["input_ids"].shape[1] - 1) == (positions == "original")
+        embeddings = model.get_input_embeddings()(ids)
+        features = pruned.inputs["mm_encoder_outputs"]["image"].pooler_output[0]
+        embeddings[ids == model.config.image_token_id] = features
+        for token in got:
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+            step = model(inputs_embeds=embeddings, attention_mask=mask, position_ids=place, use_cache=False)
+            assert int(step.logits[0, -1].argmax()) == int(token)
+            embeddings = torch.cat([embeddings, model.get_input_embeddings()(token[None, None])], 1)
+            place = torch.cat([place, place[:, -1:] + 1], 1)
+
+
 def test_pruning_changes_what_the_model_sees(one):
     model, inputs = one
     with torch.no_grad():
@@ -217,7 +241,9 @@ def test_refusals(one, tiny_model):
         prune_inputs(model, inputs, Random())
     with pytest.raises(ValueError, match="placeholders"):
         prune_inputs(model, {**inputs, "input_ids": inputs["input_ids"][:, :-9]}, Random(), Budget(4))
-    with select_tokens(model, Random(), keep=4, positions="original"), pytest.raises(ValueError, match="use_cache"):
+    with select_tokens(model, Random(), keep=4), pytest.raises(ValueError, match="use_cache"):
+        generate(model, inputs, use_cache=False)
+    with select_tokens(model, Random(), keep=4, positions="contiguous"):
         generate(model, inputs, use_cache=False)
     with select_tokens(model, Random(), keep=4), pytest.raises(ValueError, match="prefill_chunk_size"):
         generate(model, inputs, prefill_chunk_size=4)
