@@ -23,6 +23,7 @@ COMMON: dict[str, Any] = {
     "allow": [],
     "scope": "image",
     "newlines": "kept_rows",
+    "positions": "original",
     "seed": 0,
     "device": "auto",
     "dtype": "auto",
@@ -40,7 +41,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "baseline": "random",
         "answers": True,
         "max_new_tokens": 16,
-        "positions": "contiguous",
         "skip_unreadable": False,
     },
     "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 16},
@@ -171,10 +171,6 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (default: 16)")
     parser.add_argument(
-        "--positions",
-        help="position ids of kept tokens: contiguous (default), or original, with gaps where others were",
-    )
-    parser.add_argument(
         "--skip-unreadable",
         action=argparse.BooleanOptionalAction,
         help="leave images out that cannot be decoded, and name them (default: an error)",
@@ -212,6 +208,9 @@ def _shared(parser: argparse.ArgumentParser, command: str) -> None:
     )
     parser.add_argument("--scope", help="image: all patches of an image compete; tile: each tile gets its share")
     parser.add_argument("--newlines", help="newline tokens: kept_rows (those of rows with a kept patch), all, none")
+    parser.add_argument(
+        "--positions", help="position ids: original (default; gaps where tokens were dropped) or contiguous (no gaps)"
+    )
     parser.add_argument("--seed", type=int, help="of the samples (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: auto)")
     parser.add_argument("--dtype", help="auto (as stored), float32, bfloat16, float16 (default: auto)")

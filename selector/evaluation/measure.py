@@ -45,7 +45,8 @@ class Bench:
         max_new_tokens: int,
         positions: Positions = "contiguous",
     ):
-        self.model, self.processor, self.needs, self.positions = model, processor, needs, positions
+        self.model, self.processor, self.needs = model, processor, needs
+        self.positions: Positions = positions
         self.answers, self.max_new_tokens = answers, max_new_tokens
 
     def open(self, sample: Sample) -> Measured:

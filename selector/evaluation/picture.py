@@ -19,6 +19,7 @@ from selector.evaluation.tasks.sample import Box
 
 PANEL, INSET, MARGIN = 340, 96, 14
 PAPER, INK, FAINT, MARK = (255, 255, 255), (25, 25, 30), (110, 110, 120), (235, 60, 40)
+GOOD = (20, 130, 60)
 VEIL = np.array([40.0, 46.0, 66.0])
 """Colour that dropped patches fade into."""
 STRENGTH = 0.74
@@ -26,11 +27,12 @@ STRENGTH = 0.74
 
 @dataclass(frozen=True)
 class Panel:
-    """One image under one selector. `kept` is ``[T, N]``, the first tile the base view."""
+    """One image under one selector. `kept` is ``[T, N]``, the first tile the base view; `right` colours an answer."""
 
     title: str
     lines: tuple[str, ...]
     kept: Bool[Tensor, "T N"]
+    right: bool | None = None
 
 
 def draw(
@@ -89,8 +91,11 @@ def _panel(image: Image.Image, rectangles: Float[Tensor, "T N 4"], panel: Panel,
     left = MARGIN + INSET + 10
     for i, line in enumerate((*panel.lines, "at left: the base view")):
         last = i == len(panel.lines)
+        ink = FAINT if last else INK
+        if panel.right is not None and i == len(panel.lines) - 1:
+            ink = GOOD if panel.right else MARK
         font = _font(11 if last else 13)
-        pen.text((left, below + 19 * i), _fit(line, font, PANEL - INSET - 10), font=font, fill=FAINT if last else INK)
+        pen.text((left, below + 19 * i), _fit(line, font, PANEL - INSET - 10), font=font, fill=ink)
     return out
 
 

@@ -90,8 +90,8 @@ def markdown(summary: dict[str, Any]) -> str:
 def footnotes(summary: dict[str, Any], run: Path) -> str:
     """What the columns mean, and what the whole run says beside them."""
     lines = [NOTES.format(run=run)]
-    if summary["positions"] != "contiguous":
-        lines.append("Positions: original, with gaps where tokens were dropped.")
+    how = {"original": "those of the whole prompt, with gaps", "contiguous": "counted anew, without gaps"}
+    lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
     rank = summary["correlations"]["ipr_shift_vs_agreement"]
     if rank is not None:
         points = summary["correlations"]["points"]

@@ -13,6 +13,7 @@ from selector.evaluation.answering import answer, prepare
 from selector.evaluation.commands.common import load_all, pages, positive, whole
 from selector.evaluation.errors import UsageError
 from selector.evaluation.evidence import evidence, model_rectangles
+from selector.evaluation.metrics import exact_match
 from selector.evaluation.tasks.folder import open_image
 from selector.evaluation.tasks.sample import Sample
 from selector.models import encode
@@ -28,10 +29,11 @@ def run(settings: dict[str, Any]) -> int:
     samples = [Sample(name, open_image(Path(name)), question, None, ()) for name in settings.get("images", [])]
     samples = samples or pages(whole("seed", settings["seed"]))
     limit = positive("max_new_tokens", settings["max_new_tokens"])
+    positions = loading.check_positions(settings["positions"])
     model, processor, selectors = load_all(settings)
     strips = []
     for sample in samples:
-        strips += _strips(model, processor, selectors, budgets, sample, limit)
+        strips += _strips(model, processor, selectors, budgets, sample, limit, positions)
     page = picture.stack(strips, heading=f"{settings['model']}: what stays of the visual tokens")
     out.parent.mkdir(parents=True, exist_ok=True)
     page.save(out)
@@ -39,7 +41,9 @@ def run(settings: dict[str, Any]) -> int:
     return 0
 
 
-def _strips(model: Any, processor: Any, selectors: Any, budgets: Any, sample: Sample, limit: int) -> Iterator[Any]:
+def _strips(
+    model: Any, processor: Any, selectors: Any, budgets: Any, sample: Sample, limit: int, positions: Any
+) -> Iterator[Any]:
     inputs = prepare(processor, sample.image, sample.question, model.device)
     needs = frozenset({"features"}).union(*(s.needs for s in selectors.values()))
     try:
@@ -53,7 +57,7 @@ def _strips(model: Any, processor: Any, selectors: Any, budgets: Any, sample: Sa
 
     def panel(name: str, selector: Any, budget: Any) -> picture.Panel:
         try:
-            pruned = prune_inputs(model, inputs, selector, budget, encoded=encoded)
+            pruned = prune_inputs(model, inputs, selector, budget, positions=positions, encoded=encoded)
         except ValueError as error:
             raise UsageError(f"{name} at keep={budget} on {sample.id}: {error}") from error
         kept = encoded.tokens.tiles_of(pruned.keep)  # type: ignore[arg-type]
@@ -61,10 +65,12 @@ def _strips(model: Any, processor: Any, selectors: Any, budgets: Any, sample: Sa
         shares = evidence(kept, rectangles, sample.boxes)
         if shares is not None:
             lines.append(f"evidence kept: {100 * shares[0]:.0f}%")
+        right = None
         if sample.question is not None:
             said = answer(model, processor, pruned.inputs, limit).text
             lines += [f"Q: {sample.question}", f"A: {said}" + (f"   (right: {sample.answer})" if sample.answer else "")]
-        return picture.Panel(name, tuple(lines), kept)
+            right = None if sample.answer is None else exact_match(said, sample.answer)
+        return picture.Panel(name, tuple(lines), kept, right)
 
     whole = panel("every token", None, None)
     for budget in budgets:
