@@ -10,9 +10,12 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from selector.evaluation.tasks import documents, scenes
+from training.testbed.card import card
 from training.testbed.evaluate import wilson
 from training.testbed.join import Round, embed, tower_features
 from training.testbed.lessons import collate, facts
@@ -222,3 +225,20 @@ def test_a_recital_labels_the_answers_alone():
     assert tokenizer.decode([i for i in ids if i != IMAGE_ID]) == "USER: \nTAX?12,DATE?7A,"
     assert tokenizer.decode([label for label in labels if label >= 0]) == "12,7A,"
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_the_shipped_settings_are_those_of_the_config():
+    parser = ArgumentParser()
+    parser.add_function_arguments(make)
+    root = Path(__file__).parents[2]
+    plans = []
+    for path in ("configs/testbed/tiny.yaml", "checkpoints/llava-next-tiny/made-with.yaml"):
+        settings = yaml.safe_load((root / path).read_text()) | {"out": "unused"}
+        plans.append(parser.instantiate(parser.parse_object(settings)))
+    for name in ("tower", "reader", "join", "evaluation"):
+        assert getattr(plans[0], name) == getattr(plans[1], name)
+
+
+def test_the_shipped_card_is_written_from_the_shipped_results():
+    folder = Path(__file__).parents[2] / "checkpoints/llava-next-tiny"
+    assert (folder / "README.md").read_text() == card(json.loads((folder / "results.json").read_text()))

@@ -59,10 +59,11 @@ same time.
 2. reader: a Llama learns alone to answer from symbolic pages (one symbol a patch, packed as LLaVA-NeXT packs them),
    by a curriculum. Its lessons leave out most background slots, at unchanged positions.
 3. projector: fitted so that a patch's feature becomes the embedding of its symbol. join: projector and language model
-   tuned on pixels, tower frozen; the last lessons of every round are whole pages with all tokens.
+   tuned on pixels, tower frozen; most lessons leave out background slots, the last are whole pages.
 
 The plan in the YAML was extended while watching the curves: the run was stopped and resumed between its phases, and the
-file is the sequence that the shipped weights went through. A run from nothing follows the same steps in one go.
+file is the sequence that the shipped weights went through. A run from nothing follows the same steps in one go,
+but floating-point sums differ with the machine and the number of threads.
 
 Data: `selector.evaluation.tasks.documents` and `scenes`. Training draws pages from random streams of its own; no page
 of the held-out stream is seen.
@@ -76,7 +77,8 @@ Feature layer -2, CLS dropped.
 
 - Text must stand near its native scale (capitals about 8 px high, one every 8 px) and be upper case; the keys are
   the {keys} it was trained on, values have 2 to 4 characters.
-- Scenes: four shapes and six colours; counts up to 4.
+- Scenes: four shapes and six colours; counts up to 4. Presence of a colour and counting are its weak questions (see the
+  counts by kind above); a selector's effect shows best on the others.
 - Other image sizes work technically, but are resized by the processor and read badly; other prompts give nonsense.
 - Most lessons leave out background tokens (at unchanged positions), so the model tolerates their loss better than one
   that never saw this.
