@@ -13,7 +13,8 @@ upside-down ranking (0.06/0.03/0.01 of a tile's) came back when the threshold of
 of the graph: then every score is only ever pushed up, all rise together by a dozen units, their spread vanishes, and no
 ranking is left. With the threshold in the graph the gradient sums to zero and the ranking is right side up. The
 regression is the default because it asks least of the reconstructor: on made-up tiles, after a short warm-up, it found
-the unpredictable tokens while the straight-through objectives were still near chance.
+the unpredictable tokens while the straight-through objectives were still near chance. Random masks alone are not enough
+either: the ranking is right, but the reconstructor has never seen its masks and rebuilds them worse than random ones.
 
 Shapes: B tiles, N patches, D encoder width; masks are 1 where a token is kept.
 """

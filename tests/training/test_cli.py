@@ -23,7 +23,11 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -1,0 +1,59 @@
+"""The shipped selector: made for the shipped tower, and better than random at what it is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from selector.base import TokenSelector
+from selector.budget import Budget
+from selector.evaluation.tasks import documents
+from selector.methods.random import Random
+from selector.tokens import VisualTokens
+from training.encoders import LlavaNextEncoder
+from training.testbed.symbols import cut_labels, page_labels
+
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
+SELECTOR, MODEL = CHECKPOINTS / "selector-llava-next-tiny", CHECKPOINTS / "llava-next-tiny"
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return LlavaNextEncoder(str(MODEL))
+
+
+def test_it_was_trained_on_the_shipped_tower(encoder):
+    config = json.loads((SELECTOR / "config.json").read_text())
+    assert config["metadata"]["encoder"]["fingerprint"] == encoder.fingerprint()
+
+
+def test_its_card_shows_a_ranking_that_beats_random():
+    seen = json.loads((SELECTOR / "config.json").read_text())["metadata"]["validation"]
+    card = (SELECTOR / "README.md").read_text()
+    for share in (50, 25, 10):
+        assert seen[f"rec_learned_{share}"] < seen[f"rec_random_{share}"]
+        assert f"{seen[f'rec_learned_{share}']:.3f}" in card
+
+
+def test_it_keeps_the_text_of_held_out_pages(encoder):
+    rankers = {"learned": TokenSelector.from_pretrained(SELECTOR).eval(), "random": Random(seed=0)}
+    kept, total = dict.fromkeys(rankers, 0), 0
+    for index in range(8):
+        page = documents.page("test", 11, index)
+        labels = cut_labels(*page_labels(page.marks, page.image.size))
+        text = torch.from_numpy(labels)[:, 0].flatten() > 0
+        features = encoder(encoder.preprocess(page.image))
+        count = features.shape[0] * features.shape[1]
+        tokens = VisualTokens(
+            features, encoder.grid, torch.zeros(len(features), dtype=torch.long), torch.arange(count)[None]
+        )
+        total += int(text.sum())
+        for name, ranker in rankers.items():
+            with torch.no_grad():
+                mask = ranker(tokens, Budget(0.25, newlines="none"))
+            kept[name] += int((mask.flatten() & text).sum())
+    assert kept["learned"] > 0.95 * total
+    assert kept["random"] < 0.4 * total
