@@ -21,32 +21,24 @@ Shapes: B tiles, N patches, D encoder width; masks are 1 where a token is kept.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
-from selector.budget import Budget
 from selector.methods.gumbel import GumbelSelector
-from selector.methods.random import Random
-from selector.methods.svd_prune import SVDPrune
 from selector.tokens import VisualTokens
 from training.autoencoder import Reconstructor
+from training.comparison import RankingComparison, RankingError
 from training.data import ImageModule
 from training.encoders import VisionEncoder
 from training.losses import drop_error_regression, dropped_mean, paper_loss, token_error
 from training.schedules import gumbel_top_k, random_mask, rate_factor, sampled_keep, temperature
 
 Objective = Literal["sampled_budget", "straight_through", "paper"]
-
-
-class RankingError(RuntimeError):
-    """The deterministic ranking of a trained selector reconstructs worse than a random choice."""
 
 
 class SelectorModule(LightningModule):
@@ -110,8 +102,7 @@ class SelectorModule(LightningModule):
         sizes = (encoder.dim, encoder.num_patches, width, layers, heads, mlp_ratio)
         self.selector = GumbelSelector(*sizes)
         self.reconstructor = Reconstructor(*sizes)
-        self.rivals = {"random": Random(seed=seed), "leverage": SVDPrune(matrix="tile")}
-        self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self._names()})
+        self.comparison = RankingComparison(kept_shares)
         self.last_validation: dict[str, float] = {}
         self.register_load_state_dict_post_hook(_encoder_is_not_loaded)
 
@@ -227,12 +218,6 @@ class SelectorModule(LightningModule):
 
     # ---- validation: the deterministic ranking against random and leverage, by the same reconstructor
 
-    def _names(self) -> list[str]:
-        rankers = ["learned", *self.rivals]
-        names = [f"rec_{ranker}_{_percent(share)}" for ranker in rankers for share in self.kept_shares]
-        names += [f"{what}_{_percent(share)}" for what in ("cos_learned", "agreement") for share in self.kept_shares]
-        return [*names, *(f"rec_{ranker}" for ranker in rankers), "keep_drawn"]
-
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self._compare(batch, batch_idx, "val")
 
@@ -240,63 +225,33 @@ class SelectorModule(LightningModule):
         self._compare(batch, batch_idx, "test")
 
     def _compare(self, batch: Tensor, batch_idx: int, stage: str) -> None:
-        features = self.features(batch)
-        tokens = VisualTokens.from_features(features, self.encoder.grid)
-        target = self.selector.normalized(features)
-        scores = {"learned": self.selector.score(tokens).float()}
-        scores["random"] = torch.rand(features.shape[:2], generator=self._generator(-1 - batch_idx)).to(features)
-        scores["leverage"] = self.rivals["leverage"].score(tokens)
-        for share in self.kept_shares:
-            budget = Budget(share, newlines="none")
-            for ranker, values in scores.items():
-                mask = budget.select(values, tokens).float()
-                rebuilt = self.reconstructor(target, mask).float()
-                error = dropped_mean(token_error(rebuilt, target), mask)
-                self._meter(stage, f"rec_{ranker}_{_percent(share)}", error, len(features))
-                self._meter(stage, f"rec_{ranker}", error, len(features))
-                if ranker == "learned":
-                    cosine = dropped_mean(F.cosine_similarity(rebuilt, target.float(), dim=-1), mask)
-                    self._meter(stage, f"cos_learned_{_percent(share)}", cosine, len(features))
-            self._meter(stage, f"agreement_{_percent(share)}", self._agreement(scores["learned"], share), len(features))
-        self._meter(stage, "keep_drawn", torch.sigmoid(scores["learned"]).mean(), len(features))
+        tokens = VisualTokens.from_features(self.features(batch), self.encoder.grid)
+        rows = len(tokens.features)
 
-    def _agreement(self, scores: Float[Tensor, "B N"], share: float) -> Tensor:
-        """Share of kept tokens that two masks drawn with different noise have in common."""
-        keep = max(1, round(share * scores.shape[1]))
-        first, second = (gumbel_top_k(scores, keep, 1.0, self._generator(-1_000_000 - draw)) for draw in range(2))
-        return (first * second).sum() / first.sum()
+        def noise(draw: int) -> torch.Generator:
+            return self._generator(-1 - 3 * batch_idx - draw)
 
-    def _meter(self, stage: str, name: str, value: Tensor, weight: int) -> None:
-        meter = cast("MeanMetric", self.meters[_key(name)])
-        meter.update(value, weight)
-        main = name in ("rec_learned", "rec_random")
-        self.log(f"{stage}/{name}", meter, on_step=False, on_epoch=True, batch_size=weight, prog_bar=main)
+        for name, meter in self.comparison.measure(self.selector, self.reconstructor, tokens, noise):
+            main = name in ("rec_learned", "rec_random")
+            self.log(f"{stage}/{name}", meter, on_step=False, on_epoch=True, batch_size=rows, prog_bar=main)
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self.last_validation = {
-                name: float(cast("MeanMetric", self.meters[_key(name)]).compute()) for name in self._names()
-            }
+            self.last_validation = self.comparison.values()
 
     def on_train_end(self) -> None:
         """Fails when the deterministic ranking ended below random: noisy training masks hide that."""
-        if not self.last_validation and not getattr(self.trainer, "fast_dev_run", False):
+        if getattr(self.trainer, "fast_dev_run", False):
+            return
+        if not self.last_validation:
             rank_zero_warn("no validation ran, so the ranking was never compared with random choices")
-        lost = self.losses_to_random()
-        if lost and not self.allow_worse_than_random and not getattr(self.trainer, "fast_dev_run", False):
+            return
+        lost = self.comparison.losses_to_random(self.last_validation)
+        if lost and not self.allow_worse_than_random:
             raise RankingError(
-                "the deterministic ranking reconstructs worse than random tokens at "
-                + ", ".join(f"{at} (learned {ours:.4g}, random {theirs:.4g})" for at, ours, theirs in lost)
-                + "; train longer, or pass --model.allow_worse_than_random true to end without this error"
+                f"the deterministic ranking reconstructs worse than random tokens at {', '.join(lost)}; "
+                "train longer, or pass --model.allow_worse_than_random true to end without this error"
             )
-
-    def losses_to_random(self) -> list[tuple[str, float, float]]:
-        """Kept shares at which the last validation's ranking lost: (share, learned error, random error)."""
-        seen, found = self.last_validation, []
-        for percent in map(_percent, self.kept_shares):
-            if seen and seen[f"rec_learned_{percent}"] > seen[f"rec_random_{percent}"]:
-                found.append((f"{percent}%", seen[f"rec_learned_{percent}"], seen[f"rec_random_{percent}"]))
-        return found
 
     # ---- checkpoints: plain containers only, so that they load with weights_only=True
 
@@ -323,14 +278,6 @@ class SelectorModule(LightningModule):
 def _encoder_is_not_loaded(module: nn.Module, keys: Any) -> None:
     """The encoder's weights are never in a checkpoint, so they are not missing from it."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith("encoder.")]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:g}"
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "_")
 
 
 def _check(
