@@ -1,7 +1,7 @@
 """Validation of a ranking: the deterministic top-K against random tokens and centred leverage, by one reconstructor.
 
-Training sees noisy masks, which can look fine while the ranking behind them is upside down. So what is measured here is
-what inference will do: the highest scores survive, no noise. Lower reconstruction error of the dropped tokens is better.
+Training sees noisy masks, which can look fine while the ranking behind them is upside down. So what is measured here
+is what inference will do: the highest scores survive, no noise. The lower the error of the dropped tokens, the better.
 
 Shapes: B tiles, N patches, D encoder width.
 """
