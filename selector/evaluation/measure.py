@@ -43,7 +43,7 @@ class Bench:
         needs: frozenset[str],
         answers: bool,
         max_new_tokens: int,
-        positions: Positions = "contiguous",
+        positions: Positions = "original",
     ):
         self.model, self.processor, self.needs = model, processor, needs
         self.positions: Positions = positions

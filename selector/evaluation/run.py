@@ -48,7 +48,7 @@ def compare(
     seed: int = 0,
     answers: bool = True,
     max_new_tokens: int = 16,
-    positions: Positions = "contiguous",
+    positions: Positions = "original",
     baseline: str | None = None,
     fresh: bool = False,
     model_name: str = "",

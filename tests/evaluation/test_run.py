@@ -210,7 +210,7 @@ def test_fresh_starts_over(run):
         {"seed": 1},
         {"max_new_tokens": TOKENS + 1},
         {"answers": False},
-        {"positions": "original"},
+        {"positions": "contiguous"},
         {"selectors": {"random": Random(seed=1)}},
         {"selectors": {"random": Norm()}},
     ],
