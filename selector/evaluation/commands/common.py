@@ -11,18 +11,26 @@ from selector.evaluation.errors import UsageError
 from selector.evaluation.tasks import load_task
 from selector.evaluation.tasks.sample import Sample
 
+SMALL = 100_000_000
+"""A model of fewer parameters gets one thread: several wait for one another more than they help, the more so on busy
+cores."""
+
 
 def load_all(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(model, processor, selectors by label), and the threads of torch set."""
     import transformers
 
-    if settings["threads"] is not None:
-        torch.set_num_threads(positive("threads", settings["threads"]))
+    threads = None if settings["threads"] is None else positive("threads", settings["threads"])
     transformers.logging.disable_progress_bar()
     device = loading.find_device(settings["device"])
     selectors = loading.load_selectors(settings["selectors"], device, settings["allow"])
     model, processor = loading.load_model(
         settings["model"], settings["device"], settings["dtype"], settings["device_map"], settings["attention"]
     )
+    if threads is None and sum(weight.numel() for weight in model.parameters()) < SMALL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
     return model, processor, {label: selector.to(model.device) for label, selector in selectors.items()}
 
 
