@@ -77,8 +77,7 @@ Feature layer -2, CLS dropped.
 
 - Text must stand near its native scale (capitals about 8 px high, one every 8 px) and be upper case; the keys are
   the {keys} it was trained on, values have 2 to 4 characters.
-- Scenes: four shapes and six colours; counts up to 4. Presence of a colour and counting are its weak questions (see the
-  counts by kind above); a selector's effect shows best on the others.
+- Scenes: four shapes and six colours; counts up to 4. Counting is its weak question (see the counts by kind above).
 - Other image sizes work technically, but are resized by the processor and read badly; other prompts give nonsense.
 - Most lessons leave out background tokens (at unchanged positions), so the model tolerates their loss better than one
   that never saw this.
