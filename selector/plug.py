@@ -163,8 +163,8 @@ def select_tokens(
             raise ValueError("prefill_chunk_size must be None: chunks are cut by the original prompt's length")
         if positions == "original" and kwargs.get("use_cache", settings.use_cache) is False:
             raise ValueError(
-                "positions='original' needs use_cache=True: generate() drops a mask of ones, and without mask and cache "
-                "transformers reads gaps in the position ids as several packed sequences; or use positions='contiguous'"
+                "positions='original' needs use_cache=True (or use positions='contiguous'): generate() drops a mask of "
+                "ones, and without mask and cache transformers reads gaps in position ids as packed sequences"
             )
         with torch.no_grad():  # as generate itself; and an assistant model deep-copies its arguments
             kwargs = prune(kwargs)

@@ -16,7 +16,8 @@ NOTES = """\
 tokens: visual tokens that reached the language model, base view and newlines included (mean). right: exact match with
 its 95% Wilson interval. same: answers identical to the unpruned model's. r→w, w→r: answers that selection broke or
 mended. ΔNLL: nats a token that the unpruned model's own answer loses. evidence: share of the answer's boxes under kept
-tokens of the high-resolution tiles (base: of the base view). select, prefill: median ms a sample. Records: {run}"""
+tokens of the high-resolution tiles (base: of the base view; n: samples with boxes, where not all have some). select,
+prefill: median ms a sample. Records: {run}"""
 
 
 def columns(summary: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -144,7 +145,9 @@ def _versus(row: dict[str, Any]) -> str:
 def _evidence(row: dict[str, Any]) -> str:
     if row["evidence"] is None:
         return "–"
-    return f"{100 * row['evidence']:.0f} ({100 * row['base_evidence']:.0f})"
+    text = f"{100 * row['evidence']:.0f} ({100 * row['base_evidence']:.0f})"
+    # Samples without boxes have no evidence: a share of a few must not pass for one of all.
+    return text if row["evidence_samples"] == row["samples"] else f"{text} n={row['evidence_samples']}"
 
 
 def _percent(value: float | None) -> str:

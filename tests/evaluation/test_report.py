@@ -167,3 +167,12 @@ def test_footnotes_name_what_is_unusual(run):
 def test_no_run(tmp_path):
     with pytest.raises(UsageError, match=r"run\.json does not exist"):
         summarize(tmp_path)
+
+
+def test_evidence_of_a_part_of_the_samples_says_so():
+    from selector.evaluation.tables import _evidence
+
+    row = {"evidence": 0.305, "base_evidence": 0.33, "evidence_samples": 4, "samples": 100}
+    assert _evidence(row) == "30 (33) n=4"
+    assert _evidence(row | {"evidence_samples": 100}) == "30 (33)"
+    assert _evidence(row | {"evidence": None}) == "–"

@@ -1,0 +1,65 @@
+"""The README is executed: its Python blocks run, its command lines parse, what it names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def commands(program: str) -> list[str]:
+    parts = (part.strip() for block in blocks("bash") for line in block.splitlines() for part in line.split("&&"))
+    return [part for part in parts if part.split()[:1] == [program]]
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_blocks_run(number):
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[number]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", commands("selector"))
+def test_selector_commands_parse(command):
+    from selector.cli import _parser
+
+    _parser().parse_args(shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize("command", [c for c in commands("selector-train") if " fit " in c])
+def test_fit_commands_give_a_whole_configuration(command):
+    words = [sys.executable, "-m", "training.cli", *shlex.split(command)[1:], "--print_config"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "class_path" in done.stdout
+
+
+def test_every_selector_is_in_the_table():
+    from selector import available_selectors
+
+    for name, cls in available_selectors().items():
+        row = next((line for line in TEXT.splitlines() if line.startswith(f"| `{name}`")), "")
+        assert cls.paper in row, name
+        assert ("| yes |" in row) == cls.learned, name
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_no_placeholder_is_left():
+    assert re.findall(r"<!-- \w+ -->", TEXT) == []
