@@ -47,9 +47,9 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
             row = rows[place][1]
             try:
                 image = open_image(files[place])
-            except UnreadableImage:
+            except UnreadableImage as error:
                 if not skip_unreadable:
-                    raise
+                    raise UnreadableImage(f"{error}; --skip-unreadable leaves such images out") from error
                 unreadable.append(str(files[place]))
                 continue
             yield _sample(row, image, seed)
@@ -68,9 +68,7 @@ def open_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()).replace(str(path), path.name)
-        raise UnreadableImage(
-            f"image {path} cannot be read ({reason}); --skip-unreadable leaves such images out"
-        ) from error
+        raise UnreadableImage(f"image {path} cannot be read ({reason})") from error
 
 
 def _sample(row: dict[str, Any], image: Image.Image, seed: int) -> Sample:
