@@ -44,7 +44,9 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
     if isinstance(spec, TokenSelector):
         return spec
     if isinstance(spec, Mapping):
-        return build(str(spec.get("class_path", "")), dict(spec.get("init_args") or {}), allow)
+        chosen = build(str(spec.get("class_path", "")), dict(spec.get("init_args") or {}), allow)
+        _refuse_untrained(type(chosen), str(spec["class_path"]))
+        return chosen
     if isinstance(spec, Path) or Path(spec).is_dir():
         return TokenSelector.from_pretrained(spec, allow=allow)
     name, _, arguments = spec.partition(":")
@@ -57,8 +59,7 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ValueError(f"unknown selector {name!r}: not one of {', '.join(_names())}, nor a checkpoint folder{hint}")
     cls = _class_of(name)
-    if cls.learned:
-        raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, it means nothing untrained")
+    _refuse_untrained(cls, name)
     return _construct(cls, _arguments(spec, arguments))
 
 
@@ -80,6 +81,11 @@ def build(class_path: str, init_args: dict[str, Any], allow: Iterable[str] = ())
     if not (inspect.isclass(cls) and issubclass(cls, TokenSelector)):
         raise ValueError(f"class_path {class_path!r} is not a TokenSelector")
     return _construct(cls, init_args)
+
+
+def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
+    if cls.learned:
+        raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, it means nothing untrained")
 
 
 def _construct(cls: type[TokenSelector], init_args: dict[str, Any]) -> TokenSelector:

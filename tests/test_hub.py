@@ -81,6 +81,10 @@ def test_dispatch_checks_the_class_asked_for(checkpoint):
         ("zzz", "unknown selector 'zzz': not one of"),
         ("checkpoints/none", "no selector checkpoint at 'checkpoints/none'"),
         ("gumbel", "is learned: name a checkpoint folder"),
+        (
+            {"class_path": "selector.methods.gumbel.GumbelSelector", "init_args": {"dim": 8, "num_patches": 16}},
+            "is learned: name a checkpoint folder",
+        ),
         ("random:sede=3", "init_args of Random.*sede"),
         ("random:seed", "not of the form argument=value"),
         ({"class_path": "os.path.join"}, "is not from selector"),

@@ -6,15 +6,13 @@ Paper: "When Less is Enough" (arXiv 2503.16660): keep what the other tokens cann
     straight_through  one ranking for every budget: Gumbel masks of a sampled, exact size, straight-through
     sampled_budget    the default: the same masks, but the score is regressed onto the log error of each dropped token
 
-What we found on a small text-reading tower (7% of patches carry a character; share of them kept at 50/25/10% of an
-image's tokens, after 100 steps from a reconstructor warmed up on random masks): random 0.51/0.25/0.10, centred leverage
-1.00/0.98/0.78, sampled_budget 1.00/0.99/0.88, straight_through 1.00/0.99/0.88, paper 1.00/0.99/0.84. The well-known
-upside-down ranking (0.06/0.03/0.01 of a tile's) came back when the threshold of the straight-through top-k was kept out
-of the graph: then every score is only ever pushed up, all rise together by a dozen units, their spread vanishes, and no
-ranking is left. With the threshold in the graph the gradient sums to zero and the ranking is right side up. The
-regression is the default because it asks least of the reconstructor: on made-up tiles, after a short warm-up, it found
-the unpredictable tokens while the straight-through objectives were still near chance. Random masks alone are not enough
-either: the ranking is right, but the reconstructor has never seen its masks and rebuilds them worse than random ones.
+The ranking can come out upside down (blank patches kept, text dropped). In our prototypes on a small text-reading tower
+it did when the threshold of the straight-through top-k was kept out of the graph: then every score is only ever pushed
+up, all rise together, their spread vanishes, and no ranking is left. With the threshold in the graph the gradient sums
+to zero over a tile (tested) and the ranking was right side up. The regression is the default because it asks least of
+the reconstructor (``tests/training/test_ranking.py``). Random masks alone are not enough: the reconstructor then never
+sees the masks of the ranking it serves. The figures of the shipped selector are in its card; those prototypes are not
+part of the repository, so none of theirs is given here.
 
 Shapes: B tiles, N patches, D encoder width; masks are 1 where a token is kept.
 """

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from selector import budget, plug, spectrum, tokens
+from selector.models import llava_next
 
 WHOLE = 256 * 2**20
 """Modules up to this many bytes are fingerprinted whole, larger ones by 4,096 entries of every tensor."""
@@ -25,6 +29,11 @@ def fingerprint(module: nn.Module) -> str:
             flat = flat[torch.linspace(0, len(flat) - 1, 4096, dtype=torch.float64, device=flat.device).long()]
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def code(modules: tuple[ModuleType, ...] = (budget, plug, spectrum, tokens, llava_next)) -> str:
+    """Hash of the sources that every choice passes through, whatever the method: changed code is measured anew."""
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()[:16]
 
 
 def identity(module: nn.Module) -> dict[str, Any]:

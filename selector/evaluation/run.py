@@ -18,7 +18,7 @@ from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.evaluation import records
 from selector.evaluation.errors import UsageError
-from selector.evaluation.identity import fingerprint, identity
+from selector.evaluation.identity import code, fingerprint, identity
 from selector.evaluation.measure import BLIND, FULL, Bench, Row
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
@@ -146,6 +146,7 @@ def _common_settings(model: Any, processor: Any, seed: int, answers: bool, max_n
     config = model.config.to_dict()
     return {
         "format": records.FORMAT,
+        "code": code(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": fingerprint(model),

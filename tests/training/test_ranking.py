@@ -25,7 +25,7 @@ class NoEncoder(VisionEncoder):
         self.grid, self.dim, self.name = (4, 4), WIDTH, "none"
 
     def encode(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("the features are given: nothing may be encoded")
 
 
 def tiles(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
