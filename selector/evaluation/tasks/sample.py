@@ -1,10 +1,13 @@
 """What a task hands out: one `Sample` is one question about one image; a generated `Page` carries all its questions.
 
+A generator first makes a `Draft` (what stands where, without pixels), then draws it.
+
 Boxes are `(x0, y0, x1, y1)` in pixels of the image, the origin at its upper left corner.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -21,13 +24,39 @@ class Turn:
     boxes: tuple[Box, ...]
 
 
+Marks = tuple[tuple[str, Box], ...]
+"""Names and boxes of all there is to see: a glyph ("A"), an object ("red circle") or a coloured area ("red bar")."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A page before its pixels: everything known about it, and how to draw it.
+
+    Attributes:
+        size: (width, height) in pixels.
+        turns: the questions it answers.
+        marks: what stands where, for dense supervision.
+        everything: the prompt that asks for all there is, and its answer.
+        draw: the image; the same one at every call.
+    """
+
+    size: tuple[int, int]
+    turns: tuple[Turn, ...]
+    marks: Marks
+    everything: tuple[str, str]
+    draw: Callable[[], Image.Image]
+
+    def page(self) -> Page:
+        return Page(self.draw(), self.turns, self.marks)
+
+
 @dataclass(frozen=True)
 class Page:
-    """A generated image with everything known about it; `marks` names every glyph or object, for dense supervision."""
+    """A drawn page with everything known about it."""
 
     image: Image.Image
     turns: tuple[Turn, ...]
-    marks: tuple[tuple[str, Box], ...]
+    marks: Marks
 
 
 @dataclass(frozen=True)
