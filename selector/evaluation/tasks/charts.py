@@ -92,8 +92,16 @@ class Category:
         return _text_box(str(self.value), self.value_at)
 
 
+def _cell(x: int, y: int) -> Box:
+    return glyph_box(float(x), float(y))
+
+
+def _box(x0: int, y0: int, x1: int, y1: int) -> Box:
+    return float(x0), float(y0), float(x1), float(y1)
+
+
 def _text_box(text: str, at: tuple[int, int]) -> Box:
-    x0, y0, _, y1 = glyph_box(*at)
+    x0, y0, _, y1 = _cell(*at)
     return x0, y0, x0 + ADVANCE * len(text), y1
 
 
@@ -176,7 +184,7 @@ def values(rng: Random, made: Layout, split: str) -> tuple[list[int], list[int]]
     x0, y0, x1, y1 = made.plot
     room, count = x1 - x0 if made.kind == "bars" else y1 - y0, len(made.names)
     while True:
-        limit = rng.choice((50, 70, 100))
+        limit = rng.randint(50, 100)
         pool = [v for v in range(1, limit) if held_out(str(v)) == (split == "test")]
         found = rng.sample(pool, count)
         ranked = sorted(found)
@@ -203,12 +211,8 @@ def _slices(made: Layout, ends: list[int]) -> list[tuple[Box, ...]]:
             if hypot(dx, dy) < radius - 1:
                 angle = (degrees(atan2(dy, dx)) - made.start) % 360
                 index = next(i for i, end in enumerate(ends) if angle <= end)
-                found[index].append(glyph_box(_middle(column), _middle(row)))
+                found[index].append(_cell(_middle(column), _middle(row)))
     return [tuple(boxes) for boxes in found]
-
-
-def _box(x0: float, y0: float, x1: float, y1: float) -> Box:
-    return float(x0), float(y0), float(x1), float(y1)
 
 
 def categories(rng: Random, made: Layout, split: str) -> tuple[Category, ...]:
@@ -222,15 +226,11 @@ def categories(rng: Random, made: Layout, split: str) -> tuple[Category, ...]:
     result = []
     for i, (column, row) in enumerate(made.names):
         x, y = _middle(column) + made.shift[0], _middle(row) + made.shift[1]
-        centre, swatch = x + ADVANCE, ()
-        if made.kind == "columns":
-            at, areas = (
-                (x, y + 2 * ADVANCE),
-                (_box(centre - half, foot - lengths[i], centre + made.thick - half, foot),),
-            )
-        elif made.kind == "line":
-            top = foot - lengths[i] - half
-            at, areas = (x, y + 2 * ADVANCE), (_box(centre - half, top, centre - half + made.thick, top + made.thick),)
+        left, swatch = x + ADVANCE - half, ()
+        if made.kind in ("columns", "line"):
+            top = foot - lengths[i] - (half if made.kind == "line" else 0)
+            bottom = top + made.thick if made.kind == "line" else foot
+            at, areas = (x, y + 2 * ADVANCE), (_box(left, top, left + made.thick, bottom),)
         elif made.kind == "bars":
             end = x0 + lengths[i]
             at, areas = (_middle(-(-(end + 2) // ADVANCE)), y), (_box(x0, y - half, end, y - half + made.thick),)
@@ -246,7 +246,7 @@ def marks(made: Layout, shown: tuple[Category, ...]) -> tuple[tuple[str, Box], .
     found = []
     for one in shown:
         for text, (x, y) in ((one.name, one.name_at), (str(one.value), one.value_at)):
-            found += [(c, clip(glyph_box(x + ADVANCE * i, y), made.size)) for i, c in enumerate(text)]
+            found += [(c, clip(_cell(x + ADVANCE * i, y), made.size)) for i, c in enumerate(text)]
         found += [(f"{one.colour} bar", clip(box, made.size)) for box in (*one.areas, *one.swatch)]
     return tuple(found)
 
