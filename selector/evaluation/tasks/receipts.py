@@ -251,7 +251,10 @@ def _widths(text: str, monospaced: bool) -> np.ndarray:
 
 @cache
 def glyphs(receipt: Receipt, index: int) -> np.ndarray:
-    """Cells of a line's characters (len(text), 4), in the receipt's pixels; the cell is centred on its ink."""
+    """Cells of a line's characters (len(text), 4), in the receipt's pixels.
+
+    A cell has the line's mean width about the middle of its ink, stands on the line and is as high as a capital.
+    """
     text, grey = receipt.texts[index], pixels(receipt.file)
     x0, y0, x1, y1 = receipt.boxes[index]
     slack = receipt.advances[index] * 0.25
@@ -264,23 +267,23 @@ def glyphs(receipt: Receipt, index: int) -> np.ndarray:
     columns = (dark.mean(0) * 3).clip(0, 1)
     borders = fit(columns, _widths(text, receipt.monospaced), np.array([c == " " for c in text]))
     half = (x1 - x0) / len(text) / 2
-    centres, middles, heights = [], [], []
+    centres, feet, heights = [], [], []
     for character, start, end in zip(text, borders[:-1], borders[1:], strict=True):
         inked = np.flatnonzero(columns[start:end] > 0.15)
         centre = start + (inked[0] + inked[-1] + 1) / 2 if len(inked) else (start + end) / 2
         centres.append(left + centre)
         rows = np.flatnonzero(dark[:, start:end].max(1) > 0.5)
         if character.isalnum() and len(rows):
-            middles.append((left + centre, top + (rows[0] + rows[-1] + 1) / 2))
+            feet.append((left + centre, top + rows[-1] + 1))
             heights.append(rows[-1] + 1 - rows[0])
     x = np.array(centres)
-    y = _baseline(np.array(middles), x) if middles else np.full(len(x), (y0 + y1) / 2)
-    rise = float(np.median(heights)) / 2 if heights else (y1 - y0) / 2
+    rise = float(np.quantile(heights, 0.8)) / 2 if heights else (y1 - y0) / 2
+    y = _baseline(np.array(feet), x) - rise if feet else np.full(len(x), (y0 + y1) / 2)
     return np.stack([x - half, y - rise, x + half, y + rise], 1)
 
 
 def _baseline(points: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Heights of the glyphs' middles at `x`: a robust straight line, as scans are seldom quite upright."""
+    """Where the line's feet stand at `x`: a robust straight line, as scans are seldom quite upright."""
     if len(points) >= 6:
         half = len(points) // 2
         slopes = (points[half:, None, 1] - points[None, :half, 1]) / (
@@ -302,7 +305,10 @@ def fit(columns: np.ndarray, widths: np.ndarray, blank: np.ndarray) -> np.ndarra
     unit = extent / widths.sum()
     shares = (1.0, 0.88, 0.76, 0.64) if blank.any() else (1.0, 0.85)
     tried = [_fit(columns, widths * unit * share, blank) for share in shares]
-    return min(tried, key=lambda result: result[0])[1]
+    cost, borders = min(tried, key=lambda result: result[0])
+    if not np.isfinite(cost):  # fewer columns than characters
+        return np.linspace(0, len(columns), len(widths) + 1).astype(int)
+    return borders
 
 
 def _fit(columns: np.ndarray, expected: np.ndarray, blank: np.ndarray) -> tuple[float, np.ndarray]:
