@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import atan2, degrees, hypot
 from random import Random
 
@@ -179,14 +179,18 @@ def layout(rng: Random, size: tuple[int, int], count: int, split: str) -> Layout
             return made
 
 
+@cache
+def _values_of(split: str) -> tuple[int, ...]:
+    return tuple(v for v in range(1, 100) if held_out(str(v)) == (split == "test"))
+
+
 def values(rng: Random, made: Layout, split: str) -> tuple[list[int], list[int]]:
     """Distinct values of the split and how long their bars are, in pixels (of a pie: where slices end, in degrees)."""
     x0, y0, x1, y1 = made.plot
     room, count = x1 - x0 if made.kind == "bars" else y1 - y0, len(made.names)
     while True:
         limit = rng.randint(50, 100)
-        pool = [v for v in range(1, limit) if held_out(str(v)) == (split == "test")]
-        found = rng.sample(pool, count)
+        found = rng.sample([v for v in _values_of(split) if v < limit], count)
         ranked = sorted(found)
         if made.kind == "pie":
             total = sum(found)
