@@ -264,6 +264,8 @@ def glyphs(receipt: Receipt, index: int) -> np.ndarray:
     ink, paper = np.quantile(area, (0.03, 0.85))
     dark = ((paper - area) / max(paper - ink, 20)).clip(0, 1)
     dark[dark < 0.2] = 0
+    first, last = _rows(dark)
+    top, dark = top + first, dark[first:last]
     columns = (dark.mean(0) * 3).clip(0, 1)
     borders = fit(columns, _widths(text, receipt.monospaced), np.array([c == " " for c in text]))
     half = (x1 - x0) / len(text) / 2
@@ -280,6 +282,19 @@ def glyphs(receipt: Receipt, index: int) -> np.ndarray:
     rise = float(np.quantile(heights, 0.8)) / 2 if heights else (y1 - y0) / 2
     y = _baseline(np.array(feet), x) - rise if feet else np.full(len(x), (y0 + y1) / 2)
     return np.stack([x - half, y - rise, x + half, y + rise], 1)
+
+
+def _rows(dark: np.ndarray) -> tuple[int, int]:
+    """First and last (exclusive) row of the text: annotated boxes at times reach into the next line or a rule."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], dark.mean(1) > 0.03, [0]])))
+    if not len(edges):
+        return 0, len(dark)
+    wide = np.flatnonzero(edges[2::2] - edges[1:-1:2] > 0.12 * len(dark) + 1)  # gaps in dotted letters are smaller
+    starts = edges[np.concatenate([[0], 2 * wide + 2])]
+    ends = edges[np.concatenate([2 * wide + 1, [-1]])]
+    weights = [dark[start:end].sum() for start, end in zip(starts, ends, strict=True)]
+    best = int(np.argmax(weights))
+    return int(starts[best]), int(ends[best])
 
 
 def _baseline(points: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -350,7 +365,8 @@ def _anchors(receipt: Receipt, columns: float) -> tuple[tuple[tuple[int, ...], .
 
     def fits(lines: tuple[int, ...]) -> bool:
         boxes = receipt.boxes[list(lines)]
-        return boxes[:, 2].max() - boxes[:, 0].min() <= columns * float(np.median(receipt.advances[list(lines)]))
+        width = boxes[:, 2].max() - boxes[:, 0].min()
+        return bool(width <= columns * np.median(receipt.advances[list(lines)]))
 
     asked = [tuple(q.lines for q in receipt.questions if q.text.startswith(kind)) for kind in KINDS]
     groups = [*asked, tuple((index,) for index in range(len(receipt.texts)))]
