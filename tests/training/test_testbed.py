@@ -14,11 +14,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from selector.evaluation.tasks import documents, scenes
+from selector.evaluation.tasks import charts, documents, scenes
 from training.testbed.card import card
 from training.testbed.evaluate import wilson
 from training.testbed.join import Round, embed, tower_features
-from training.testbed.lessons import collate, facts
+from training.testbed.lessons import collate, facts, shortened
 from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
 from training.testbed.model import build_model, reader_config
 from training.testbed.reader import Grade
@@ -29,6 +29,8 @@ from training.testbed.tower import Phase, tower_config
 from training.testbed.vocabulary import BOS, EOS, IMAGE_ID, PAD, build_processor, build_tokenizer, conversation, recital
 
 SIZES = {"192x192": (1, 4), "192x96": (1, 4), "96x192": (1, 4)}
+SHARES = {"documents": 0.4, "scenes": 0.3, "charts": 0.3}
+PAGES = {"documents": SIZES, "scenes": SIZES}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_known_text_survives_the_tokenizer(text: str):
 
 def test_every_question_and_answer_is_in_the_vocabulary():
     tokenizer = build_tokenizer()
-    for task in (documents, scenes):
+    for task in (documents, scenes, charts):
         for sample in task.samples(100, 5):
             assert tokenizer.unk_token_id not in tokenizer.encode(f"{sample.question} {sample.answer}")
 
@@ -78,12 +80,19 @@ def test_cut_is_what_the_processor_does(size):
 
 
 def test_label_grid_spells_the_lines():
-    size = (192, 192)
-    lines = documents.layout(Random(1), size, 5)
-    _, full = page_labels(documents.marks(lines, size), size)
-    rows = ["".join("." if c == 0 else CHARACTERS[c - 1] for c in row) for row in full[0]]
-    for line in lines:
-        assert any(f"{line.key}:" in row and line.value in row for row in rows)
+    for seed in range(20):
+        page = documents.layout(Random(seed), (192, 192), 5)
+        _, full = page_labels(documents.marks(page), page.size)
+        rows = ["".join("" if c == 0 else CHARACTERS[c - 1] for c in row) for row in full[0]]
+        assert "".join(rows) == "".join(f"{line.key}:{line.value}" for line in page.lines)
+
+
+def test_areas_are_labelled_by_their_box_and_glyphs_stand_on_them():
+    marks = (("A", (8.0, 8.0, 16.0, 16.0)), ("red bar", (0.0, 0.0, 24.0, 16.0)))
+    _, full = page_labels(marks, (96, 96))
+    assert (full[0] == INDEX["red bar"]).sum() == 5
+    assert full[0, 1, 1] == INDEX["A"]
+    assert full[1].sum() == 0
 
 
 def test_every_object_has_one_centre_in_each_scale():
@@ -96,7 +105,7 @@ def test_every_object_has_one_centre_in_each_scale():
 
 
 def test_tile_batches_are_deterministic():
-    first, second = batch(Random("a"), 8, 0.4, 0.2), batch(Random("a"), 8, 0.4, 0.2)
+    first, second = (batch(Random("a"), 8, {"scenes": 0.4, "charts": 0.2}) for _ in range(2))
     assert first[0].shape == (8, 3, 96, 96)
     assert first[1].shape == (8, 2, 12, 12)
     np.testing.assert_array_equal(first[0], second[0])
@@ -111,8 +120,8 @@ def tiny_model():
 
 def test_training_packs_as_the_model_does():
     model, tokenizer = tiny_model()
-    grade = Grade(SIZES, SIZES, batch=6, rate=1.0, until=1.0, at_most=1)
-    lessons = [grade.lesson(Random(i), tokenizer, draw=True) for i in range(6)]
+    grade = Grade(SHARES, batch=6, rate=1.0, until=1.0, at_most=1)
+    lessons = [grade.lesson(Random(i), tokenizer, draw=True) for i in range(8)]
     assert len({one.image.size for one in lessons}) == 3
     ids, _, _ = collate(lessons)
     processor = build_processor()
@@ -127,8 +136,8 @@ def test_training_packs_as_the_model_does():
 
 def test_left_out_background_keeps_symbols_and_positions():
     _, tokenizer = tiny_model()
-    whole = Grade(SIZES, SIZES, 1, 1.0, 1.0, 1).lesson(Random(4), tokenizer)
-    short = Grade(SIZES, SIZES, 1, 1.0, 1.0, 1, blanks=0.05).lesson(Random(4), tokenizer)
+    whole = Grade(SHARES, 1, 1.0, 1.0, 1, PAGES).lesson(Random(4), tokenizer)
+    short = Grade(SHARES, 1, 1.0, 1.0, 1, PAGES, blanks=0.05).lesson(Random(4), tokenizer)
     assert len(short.ids) < len(whole.ids)
     assert [whole.ids[i] for i in short.positions] == short.ids
     assert [label for label in short.labels if label != -100] == [label for label in whole.labels if label != -100]
@@ -161,15 +170,15 @@ def test_schedule_and_log(tmp_path: Path):
 
 
 def test_every_stage_runs_and_resumes(tmp_path: Path):
-    grade = Grade(SIZES, SIZES, batch=2, rate=1e-3, until=1.1, at_most=2, blanks=0.1)
+    grade = Grade(SHARES, batch=2, rate=1e-3, until=1.1, at_most=2, blanks=0.1)
 
     def run(tower_steps: int, until="evaluate"):
         make(
             out=tmp_path / "out",
             work=tmp_path / "work",
-            tower=TowerPlan(16, 2, 2, 3, 1, [Phase(tower_steps, 1e-3, 1e-4, 0.3, 0.3)]),
+            tower=TowerPlan(16, 2, 2, 3, 1, [Phase(tower_steps, 1e-3, 1e-4, {"scenes": 0.3, "documents": 0.3})]),
             reader=ReaderPlan(16, 1, 2, 16, 1, [grade]),
-            join=JoinPlan(2, 2, 1e-3, 1, [Round([grade]), Round([grade], last=0.5)]),
+            join=JoinPlan({"scenes": 0.5}, 2, 2, 1e-3, 1, [Round([grade]), Round([grade], last=0.5)]),
             evaluation=EvaluationPlan(3, 0, 2),
             until=until,
         )
@@ -208,6 +217,16 @@ def test_a_hint_asks_for_the_first_token_early():
     ]
     # a label is what the token before it must predict: "?", the space and "ASSISTANT:" all predict "1"
     assert asked == [(" ", "1"), ("ASSISTANT:", "1"), ("1", "1"), ("2", "2"), ("</s>", "</s>")]
+
+
+def test_every_question_has_a_short_form():
+    for task in (documents, charts):
+        for sample in task.samples(40, 6):
+            short = shortened(sample.question)
+            assert short.endswith("?")
+            assert len(short) < len(sample.question)
+    with pytest.raises(ValueError, match="must begin like"):
+        shortened("why?")
 
 
 def test_facts_of_a_scene():

@@ -59,16 +59,23 @@ def pack(projected: Float[Tensor, "T N D"], newline: Float[Tensor, " D"], column
 
 
 def fit_projector(
-    model: LlavaNextForConditionalGeneration, reader: Reader, work: Path, steps: int, batch: int, rate: float, seed: int
+    model: LlavaNextForConditionalGeneration,
+    reader: Reader,
+    work: Path,
+    shares: dict[str, float],
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
 ) -> None:
-    """Regression onto the symbols' embeddings, and their classification by the nearest of them."""
+    """Regression onto the embeddings of the symbols; the log tells how often the right one is the nearest."""
     projector, log = model.model.multi_modal_projector, Log(work / "log.jsonl", "projector")
     table = reader.table()[:-1].detach()
     scale = table.std()
     optimizer = torch.optim.AdamW(projector.parameters(), lr=rate, weight_decay=0.0)
     for step in range(steps):
         pixels, labels = (
-            torch.from_numpy(part) for part in tiles.batch(Random(f"projector/{seed}/{step}"), batch, 0.4, 0.2)
+            torch.from_numpy(part) for part in tiles.batch(Random(f"projector/{seed}/{step}"), batch, shares)
         )
         classes, centres = labels.flatten(2).unbind(1)
         wanted = table[classes] + centres[..., None] * reader.centre.detach()

@@ -17,12 +17,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from selector.evaluation.tasks import documents, scenes
 from selector.evaluation.tasks.drawing import COLOURS, SHAPES
-from selector.evaluation.tasks.sample import Turn
+from selector.evaluation.tasks.sample import Draft, Marks, Turn
 from selector.evaluation.tasks.scenes import plural
-from training.testbed.symbols import CLASSES, Marks, page_labels
-from training.testbed.vocabulary import IMAGE_ID, LIST, PAD, READ, conversation, recital
+from training.testbed.symbols import CLASSES, page_labels
+from training.testbed.vocabulary import IMAGE_ID, PAD, conversation, recital
 
 NEWLINE = len(CLASSES)
 """The symbol that ends a row of the packed page."""
@@ -50,10 +49,31 @@ def pack_symbols(base: np.ndarray | None, full: np.ndarray) -> np.ndarray:
     return rows if base is None else np.concatenate([base.reshape(2, -1), rows], axis=1)
 
 
+_SHORT = (
+    ("what is the value of ", ""),
+    ("what is beside ", "beside "),
+    ("what is ", ""),
+    ("which is ", ""),
+    ("what color is ", "color "),
+    ("is there a ", "there "),
+    ("how many lines are there?", "lines?"),
+    ("read the line that starts with ", "starts "),
+)
+"""How questions begin, and what is left of that in a drill."""
+
+
+def shortened(question: str) -> str:
+    """The question without its frame: "what is TOTAL?" is "TOTAL?"."""
+    for start, rest in _SHORT:
+        if question.startswith(start):
+            return rest + question.removeprefix(start)
+    raise ValueError(f"question must begin like one of {[start for start, _ in _SHORT]}, got {question!r}")
+
+
 def facts(task: str, turns: Sequence[Turn], marks: Marks) -> list[tuple[str, str]]:
     """The shortest questions on a page with their answers: ("TOTAL?", "415"), ("circles?", "2"), ("red?", "yes")."""
-    if task == "documents":
-        return [(turn.question.removeprefix("what is "), turn.answer) for turn in turns]
+    if task != "scenes":
+        return [(shortened(turn.question), turn.answer) for turn in turns]
     things = [label.split() for label, _ in marks]
     found = []
     for shape in SHAPES:
@@ -79,8 +99,7 @@ def lesson(
     rng: Random,
     tokenizer: PreTrainedTokenizerFast,
     task: str,
-    size: tuple[int, int],
-    count: tuple[int, int],
+    draft: Draft,
     turns: int,
     aloud: float,
     drill: float = 0.0,
@@ -88,36 +107,23 @@ def lesson(
     base: bool = True,
     blanks: float = 1.0,
     hint: bool = False,
-    loose: bool = False,
-    alike: bool = False,
     draw: bool = False,
 ) -> Lesson:
-    """One page of `task` with `count` (least, most) lines or things.
+    """One lesson on a page of `task`.
 
     `aloud`: the share of lessons that tell everything. `drill`: the share that asks all `facts` of the page, one right
     behind the other; with `hues`, in scenes those by colour only. `blanks`: the share of background slots that stay;
-    the others are left out of the sequence while all positions stay as on the whole page, which makes early lessons
-    several times cheaper. `hint`: see `conversation`; `loose`, `alike`: see `documents.layout`. `draw`: with the image
-    too.
+    the others are left out of the sequence while all positions stay as on the whole page, which makes lessons several
+    times cheaper. `hint`: see `conversation`. `draw`: with the image too.
     """
-    if task == "documents":
-        lines = documents.layout(rng, size, rng.randint(*count), loose, alike)
-        marks, asked = documents.marks(lines, size), documents.turns(lines, size)
-        everything = (READ, documents.transcript(asked))
-        image = documents.draw_page(rng, size, lines) if draw else None
-    else:
-        things = scenes.layout(rng, size, rng.randint(*count))
-        marks, asked = scenes.marks(things), scenes.turns(rng, things)
-        everything = (LIST, scenes.transcript(marks))
-        image = scenes.draw_page(rng, size, things) if draw else None
     way = rng.random()
     tells, drills = way < aloud, way > 1 - drill
-    chosen = rng.sample(asked, min(turns, len(asked)))
-    exchanges = [everything] if tells else [(turn.question, turn.answer) for turn in chosen]
-    first, full = page_labels(marks, size)
+    chosen = rng.sample(draft.turns, min(turns, len(draft.turns)))
+    exchanges = [draft.everything] if tells else [(turn.question, turn.answer) for turn in chosen]
+    first, full = page_labels(draft.marks, draft.size)
     symbols = pack_symbols(first if base else None, full)
     if drills:
-        known = hue_facts(rng, marks) if hues and task == "scenes" else facts(task, asked, marks)
+        known = hue_facts(rng, draft.marks) if hues and task == "scenes" else facts(task, draft.turns, draft.marks)
         ids, labels = recital(tokenizer, rng.sample(known, len(known)), symbols.shape[1])
     else:
         ids, labels = conversation(tokenizer, exchanges, symbols.shape[1], hint)
@@ -129,7 +135,7 @@ def lesson(
     whole[start : start + len(stays)] = stays
     positions, kept = np.flatnonzero(whole).tolist(), np.flatnonzero(stays)
     shorter = [ids[i] for i in positions], [labels[i] for i in positions]
-    return Lesson(kind, *shorter, positions, symbols[:, kept], kept, image)
+    return Lesson(kind, *shorter, positions, symbols[:, kept], kept, draft.draw() if draw else None)
 
 
 def collate(lessons: list[Lesson]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"], Int[Tensor, "B L"]]:

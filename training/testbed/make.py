@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from training.testbed.card import card
+from training.testbed.curves import draw_curves
 from training.testbed.evaluate import evaluate
 from training.testbed.join import Round, fit_projector, transplant, tune
 from training.testbed.model import build_model, reader_config
@@ -46,6 +47,7 @@ class ReaderPlan:
 
 @dataclass(frozen=True)
 class JoinPlan:
+    projector_shares: dict[str, float]
     projector_steps: int
     projector_batch: int
     projector_rate: float
@@ -56,7 +58,7 @@ class JoinPlan:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    count: int = 600
+    count: int = 1000
     seed: int = 0
     batch: int = 16
 
@@ -67,9 +69,9 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_plan(path: Path, **plans: TowerPlan | ReaderPlan | JoinPlan | EvaluationPlan) -> None:
+def write_plan(path: Path, notes: str, **plans: TowerPlan | ReaderPlan | JoinPlan | EvaluationPlan) -> None:
     """The settings as YAML that the command line reads again."""
-    plain = json.loads(json.dumps({name: asdict(plan) for name, plan in plans.items()}))
+    plain = json.loads(json.dumps({"notes": notes} | {name: asdict(plan) for name, plan in plans.items()}))
     write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
 
@@ -82,6 +84,7 @@ def make(
     work: Path = Path("runs/testbed"),
     threads: int = 1,
     until: Stage = "evaluate",
+    notes: str = "",
 ) -> None:
     """Makes the checkpoint `out`.
 
@@ -95,6 +98,7 @@ def make(
         threads: CPU threads; the tower and the reader can be trained at the same time by two calls, one `--until
         tower`.
         until: the last stage to run.
+        notes: what the card should say beside the figures about how these weights came about.
     """
     torch.set_num_threads(threads)
     processor = build_processor()
@@ -111,16 +115,26 @@ def make(
     transplant(model, trained_tower, trained_reader)
     if not (work / "join.pt").exists():
         fit_projector(
-            model, trained_reader, work, join.projector_steps, join.projector_batch, join.projector_rate, join.seed
+            model,
+            trained_reader,
+            work,
+            join.projector_shares,
+            join.projector_steps,
+            join.projector_batch,
+            join.projector_rate,
+            join.seed,
         )
     tune(model, tokenizer, work, join.rounds, join.warmup, join.seed)
     model.requires_grad_(True).save_pretrained(out)
     processor.save_pretrained(out)
     if until == "join":
         return
-    write_plan(out / "made-with.yaml", tower=tower, reader=reader, join=join, evaluation=evaluation)
+    write_plan(out / "made-with.yaml", notes, tower=tower, reader=reader, join=join, evaluation=evaluation)
+    write_text(out / "log.jsonl", (work / "log.jsonl").read_text())
+    draw_curves(out / "log.jsonl", out / "curves.png")
     results = evaluate(out, evaluation.count, evaluation.seed, evaluation.batch)
     results["wall_seconds"] = stage_seconds(work / "log.jsonl")
+    results["notes"] = notes
     results["parameters"] = sum(p.numel() for p in model.parameters())
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(out / "README.md", card(results))

@@ -9,7 +9,7 @@ real sizes with their base tile; a stage ends when the running accuracy on quest
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from selector.evaluation.tasks import generator
 from training.testbed.lessons import Lesson, collate, lesson
 from training.testbed.state import Log, load_state, save_state
 from training.testbed.symbols import CHARACTERS, CLASSES
@@ -29,17 +30,16 @@ from training.testbed.vocabulary import IMAGE_ID
 class Grade:
     """One stage of the curriculum: which pages, how many at once, and when it is learnt.
 
-    `documents` and `scenes` map a size "192x96" (width, height) to the least and the largest number of lines or
-    objects.
+    `shares` says how often each task is drawn. `pages` may give a task smaller pages than its own: sizes "192x96"
+    (width, height) with the least and the largest number of lines or objects. The rest: see `lesson`.
     """
 
-    documents: dict[str, tuple[int, int]]
-    scenes: dict[str, tuple[int, int]]
+    shares: dict[str, float]
     batch: int
     rate: float
     until: float
     at_most: int
-    scene_share: float = 0.3
+    pages: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     turns: int = 4
     aloud: float = 0.5
     drill: float = 0.0
@@ -47,20 +47,20 @@ class Grade:
     base: bool = True
     blanks: float = 1.0
     hint: bool = False
-    loose: bool = False
-    alike: bool = False
 
     def lesson(self, rng: Random, tokenizer: PreTrainedTokenizerFast, draw: bool = False) -> Lesson:
-        task = "scenes" if rng.random() < self.scene_share else "documents"
-        sizes = self.scenes if task == "scenes" else self.documents
-        name = rng.choice(list(sizes))
-        width, height = (int(side) for side in name.split("x"))
+        task = rng.choices(list(self.shares), list(self.shares.values()))[0]
+        size, count = None, None
+        if task in self.pages:
+            name = rng.choice(list(self.pages[task]))
+            count = self.pages[task][name]
+            size = int(name.split("x")[0]), int(name.split("x")[1])
+        page = generator(task).draft(rng, size, count, "train")
         return lesson(
             rng,
             tokenizer,
             task,
-            (width, height),
-            sizes[name],
+            page,
             self.turns,
             self.aloud,
             self.drill,
@@ -68,8 +68,6 @@ class Grade:
             self.base,
             self.blanks,
             self.hint,
-            self.loose,
-            self.alike,
             draw,
         )
 
@@ -161,7 +159,7 @@ def train_reader(
         optimizer.step()
         asked = [value for name, value in scores.items() if name.endswith("asked")]
         step, within = step + 1, within + 1
-        running = 0.95 * running + 0.05 * (min(asked) if asked else running)
+        running = 0.95 * running + 0.05 * (sum(asked) / len(asked) if asked else running)
         if step % every == 0:
             log(step, grade=grade, length=ids.shape[1], loss=loss.item(), running=running, **scores)
         done = running >= now.until or within >= now.at_most

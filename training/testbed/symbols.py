@@ -1,9 +1,10 @@
 """What lies under every patch: the dense target of the tower and the symbolic page on which the reader learns.
 
-Classes: 0 is background, then the characters of the documents, then every colour-and-shape pair of the scenes. A
-second, binary label marks the patch at the centre of an object, so that objects can be counted. A character belongs to
-the one patch that holds its cell's centre, and only where it has its native size; an object to every patch
-whose centre lies in the ellipse inscribed in its box, at any scale.
+Classes: 0 is background, then the characters of the documents, then every colour-and-shape pair of the scenes, then
+the coloured areas of the charts. A second, binary label marks the patch at the centre of an object, so that objects can
+be counted. A character belongs to the one patch that holds its cell's centre, and only at the page's native scale; an
+object to every patch whose centre lies in the ellipse inscribed in its box, an area ("red bar") to those whose centre
+lies in the box, at any scale.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from selector.evaluation.tasks.drawing import ADVANCE, COLOURS, SHAPES
-from selector.evaluation.tasks.sample import Box
+from selector.evaluation.tasks.drawing import COLOURS, SHAPES
+from selector.evaluation.tasks.sample import Marks
 
 TILE, PATCH = 96, 8
 GRID = TILE // PATCH
 PINPOINTS = [[96, 192], [192, 96], [192, 192]]
-CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:"
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:.,-/()$%#&*@+'=!"
 OBJECTS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-CLASSES = ("", *CHARACTERS, *OBJECTS)
+AREAS = tuple(f"{colour} bar" for colour in COLOURS)
+CLASSES = ("", *CHARACTERS, *OBJECTS, *AREAS)
 INDEX = {name: i for i, name in enumerate(CLASSES)}
-
-Marks = tuple[tuple[str, Box], ...]
 
 
 def label_grid(marks: Marks, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
@@ -31,12 +31,16 @@ def label_grid(marks: Marks, size: tuple[int, int], grid: tuple[int, int]) -> np
     labels = np.zeros((2, *grid), np.int64)
     dy, dx = size[1] / grid[0], size[0] / grid[1]
     centre_y, centre_x = (np.arange(grid[0]) + 0.5) * dy, (np.arange(grid[1]) + 0.5) * dx
-    native = dy == dx == ADVANCE
-    for name, (x0, y0, x1, y1) in marks:
+    native = dy == dx == PATCH
+    for name, (x0, y0, x1, y1) in sorted(marks, key=lambda mark: -len(mark[0])):  # glyphs last: they stand on areas
         middle = min(int((y0 + y1) / 2 / dy), grid[0] - 1), min(int((x0 + x1) / 2 / dx), grid[1] - 1)
         if len(name) == 1:
             if native:
                 labels[(0, *middle)] = INDEX[name]
+            continue
+        if name in AREAS:
+            inside = (y0 <= centre_y) & (centre_y <= y1)
+            labels[0][inside[:, None] & (x0 <= centre_x) & (centre_x <= x1)] = INDEX[name]
             continue
         across = ((centre_x - (x0 + x1) / 2) / ((x1 - x0) / 2)) ** 2
         down = ((centre_y - (y0 + y1) / 2) / ((y1 - y0) / 2)) ** 2

@@ -91,16 +91,15 @@ def losses(
 class Phase:
     """`steps` steps at a rate going linearly from `rate` to `last`, on a mixture of tiles (see `tiles.batch`).
 
-    `positions`: the amplitude of a 2-D sine table added to the position embeddings as the phase begins. CLIP's own
-    start has no
-    sense of nearness, and shapes, unlike characters, are only told by comparing neighbours.
+    `shares`: of every task; the other tiles are random text. `positions`: the amplitude of a 2-D sine table added to
+    the position embeddings as the phase begins. CLIP's own start has no sense of nearness, and shapes, unlike
+    characters, are only told by comparing neighbours.
     """
 
     steps: int
     rate: float
     last: float
-    shapes: float
-    documents: float
+    shares: dict[str, float]
     objects: float = 1.0
     centres: float = 1.0
     positions: float = 0.0
@@ -136,7 +135,7 @@ def train_tower(
             with torch.no_grad():
                 table += phase.positions * sine_table(table.shape[1], TILE // PATCH)
         rng = Random(f"tower/{seed}/{step}")
-        pixels, labels = map(torch.from_numpy, tiles.batch(rng, batch, phase.shapes, phase.documents))
+        pixels, labels = map(torch.from_numpy, tiles.batch(rng, batch, phase.shares))
         ramp = warmup if step == within else 0
         for group in optimizer.param_groups:
             group["lr"] = schedule(within, phase.steps, phase.rate, ramp, phase.last / phase.rate)

@@ -24,13 +24,11 @@ _WORDS = (
     "object objects of on one "
     "page picture please purple question read red right say scene see shape shapes show shown single square squares "
     "tell text that the there thing things this to top triangle triangles using value what where which white with word "
-    "yellow yes you blue write"
+    "yellow yes you blue write "
+    "bar beside category chart largest larger line lines or smallest smaller starts"
 )
 WORDS = _WORDS.split()
 IMAGE = "<image>"
-READ, LIST = "read the page.", "list the things."
-"""The two prompts that ask for everything on a page; used in training beside the questions."""
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}ASSISTANT:{% elif message['role'] == 'user' %}USER: {% endif %}"

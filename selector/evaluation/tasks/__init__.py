@@ -6,11 +6,13 @@ import difflib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
 
 from selector.evaluation.errors import UsageError
 from selector.evaluation.tasks.sample import Sample
 
-GENERATED = ("documents", "scenes")
+GENERATED = ("documents", "scenes", "charts", "receipts")
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,15 @@ def load_task(spec: str, skip_unreadable: bool = False) -> Task:
         close = difflib.get_close_matches(spec, GENERATED, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH{hint}")
-    samples = _generator(spec)
+    samples = generator(spec).samples
     return Task(spec, samples, None, _probe(samples))
 
 
-def _generator(name: str) -> Callable[[int, int], Iterator[Sample]]:
-    if name == "documents":
-        from selector.evaluation.tasks import documents
-
-        return documents.samples
-    from selector.evaluation.tasks import scenes
-
-    return scenes.samples
+def generator(name: str) -> ModuleType:
+    """The module of a generated task: `draft`, `page`, `samples`."""
+    if name not in GENERATED:
+        raise ValueError(f"task must be one of {', '.join(GENERATED)}, got {name!r}")
+    return import_module(f"selector.evaluation.tasks.{name}")
 
 
 def _probe(samples: Callable[[int, int], Iterator[Sample]], count: int = 4) -> str:

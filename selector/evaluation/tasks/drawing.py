@@ -1,13 +1,14 @@
 """Drawing for the generated tasks: fonts, glyphs set on a grid, backgrounds, distractors and coloured shapes.
 
-Glyphs are letter-spaced like a form filled in on squared paper: one character every 8 px, so that a tower with 8-px
-patches sees a character in essentially one patch. Fonts are the DejaVu family that matplotlib carries, never the
-system's: the same seed gives the same pixels everywhere the same Pillow runs. All randomness comes from the `rng`
+Glyphs are letter-spaced like a form filled in on squared paper: one character every 8 px or more, so that a tower with
+8-px patches sees a character in essentially one patch. Fonts are those that matplotlib carries, never the system's:
+the same seed gives the same pixels everywhere the same Pillow runs. All randomness comes from the `rng`
 given.
 """
 
 from __future__ import annotations
 
+import zlib
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -21,16 +22,24 @@ from selector.evaluation.tasks.sample import Box
 ADVANCE = 8
 """Pixels from one character to the next, and from one patch row to the next."""
 
-FACES = (
-    ("DejaVuSans.ttf", (11, 12)),
-    ("DejaVuSans-Bold.ttf", (10, 11)),
-    ("DejaVuSansMono.ttf", (12, 13)),
-    ("DejaVuSansMono-Bold.ttf", (12, 13)),
-    ("DejaVuSerif.ttf", (11, 12)),
-    ("DejaVuSerif-Bold.ttf", (10, 11)),
-)
-CAP_HEIGHT = 0.729
-"""Height of a DejaVu capital as a share of the font size."""
+FACES = {
+    "DejaVuSans": 1.44,
+    "DejaVuSans-Bold": 1.31,
+    "DejaVuSans-Oblique": 1.44,
+    "DejaVuSansMono": 1.56,
+    "DejaVuSansMono-Bold": 1.56,
+    "DejaVuSansMono-Oblique": 1.56,
+    "DejaVuSerif": 1.44,
+    "DejaVuSerif-Bold": 1.31,
+    "DejaVuSerif-Italic": 1.44,
+    "STIXGeneral": 1.65,
+    "STIXGeneralBol": 1.6,
+    "cmr10": 1.6,
+    "cmss10": 1.65,
+    "cmtt10": 1.7,
+    "cmb10": 1.5,
+}
+"""Fonts that matplotlib carries, and the font size that suits one glyph every pixel."""
 
 COLOURS = {
     "red": (215, 45, 40),
@@ -46,12 +55,25 @@ RGB = tuple[int, int, int]
 
 @cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
+
+
+def any_face(rng: Random) -> str:
+    return rng.choice(list(FACES))
+
+
+def font_of(face: str, advance: int, rng: Random) -> ImageFont.FreeTypeFont:
+    """The font in a size that suits one glyph every `advance` pixels, or the next size up."""
+    return _font(face, int(FACES[face] * advance) + rng.randint(0, 1))
 
 
 def any_font(rng: Random) -> ImageFont.FreeTypeFont:
-    name, sizes = rng.choice(FACES)
-    return _font(name, rng.choice(sizes))
+    return font_of(any_face(rng), ADVANCE, rng)
+
+
+def held_out(text: str, share: float = 0.25) -> bool:
+    """Whether `text` (a value, a layout) belongs to the held-out stream alone; the same everywhere, at every time."""
+    return zlib.crc32(text.encode()) % 1000 < 1000 * share
 
 
 def any_colour(rng: Random, low: int, high: int) -> RGB:
@@ -70,18 +92,31 @@ def clip(box: Box, size: tuple[int, int]) -> Box:
     return max(0.0, x0), max(0.0, y0), min(float(size[0]), x1), min(float(size[1]), y1)
 
 
-def glyph_box(x: int, y: int) -> Box:
+def glyph_box(x: int | float, y: int | float) -> Box:
     """The cell of a glyph centred at (x, y)."""
     half = ADVANCE / 2
     return x - half, y - half, x + half, y + half
 
 
-def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, font: ImageFont.FreeTypeFont, ink: RGB) -> None:
-    """Writes `text`, the first glyph centred at (x, y), one glyph every `ADVANCE` pixels."""
-    baseline = y + round(font.size * CAP_HEIGHT / 2)
+@cache
+def _cap_height(font: ImageFont.FreeTypeFont) -> float:
+    return float(-font.getbbox("H", anchor="ls")[1])
+
+
+def write(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    x: int,
+    y: int,
+    font: ImageFont.FreeTypeFont,
+    ink: RGB,
+    advance: int = ADVANCE,
+) -> None:
+    """Writes `text`, the first glyph centred at (x, y), one glyph every `advance` pixels."""
+    baseline = y + round(_cap_height(font) / 2)
     for index, character in enumerate(text):
         if character != " ":
-            draw.text((x + ADVANCE * index, baseline), character, font=font, fill=ink, anchor="ms")
+            draw.text((x + advance * index, baseline), character, font=font, fill=ink, anchor="ms")
 
 
 def add_noise(image: Image.Image, rng: Random, strongest: float = 7.0) -> Image.Image:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from PIL import Image, ImageDraw
 
-from selector.evaluation.tasks.drawing import COLOURS, SHAPES, add_noise, shape, textured
-from selector.evaluation.tasks.sample import Box, Page, Sample, Turn
+from selector.evaluation.tasks.drawing import COLOURS, SHAPES, add_noise, held_out, shape, textured
+from selector.evaluation.tasks.sample import Box, Draft, Page, Sample, Turn
 
 CELL = 48
 SIZES = {(192, 192): (1, 7), (192, 96): (1, 5), (96, 192): (1, 5)}
@@ -115,14 +116,30 @@ def draw_page(rng: Random, size: tuple[int, int], things: list[Thing]) -> Image.
     return add_noise(image, rng)
 
 
+def draft(
+    rng: Random, size: tuple[int, int] | None = None, count: tuple[int, int] | None = None, split: str = "test"
+) -> Draft:
+    """A scene of `size` (width, height; drawn where None) with `count` (least, most) objects, before its pixels."""
+    size = size or rng.choice(list(SIZES))
+    while True:
+        things = layout(rng, size, rng.randint(*(count or SIZES[size])))
+        if held_out(transcript(marks(things))) == (split == "test"):
+            break
+    seed = rng.getrandbits(64)
+    everything = ("list the things.", transcript(marks(things)))
+    return Draft(size, turns(rng, things), marks(things), everything, partial(_drawn, seed, size, tuple(things)))
+
+
+def _drawn(seed: int, size: tuple[int, int], things: tuple[Thing, ...]) -> Image.Image:
+    return draw_page(Random(seed), size, list(things))
+
+
 def page(split: str, seed: int, index: int, size: tuple[int, int] | None = None) -> Page:
-    """The scene number `index` of a stream; `split` is "train" or "test", and no two streams share a scene's seed."""
+    """The scene number `index` of a stream; `split` is "train" or "test"; no two streams share a scene's seed, nor the
+    two splits the same list of objects."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    rng = Random(f"scenes/{split}/{seed}/{index}")
-    size = size or rng.choice(list(SIZES))
-    things = layout(rng, size, rng.randint(*SIZES[size]))
-    return Page(draw_page(rng, size, things), turns(rng, things), marks(things))
+    return draft(Random(f"scenes/{split}/{seed}/{index}"), size, split=split).page()
 
 
 def transcript(page_marks: tuple[tuple[str, Box], ...]) -> str:
