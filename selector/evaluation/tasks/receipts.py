@@ -313,7 +313,8 @@ def _baseline(points: np.ndarray, x: np.ndarray) -> np.ndarray:
 def fit(columns: np.ndarray, widths: np.ndarray, blank: np.ndarray) -> np.ndarray:
     """Borders (n + 1,) of the cells of n characters of relative `widths` on the ink of `columns` (width,).
 
-    The scale is unknown where words stand further apart than a blank, so several are tried.
+    The scale is unknown where words stand further apart than a blank, so several are tried; more characters than
+    columns are spread evenly.
     """
     inked = np.flatnonzero(columns > 0.15)
     extent = inked[-1] + 1 - inked[0] if len(inked) else len(columns)
@@ -321,9 +322,7 @@ def fit(columns: np.ndarray, widths: np.ndarray, blank: np.ndarray) -> np.ndarra
     shares = (1.0, 0.88, 0.76, 0.64) if blank.any() else (1.0, 0.85)
     tried = [_fit(columns, widths * unit * share, blank) for share in shares]
     cost, borders = min(tried, key=lambda result: result[0])
-    if not np.isfinite(cost):  # fewer columns than characters
-        return np.linspace(0, len(columns), len(widths) + 1).astype(int)
-    return borders
+    return borders if np.isfinite(cost) else np.linspace(0, len(columns), len(widths) + 1).astype(int)
 
 
 def _fit(columns: np.ndarray, expected: np.ndarray, blank: np.ndarray) -> tuple[float, np.ndarray]:
@@ -349,6 +348,8 @@ def _fit(columns: np.ndarray, expected: np.ndarray, blank: np.ndarray) -> tuple[
         best = cost[np.arange(length + 1), choice] + cut
     finish = best + 8 * (total[-1] - total) + 0.05 * np.arange(length, -1, -1) / mean
     border = int(finish.argmin())
+    if not np.isfinite(finish[border]):
+        return np.inf, np.empty(0, dtype=int)
     borders = [border]
     for step in reversed(steps):
         border -= int(step[border])
@@ -431,7 +432,9 @@ def _marks(window: Window) -> Marks:
     found: list[tuple[str, Box]] = []
     for index in np.flatnonzero(window.visible()):
         cells = window.boxes(glyphs(window.receipt, int(index)))
-        inside = np.minimum(cells[:, :2], window.size - cells[:, 2:]).min(1) >= 0
+        quarter = (cells[:, 2:] - cells[:, :2]) / 4  # a little may be missing: cells are wider than most ink
+        inside = np.minimum(cells[:, :2] + quarter, window.size - cells[:, 2:] + quarter).min(1) >= 0
+        cells = np.concatenate([cells[:, :2].clip(0), np.minimum(cells[:, 2:], window.size)], 1)
         for character, cell, here in zip(window.receipt.texts[index], cells.tolist(), inside, strict=True):
             if here and character in GLYPHS:
                 found.append((character, tuple(cell)))
