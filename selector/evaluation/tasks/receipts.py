@@ -44,6 +44,8 @@ ADVANCE = (9.0, 10.0)
 """Width of a character on the page, in pixels."""
 LEGIBLE = (7.0, 14.0)
 """What is too small or too large to be read; no window holds such a line."""
+GOOD = 0.4
+"""Cost a character below which a fit of glyphs is not improved further."""
 TRIES = 1000
 _VALUE = re.compile(r"[-+$#(]?(?:RM ?)?\d[\d.,/:%()-]*(?: ?[AP]M| [A-Z]{1,2})?")
 _KEY = re.compile(r"(?:.* )?([A-Z]{3,}) ?:?")
@@ -319,10 +321,14 @@ def fit(columns: np.ndarray, widths: np.ndarray, blank: np.ndarray) -> np.ndarra
     inked = np.flatnonzero(columns > 0.15)
     extent = inked[-1] + 1 - inked[0] if len(inked) else len(columns)
     unit = extent / widths.sum()
-    shares = (1.0, 0.88, 0.76, 0.64) if blank.any() else (1.0, 0.85)
-    tried = [_fit(columns, widths * unit * share, blank) for share in shares]
-    cost, borders = min(tried, key=lambda result: result[0])
-    return borders if np.isfinite(cost) else np.linspace(0, len(columns), len(widths) + 1).astype(int)
+    cheapest, borders = np.inf, np.linspace(0, len(columns), len(widths) + 1).astype(int)
+    for share in (1.0, 0.88, 0.76, 0.64) if blank.any() else (1.0, 0.85):
+        cost, tried = _fit(columns, widths * unit * share, blank)
+        if cost < cheapest:
+            cheapest, borders = cost, tried
+        if cheapest < GOOD * len(widths):
+            break
+    return borders
 
 
 def _fit(columns: np.ndarray, expected: np.ndarray, blank: np.ndarray) -> tuple[float, np.ndarray]:
@@ -331,21 +337,25 @@ def _fit(columns: np.ndarray, expected: np.ndarray, blank: np.ndarray) -> tuple[
     total = np.concatenate([[0.0], np.cumsum(columns)]) / mean
     cut = np.concatenate([[0.0], np.minimum(columns[:-1], columns[1:]), [0.0]]) * 5
     best = 8 * total + 0.05 * np.arange(length + 1) / mean
+    lows = np.maximum(1, expected * 0.5).astype(int)
+    highs = np.maximum(lows + 2, np.ceil(np.where(blank, mean * 5, expected * 1.6 + 1)).astype(int))
+    reach = int(highs.max())  # views: the entry [x, j] is that of column x - (reach - j)
+    padded = np.concatenate([np.full(reach, np.inf), best])
+    before = sliding_window_view(padded, reach + 1)
+    inside = total[:, None] - sliding_window_view(np.concatenate([np.zeros(reach), total]), reach + 1)
+    of_blank, of_glyph = 8 * inside, np.where(inside < 0.06, 2.0, 0.0)
     steps = []
-    for width, empty in zip(expected, blank, strict=True):
-        low = max(1, int(width * 0.5))
-        high = max(low + 2, int(np.ceil(mean * 5 if empty else width * 1.6 + 1)))
-        k = np.arange(high, low - 1, -1)  # a window's first entry is the furthest step back
+    for width, empty, low, high in zip(expected, blank, lows, highs, strict=True):
+        k = np.arange(high, low - 1, -1)
         off = ((k - width) / (0.25 * mean)) ** 2
         if empty:
             off = np.where(k > width, np.minimum(off, 1 + 0.3 * (k - width) / mean), off)
-        before = sliding_window_view(np.concatenate([np.full(high, np.inf), best]), high - low + 1)[: length + 1]
-        earlier = sliding_window_view(np.concatenate([np.full(high, 0.0), total]), high - low + 1)[: length + 1]
-        inside = total[:, None] - earlier
-        cost = before + off + (8 * inside if empty else np.where(inside < 0.06, 2.0, 0.0))
+        near = slice(reach - high, reach - low + 1)
+        cost = before[:, near] + (of_blank if empty else of_glyph)[:, near] + off
         choice = cost.argmin(1)
         steps.append(k[choice])
         best = cost[np.arange(length + 1), choice] + cut
+        padded[reach:] = best
     finish = best + 8 * (total[-1] - total) + 0.05 * np.arange(length, -1, -1) / mean
     border = int(finish.argmin())
     if not np.isfinite(finish[border]):
