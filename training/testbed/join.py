@@ -18,7 +18,7 @@ from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration, Pre
 from training.testbed import tiles
 from training.testbed.lessons import Lesson, collate
 from training.testbed.reader import Grade, Reader, answer_loss
-from training.testbed.state import Log, load_state, save_state, schedule
+from training.testbed.state import Log, load_state, process_rank, save_state, schedule, sum_gradients
 from training.testbed.symbols import GRID, TILE, cut
 
 
@@ -116,9 +116,16 @@ def tune(
     rounds: list[Round],
     warmup: int,
     seed: int,
+    parts: int = 1,
     every: int = 20,
 ) -> None:
-    """Projector and language model together, each grade for `at_most` steps; in every round the rate goes down anew."""
+    """Projector and language model together, each grade for `at_most` steps; in every round the rate goes down anew.
+
+    A step averages `parts` batches; as many processes under torchrun share them.
+    """
+    rank, world = process_rank()
+    if parts % world:
+        raise ValueError(f"parts must be a multiple of the number of processes, {world}, got {parts}")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rounds[0].grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
     path, log, start = work / "join.pt", Log(work / "log.jsonl", "join"), 0
@@ -131,18 +138,25 @@ def tune(
         steps = [grade for grade in one.grades for _ in range(grade.at_most)]
         plan += [(grade, within, len(steps), one.last) for within, grade in enumerate(steps)]
     for step in range(start, len(plan)):
-        (now, within, length, last), rng = plan[step], Random(f"join/{seed}/{step}")
-        lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
+        now, within, length, last = plan[step]
         for group in optimizer.param_groups:
             group["lr"] = schedule(within, length, now.rate, warmup, last)
-        ids, labels, positions = collate(lessons)
-        kinds = [one.kind for one in lessons]
-        loss, scores = answer_loss(model.model.language_model, embed(model, lessons, ids), labels, positions, kinds)
         optimizer.zero_grad()
-        loss.backward()
+        values: dict[str, float] = {}
+        for part in range(rank, parts, world):
+            rng = Random(f"join/{seed}/{step}/{part}")
+            lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
+            ids, labels, positions = collate(lessons)
+            kinds = [one.kind for one in lessons]
+            loss, scores = answer_loss(model.model.language_model, embed(model, lessons, ids), labels, positions, kinds)
+            (loss / parts).backward()
+            values = {"length": ids.shape[1], "loss": loss.item(), **scores}
+        sum_gradients(trained)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if rank:
+            continue
         if (step + 1) % every == 0:
-            log(step + 1, length=ids.shape[1], loss=loss.item(), **scores)
+            log(step + 1, **values)
         if (step + 1) % 50 == 0 or step + 1 == len(plan):
             save_state(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)

@@ -16,7 +16,7 @@ from training.testbed.evaluate import evaluate
 from training.testbed.join import Round, fit_projector, transplant, tune
 from training.testbed.model import build_model, reader_config
 from training.testbed.reader import Grade, train_reader
-from training.testbed.state import stage_seconds
+from training.testbed.state import process_rank, stage_seconds
 from training.testbed.tower import Phase, tower_config, train_tower
 from training.testbed.vocabulary import build_processor
 
@@ -53,6 +53,7 @@ class JoinPlan:
     projector_rate: float
     warmup: int
     rounds: list[Round]
+    parts: int = 1
     seed: int = 0
 
 
@@ -124,7 +125,9 @@ def make(
             join.projector_rate,
             join.seed,
         )
-    tune(model, tokenizer, work, join.rounds, join.warmup, join.seed)
+    tune(model, tokenizer, work, join.rounds, join.warmup, join.seed, join.parts)
+    if process_rank()[0]:
+        return
     model.requires_grad_(True).save_pretrained(out)
     processor.save_pretrained(out)
     if until == "join":

@@ -1,13 +1,17 @@
-"""A stage's state on disk: everything needed to go on, written atomically, and a JSON-lines log of its curves."""
+"""What the stages share: their state on disk, written atomically, a JSON-lines log of their curves, the rate, and
+processes that share the work of a step."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed, nn
 
 
 def save_state(path: Path, **parts: Any) -> None:
@@ -53,3 +57,23 @@ def schedule(step: int, steps: int, peak: float, warmup: int, last: float = 0.05
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 - (1 - last) * (step - warmup) / max(1, steps - warmup))
+
+
+def process_rank() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1) unless torchrun started several; they are joined at the first call."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Adds up the gradients of all processes, in one message; every process must have gradients of the same ones."""
+    if process_rank()[1] == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from training.testbed import tiles
-from training.testbed.state import Log, load_state, save_state, schedule
+from training.testbed.state import Log, load_state, process_rank, save_state, schedule, sum_gradients
 from training.testbed.symbols import CHARACTERS, CLASSES, PATCH, TILE
 
 
@@ -49,22 +49,34 @@ class DenseTower(nn.Module):
         self.present = nn.Linear(width, len(CLASSES))
 
     def forward(
-        self, pixels: Float[Tensor, "B 3 H W"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"], Float[Tensor, "B C"]]:
-        out = self.tower(pixels, output_hidden_states=True)
-        patches = self.norm(out.hidden_states[-2][:, 1:])
-        return self.classes(patches), self.centre(patches)[..., 0], self.present(out.pooler_output)
+        self, pixels: Float[Tensor, "B 3 H W"], whole: bool = True
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"], Float[Tensor, "B C"] | None]:
+        """Logits of the classes and of being a centre for every patch; with `whole`, of the classes in the tile (the
+        last layer is left out otherwise)."""
+        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels))
+        *layers, last = self.tower.encoder.layers
+        for layer in layers:
+            hidden = layer(hidden, attention_mask=None)
+        patches = self.norm(hidden[:, 1:])
+        pooled = self.tower.post_layernorm(last(hidden, attention_mask=None)[:, 0]) if whole else None
+        present = None if pooled is None else self.present(pooled)
+        return self.classes(patches), self.centre(patches)[..., 0], present
 
 
 def losses(
-    model: DenseTower, pixels: Float[Tensor, "B 3 H W"], labels: Int[Tensor, "B 2 R C"], objects: float, centres: float
+    model: DenseTower,
+    pixels: Float[Tensor, "B 3 H W"],
+    labels: Int[Tensor, "B 2 R C"],
+    objects: float,
+    centres: float,
+    whole: bool = True,
 ) -> tuple[Tensor, dict[str, float]]:
     """The training loss, and the shares of characters, object patches, centres and background told rightly.
 
     `objects` weighs the classes of objects against those of characters, `centres` the rare centres against other
-    patches.
+    patches. Without `whole`, the last layer and its CLS token are left out.
     """
-    classes, centre, present = model(pixels)
+    classes, centre, present = model(pixels, whole)
     target, middle = labels[:, 0].flatten(1), labels[:, 1].flatten(1)
     weight = torch.ones(len(CLASSES))
     weight[0] = 0.4
@@ -74,8 +86,10 @@ def losses(
     where = F.binary_cross_entropy_with_logits(
         centre, middle.float(), weight=0.1 + in_objects, pos_weight=torch.tensor(centres)
     )
-    seen = torch.zeros_like(present).scatter_(1, target, 1.0)
-    which = F.binary_cross_entropy_with_logits(present, seen)
+    loss = dense + where
+    if present is not None:
+        seen = torch.zeros_like(present).scatter_(1, target, 1.0)
+        loss = loss + 0.2 * F.binary_cross_entropy_with_logits(present, seen)
     right = classes.argmax(-1) == target
     character = (target > 0) & (target <= len(CHARACTERS))
     scores = {
@@ -84,7 +98,7 @@ def losses(
         "background": right[target == 0].float().mean().item(),
         "centres": ((centre > 0) == (middle > 0))[in_objects > 0].float().mean().item(),
     }
-    return dense + where + 0.2 * which, scores
+    return loss, scores
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,8 @@ class Phase:
 
     `shares`: of every task; the other tiles are random text. `positions`: the amplitude of a 2-D sine table added to
     the position embeddings as the phase begins. CLIP's own start has no sense of nearness, and shapes, unlike
-    characters, are only told by comparing neighbours.
+    characters, are only told by comparing neighbours. `parts`: batches a step; as many processes under torchrun share
+    them. `whole_every`: the last layer is trained in every so many-th step only.
     """
 
     steps: int
@@ -103,6 +118,8 @@ class Phase:
     objects: float = 1.0
     centres: float = 1.0
     positions: float = 0.0
+    parts: int = 1
+    whole_every: int = 1
 
 
 def sine_table(width: int, side: int, longest: float = 30.0) -> Float[Tensor, "N D"]:
@@ -120,6 +137,7 @@ def train_tower(
 ) -> CLIPVisionModel:
     """Goes through the phases (going on from the state under `work`), saves `work`/tower and returns the tower."""
     torch.manual_seed(seed)
+    rank, world = process_rank()
     model = DenseTower(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=phases[0].rate, weight_decay=0.02, betas=(0.9, 0.98))
     path, log, start = work / "tower.pt", Log(work / "log.jsonl", "tower"), 0
@@ -130,23 +148,33 @@ def train_tower(
     plan = [(phase, within) for phase in phases for within in range(phase.steps)]
     for step in range(start, len(plan)):
         phase, within = plan[step]
+        if phase.parts % world:
+            raise ValueError(f"parts must be a multiple of the number of processes, {world}, got {phase}")
         if within == 0 and phase.positions:
             table = model.tower.embeddings.position_embedding.weight
             with torch.no_grad():
                 table += phase.positions * sine_table(table.shape[1], TILE // PATCH)
-        rng = Random(f"tower/{seed}/{step}")
-        pixels, labels = map(torch.from_numpy, tiles.batch(rng, batch, phase.shares))
         ramp = warmup if step == within else 0
         for group in optimizer.param_groups:
             group["lr"] = schedule(within, phase.steps, phase.rate, ramp, phase.last / phase.rate)
-        loss, scores = losses(model, pixels, labels, phase.objects, phase.centres)
         optimizer.zero_grad()
-        loss.backward()
+        values: dict[str, float] = {}
+        for part in range(rank, phase.parts, world):
+            rng = Random(f"tower/{seed}/{step}/{part}")
+            pixels, labels = map(torch.from_numpy, tiles.batch(rng, batch, phase.shares))
+            whole = step % phase.whole_every == 0
+            loss, scores = losses(model, pixels, labels, phase.objects, phase.centres, whole)
+            (loss / phase.parts).backward()
+            values = {"loss": loss.item(), **scores}
+        sum_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if rank:
+            continue
         if (step + 1) % min(25, every) == 0:
-            log(step + 1, loss=loss.item(), **scores)
+            log(step + 1, **values)
         if (step + 1) % every == 0 or step + 1 == len(plan):
             save_state(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-    model.tower.save_pretrained(work / "tower")
+    if rank == 0:
+        model.tower.save_pretrained(work / "tower")
     return model.tower
