@@ -4,12 +4,12 @@ A row of the dataset is one image, already cut into the encoder's pixel tiles ``
 `batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every tile
 is one training example. With `cache_features` the tiles are encoded once and batches hold features ``[T, N, D]``.
 
-A folder is split by a hash of each file's path below it, so that the split does not change when files are added.
+A folder is split by a hash of each file's name, so that the split does not change when files are added or moved; a task
+`folder:PATH?held_out=SHARE` shows the images that a `val_share` of at least SHARE kept from training.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -21,11 +21,13 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from selector.evaluation.tasks.folder import split_place
 from training.cache import FeatureCache
 from training.encoders import Preprocess, VisionEncoder
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-Generated = Literal["documents", "scenes", "mixed"]
+Generated = Literal["documents", "scenes", "charts", "mixed"]
+MIXED = ("documents", "scenes", "charts")
 
 
 class ImageModule(LightningDataModule):
@@ -36,7 +38,7 @@ class ImageModule(LightningDataModule):
         val_share: share of the folder's images held out for validation (and for `test`).
         skip_unreadable: leave out files that cannot be decoded, and say how many, instead of stopping at the first;
             costs one pass over the folder.
-        generated: what to draw without a folder: pages of text, scenes of shapes, or both in turn.
+        generated: what to draw without a folder: pages of text, scenes of shapes, charts, or all in turn.
         generated_train: number of generated training images.
         generated_val: number of generated images for validation, and as many others for `test`.
         batch_size: images a step and process; an AnyRes image brings all its tiles.
@@ -106,7 +108,7 @@ class ImageModule(LightningDataModule):
             return []
         if self._paths is None:
             self._paths = list_images(self.images, self.skip_unreadable)
-        train, val = split_by_hash(self._paths, Path(self.images), self.val_share)
+        train, val = split_by_hash(self._paths, self.val_share)
         return train if split == "train" else val
 
     def train_dataloader(self) -> DataLoader[Tensor]:
@@ -172,11 +174,10 @@ class _Page:
         self.seed = seed + 1_000_003 if split == "val" else seed
 
     def __call__(self) -> Image.Image:
-        from selector.evaluation.tasks import documents, scenes
+        from selector.evaluation.tasks import generator
 
-        kind = ("documents", "scenes")[self.index % 2] if self.kind == "mixed" else self.kind
-        task = {"documents": documents, "scenes": scenes}[kind]
-        return task.page("test" if self.split == "test" else "train", self.seed, self.index).image
+        kind = MIXED[self.index % len(MIXED)] if self.kind == "mixed" else self.kind
+        return generator(kind).page("test" if self.split == "test" else "train", self.seed, self.index).image
 
 
 def list_images(folder: str | Path, skip_unreadable: bool = False) -> list[Path]:
@@ -199,15 +200,13 @@ def list_images(folder: str | Path, skip_unreadable: bool = False) -> list[Path]
     return paths
 
 
-def split_by_hash(paths: Sequence[Path], root: Path, val_share: float) -> tuple[list[Path], list[Path]]:
-    """(training, validation) by a hash of the path below `root`; each side gets at least one image."""
+def split_by_hash(paths: Sequence[Path], val_share: float) -> tuple[list[Path], list[Path]]:
+    """(training, validation) by a hash of the file names; each side gets at least one image."""
     if len(paths) < 2:
-        raise ValueError(f"data.images needs at least 2 images, one of them for validation, got {len(paths)} in {root}")
-    place = {
-        path: int(hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()[:8], 16) for path in paths
-    }
+        raise ValueError(f"data.images needs at least 2 images, one of them for validation, got {len(paths)}")
+    place = {path: split_place(path.name) for path in paths}
     ordered = sorted(paths, key=lambda path: place[path])
-    held_out = {path for path in paths if place[path] < val_share * 2**32} or {ordered[0]}
+    held_out = {path for path in paths if place[path] < val_share} or {ordered[0]}
     if len(held_out) == len(paths):
         held_out.discard(ordered[-1])
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]

@@ -125,3 +125,24 @@ def test_generated_tasks_have_a_fingerprint_and_no_end():
 def test_unknown_task():
     with pytest.raises(UsageError, match=r"unknown task 'documnets'.*did you mean documents"):
         load_task("documnets")
+
+
+def test_held_out_images_are_those_that_training_left_out(tmp_path):
+    from training.data import split_by_hash
+
+    names = [f"photo{i}.png" for i in range(30)]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
+    (tmp_path / "annotations.jsonl").write_text("\n".join(json.dumps({"image": name}) for name in names))
+    shown = {sample.id for sample in load_task(f"folder:{tmp_path}?held_out=0.3").samples(99, 0)}
+    trained, left_out = split_by_hash([tmp_path / "images" / name for name in names], 0.3)
+    assert shown == {path.name for path in left_out}
+    assert shown.isdisjoint(path.name for path in trained)
+    assert 0 < len(shown) < 30
+
+
+@pytest.mark.parametrize("query", ["held_out=2", "held_out=x", "split=0.1", "held_out=0"])
+def test_a_wrong_held_out_share_is_named(tmp_path, query):
+    with pytest.raises(UsageError, match="held_out=SHARE"):
+        load_task(f"folder:{tmp_path}?{query}")

@@ -26,10 +26,10 @@ def test_images_are_found_recursively_whatever_the_case_of_the_extension(folder)
 
 
 def test_the_split_does_not_change_when_files_are_added(folder):
-    before = set(split_by_hash(list_images(folder), folder, 0.3)[1])
+    before = set(split_by_hash(list_images(folder), 0.3)[1])
     for index in range(100, 120):
         Image.new("RGB", (8, 8)).save(folder / f"{index}.png")
-    train, after = split_by_hash(list_images(folder), folder, 0.3)
+    train, after = split_by_hash(list_images(folder), 0.3)
     assert before <= set(after)
     assert not set(train) & set(after)
     assert len(train) + len(after) == 32
@@ -38,7 +38,7 @@ def test_the_split_does_not_change_when_files_are_added(folder):
 def test_two_images_are_enough_and_each_side_gets_one(tmp_path):
     paths = [tmp_path / "x.png", tmp_path / "y.png"]
     for share in (0.001, 0.999):
-        train, val = split_by_hash(paths, tmp_path, share)
+        train, val = split_by_hash(paths, share)
         assert len(train) == len(val) == 1
 
 

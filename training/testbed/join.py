@@ -24,10 +24,14 @@ from training.testbed.symbols import GRID, TILE, cut
 
 @dataclass(frozen=True)
 class Round:
-    """Lessons over which the rate goes down once, from each grade's own to `last` times that."""
+    """Lessons over which the rate goes down once, from each grade's own to `last` times that.
+
+    A step averages `parts` batches; as many processes under torchrun share them.
+    """
 
     grades: list[Grade]
     last: float = 0.05
+    parts: int = 1
 
 
 def transplant(model: LlavaNextForConditionalGeneration, tower: CLIPVisionModel, reader: Reader) -> None:
@@ -43,10 +47,14 @@ def transplant(model: LlavaNextForConditionalGeneration, tower: CLIPVisionModel,
 def tower_features(
     model: LlavaNextForConditionalGeneration, pixels: Float[Tensor, "T 3 H W"]
 ) -> Float[Tensor, "T N D"]:
-    """What LLaVA-NeXT takes from its tower: the chosen layer without CLS."""
+    """What LLaVA-NeXT takes from its tower: the last layer but one, without CLS."""
+    tower = model.model.vision_tower
+    *layers, _ = tower.encoder.layers
     with torch.no_grad():
-        out = model.model.vision_tower(pixels, output_hidden_states=True)
-    return out.hidden_states[model.config.vision_feature_layer][:, 1:]
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+        for layer in layers:
+            hidden = layer(hidden, attention_mask=None)
+    return hidden[:, 1:]
 
 
 def pack(projected: Float[Tensor, "T N D"], newline: Float[Tensor, " D"], columns: int) -> Float[Tensor, "S D"]:
@@ -116,16 +124,10 @@ def tune(
     rounds: list[Round],
     warmup: int,
     seed: int,
-    parts: int = 1,
     every: int = 20,
 ) -> None:
-    """Projector and language model together, each grade for `at_most` steps; in every round the rate goes down anew.
-
-    A step averages `parts` batches; as many processes under torchrun share them.
-    """
+    """Projector and language model together, each grade for `at_most` steps; in every round the rate goes down anew."""
     rank, world = process_rank()
-    if parts % world:
-        raise ValueError(f"parts must be a multiple of the number of processes, {world}, got {parts}")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rounds[0].grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
     path, log, start = work / "join.pt", Log(work / "log.jsonl", "join"), 0
@@ -136,20 +138,22 @@ def tune(
     plan = []
     for one in rounds:
         steps = [grade for grade in one.grades for _ in range(grade.at_most)]
-        plan += [(grade, within, len(steps), one.last) for within, grade in enumerate(steps)]
+        plan += [(one, grade, within, len(steps)) for within, grade in enumerate(steps)]
     for step in range(start, len(plan)):
-        now, within, length, last = plan[step]
+        one, now, within, length = plan[step]
+        if one.parts % world:
+            raise ValueError(f"parts must be a multiple of the number of processes, {world}, got {one}")
         for group in optimizer.param_groups:
-            group["lr"] = schedule(within, length, now.rate, warmup, last)
+            group["lr"] = schedule(within, length, now.rate, warmup, one.last)
         optimizer.zero_grad()
         values: dict[str, float] = {}
-        for part in range(rank, parts, world):
+        for part in range(rank, one.parts, world):
             rng = Random(f"join/{seed}/{step}/{part}")
             lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
             ids, labels, positions = collate(lessons)
             kinds = [one.kind for one in lessons]
             loss, scores = answer_loss(model.model.language_model, embed(model, lessons, ids), labels, positions, kinds)
-            (loss / parts).backward()
+            (loss / one.parts).backward()
             values = {"length": ids.shape[1], "loss": loss.item(), **scores}
         sum_gradients(trained)
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -53,7 +53,6 @@ class JoinPlan:
     projector_rate: float
     warmup: int
     rounds: list[Round]
-    parts: int = 1
     seed: int = 0
 
 
@@ -125,7 +124,7 @@ def make(
             join.projector_rate,
             join.seed,
         )
-    tune(model, tokenizer, work, join.rounds, join.warmup, join.seed, join.parts)
+    tune(model, tokenizer, work, join.rounds, join.warmup, join.seed)
     if process_rank()[0]:
         return
     model.requires_grad_(True).save_pretrained(out)

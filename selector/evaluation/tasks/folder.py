@@ -3,7 +3,8 @@
 One JSON object a line: ``image`` (file name) and, all optional, ``qa`` [{q, a, boxes}] and ``objects`` [{c, box}];
 boxes are [x0, y0, x1, y1] in pixels of the stored image, and other fields are ignored. One sample an image: with
 questions, one of them, drawn by the seed, and its boxes; without, no question, and the boxes of the objects.
-The seed also shuffles the images, so that a limited count covers the folder.
+The seed also shuffles the images, so that a limited count covers the folder. ``folder:PATH?held_out=0.25`` shows only
+the images that `selector-train` with ``--data.val_share 0.25`` (or more) did not train on.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ ANNOTATIONS = "annotations.jsonl"
 
 def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
     """The task of a folder. Every line is checked here, before anything runs; an image is opened in its turn."""
+    path, share = _held_out(name, path)
     folder = Path(path)
     if not path or not folder.is_dir():
         raise UsageError(f"task {name!r}: PATH must be a folder with {ANNOTATIONS} and images, got {path!r}")
     if not (folder / ANNOTATIONS).is_file():
         raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} is missing")
-    rows = list(_rows(folder / ANNOTATIONS))
+    rows = [
+        (number, row) for number, row in _rows(folder / ANNOTATIONS) if split_place(Path(row["image"]).name) < share
+    ]
     if not rows:
-        raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} names no image")
+        raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} names no image (of the held-out share)")
     files = [_find(folder, row["image"], number) for number, row in rows]
     digest = hashlib.sha256((folder / ANNOTATIONS).read_bytes())
     for file in files:
@@ -55,6 +59,26 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
             yield _sample(row, image, seed)
 
     return Task(name, samples, len(rows), digest.hexdigest()[:16], unreadable)
+
+
+def _held_out(name: str, path: str) -> tuple[str, float]:
+    """The folder and the share of images to show, 1 where none is named."""
+    folder, mark, query = path.rpartition("?")
+    if not mark:
+        return path, 1.0
+    key, _, value = query.partition("=")
+    try:
+        share = float(value)
+    except ValueError:
+        share = 0.0
+    if key != "held_out" or not 0 < share < 1:
+        raise UsageError(f"task {name!r}: behind ? stands held_out=SHARE with a share in (0, 1), got {query!r}")
+    return folder, share
+
+
+def split_place(file: str) -> float:
+    """Where in [0, 1) a file's name falls, by a hash: below the held-out share, it is not trained on."""
+    return int(hashlib.sha256(file.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def open_image(path: Path) -> Image.Image:
