@@ -41,9 +41,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "baseline": "random",
         "answers": True,
         "max_new_tokens": 16,
+        "layer": 0,
+        "repeats": 1,
         "skip_unreadable": False,
     },
-    "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 16},
+    "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 16, "scores": False},
     "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
 }
 LISTS = ("selectors", "allow", "keep", "tasks")
@@ -144,8 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     _bench(add("bench", "selection time against the prefill and against a full SVD, measured in one run"))
     listing = add("list", "the selectors: name, paper, whether trained, what they need, what they rank")
     listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
-    report = add("report", "prints the table of a run again, from its records alone")
-    report.add_argument("run", metavar="RUN", help="folder that `selector compare` wrote, e.g. runs/compare")
+    report = add("report", "the table and the page (HTML, Markdown) of one or several runs, from their records alone")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders that `selector compare` wrote: runs/compare")
+    report.add_argument(
+        "--out", metavar="HTML", help="the page (default: RUN/report.html; report.html here for several runs)"
+    )
     report.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -175,6 +180,18 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="leave images out that cannot be decoded, and name them (default: an error)",
     )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        metavar="K",
+        help="spectra (ΔIPR) of the visual tokens that leave block K of the language model; 0: that enter it",
+    )
+    parser.add_argument("--repeats", type=int, metavar="N", help="of every timed piece of work (default: 1)")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="take every N-th sample, from the I-th (0/2 and 1/2 share a run; under torchrun: its rank)",
+    )
     parser.add_argument("--fresh", action="store_true", help="forget the records of this comparison and start over")
 
 
@@ -184,6 +201,9 @@ def _show(parser: argparse.ArgumentParser) -> None:
         "images", nargs="*", metavar="IMAGE", help="image files (default: a generated page and a scene)"
     )
     parser.add_argument("--out", metavar="PNG", help="the picture (default: selector.png)")
+    parser.add_argument(
+        "--scores", action=argparse.BooleanOptionalAction, help="below, the scores of each selector as a heat map"
+    )
     parser.add_argument("--question", metavar="TEXT", help="also ask this of every image, and show the answers")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (default: 16)")
 

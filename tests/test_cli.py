@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,14 @@ def test_compare_then_report(call, model):
     assert {row["samples"] for row in results["rows"]} == {2}
     again = call("report", "runs/a")
     assert (again[0], again[1]) == (0, out)
-    assert "| 9 | " in Path("runs/a/table.md").read_text().replace("**", "")
+    assert "| 9 | " in Path("runs/a/report.md").read_text().replace("**", "")
+    assert "Report: runs/a/report.html" in out
+    assert Path("runs/a/report.html").read_text().startswith("<!doctype html>")
+    shutil.copytree("runs/a", "runs/b")
+    code, beside, _ = call("report", "runs/a", "runs/b", "--out", "both.html")
+    assert code == 0
+    assert beside.count("documents ·") == 2
+    assert "What differs between the runs" in Path("both.html").read_text()
     repeated = call("compare", "--model", model, *SMALL, "--out", "runs/a", "--tasks", "documents", "scenes")
     assert repeated[1] == out  # nothing was measured anew: even the times are the same
 
@@ -169,7 +177,7 @@ def test_interrupted_prints_what_is_done(call, model, monkeypatch):
 
     def interrupt(*args):
         calls.append(1)
-        if len(calls) == 9:  # within the second sample
+        if len(calls) == 10:  # within the second sample; the first call warms up
             raise KeyboardInterrupt
         return kept(*args)
 
@@ -191,9 +199,10 @@ def test_show(call, model, make_image):
     code, out, _ = call("show", "a.png", "b.jpg", *options, "--out", "deep/p.png")
     assert code == 0
     assert "4 rows of 3 panels" in out
+    assert re.search(r"a\.png: svd-prune:rank=2, keep 9: 9 of \d+ tokens", out)
     with Image.open("deep/p.png") as picture:
         assert picture.width == 3 * 368
-    code, _, _ = call("show", *options, "--question", "what?", "--max-new-tokens", "2")
+    code, _, _ = call("show", *options, "--question", "what?", "--max-new-tokens", "2", "--scores")
     assert code == 0
     assert Path("selector.png").is_file()
 
@@ -240,6 +249,11 @@ def test_list(call):
         (["--model", "checkpoints/nothing"], "model must be a folder .* there is no 'checkpoints/nothing'"),
         (["--device", "abacus"], "device must be auto or one that torch has"),
         (["--dtype", "float7"], "dtype must be one of .* got 'float7'"),
+        (["--layer", "9"], "layer must be in 0..3 for this model, got 9"),
+        (["--repeats", "0"], "repeats must be an int >= 1, got 0"),
+        (["--shard", "2/2"], "shard must be i/n with 0 <= i < n.* got '2/2'"),
+        (["--shard", "1"], "shard must be i/n .* got '1'"),
+        (["--shard", "0/2", "--fresh"], "fresh must not go with a shard"),
         (["--max-new-tokens", "0"], "max_new_tokens must be an int >= 1, got 0"),
         (["--threads", "0"], "threads must be an int >= 1, got 0"),
         (["--baseline", "nobody"], "baseline must be one of the selectors .*got 'nobody'"),
@@ -281,6 +295,7 @@ def test_mistakes_in_a_config(call, model, content, message):
     ("arguments", "message"),
     [
         (["report", "nowhere"], "run must be a folder that `selector compare` wrote"),
+        (["report", "nowhere", "--out", "page.pdf"], "out must be the name of an HTML file, got 'page.pdf'"),
         (["show", "gone.png"], r"image gone\.png cannot be read"),
         (["show", "--out", "picture.jpg"], "out must be the name of a PNG file"),
         (["bench", "--image", "gone.png"], r"gone\.png cannot be read"),

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from selector.evaluation.consistency import answer_nll
-from selector.evaluation.cost import PrefillClock
+from selector.evaluation.cost import GenerationClock, PeakMemory
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,16 @@ class Answer:
         ids: ``[A]`` the new tokens.
         logits: ``[A, V]`` raw logits that each was chosen from.
         prefill_seconds: from the finished prompt to the first new token.
+        decode_seconds: a token after the first; None of an answer of one token.
+        peak_bytes: highest memory allocated meanwhile, weights included; None but on a GPU.
     """
 
     text: str
     ids: Int[Tensor, "A"]
     logits: Float[Tensor, "A V"]
     prefill_seconds: float
+    decode_seconds: float | None = None
+    peak_bytes: int | None = None
 
     @property
     def nll(self) -> float:
@@ -58,10 +62,10 @@ def without_image(inputs: Mapping[str, Any], image_token_id: int) -> dict[str, A
 
 def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Answer:
     """Greedy answer to prepared (and perhaps pruned) inputs."""
-    clock = PrefillClock()
+    clock, memory = GenerationClock(), PeakMemory(model.device)
     tokenizer = processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
+    with torch.no_grad(), memory:
         output = model.generate(
             **_fresh(inputs),
             max_new_tokens=max_new_tokens,
@@ -76,24 +80,48 @@ def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
             streamer=clock,
         )
     ids = output.sequences[0, inputs["input_ids"].shape[1] :]
-    if clock.seconds is None:
+    if clock.prefill_seconds is None:
         raise RuntimeError("generate returned without a new token: nothing to score")
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(text, ids, torch.cat(output.logits), clock.seconds)
+    return Answer(text, ids, torch.cat(output.logits), clock.prefill_seconds, clock.decode_seconds, memory.bytes)
 
 
-def forced_nll(model: Any, inputs: Mapping[str, Any], target: Int[Tensor, "A"]) -> float:
-    """Mean negative log-likelihood of a given answer after prepared inputs, teacher-forced in one forward pass."""
+@dataclass(frozen=True)
+class Forced:
+    """One forward pass over a prompt and a given answer.
+
+    Attributes:
+        logits: ``[A, V]`` each predicts the answer's token of its number.
+        visual: ``[L, d]`` hidden states of the visual tokens at the layer asked for; None if none was.
+    """
+
+    logits: Float[Tensor, "A V"]
+    visual: Float[Tensor, "L d"] | None
+
+
+def forced(
+    model: Any, inputs: Mapping[str, Any], target: Int[Tensor, "A"], layer: int = 0, image_token_id: int | None = None
+) -> Forced:
+    """The model reads a given answer after prepared inputs.
+
+    Args:
+        layer: 0 for no hidden states, k for those that leave the k-th block of the language model (the last: normed).
+        image_token_id: what marks the visual tokens; needed with a layer.
+    """
     new = _fresh(inputs)
     target = target.to(new["input_ids"].device)
-    new["input_ids"] = torch.cat([new["input_ids"], target[None]], 1)
+    prompt = new["input_ids"]
+    new["input_ids"] = torch.cat([prompt, target[None]], 1)
     new["attention_mask"] = torch.cat([new["attention_mask"], new["attention_mask"].new_ones(1, len(target))], 1)
     if "position_ids" in new:  # gaps stay where tokens were dropped; the answer goes on after the last
         more = torch.arange(1, len(target) + 1, device=target.device)
         new["position_ids"] = torch.cat([new["position_ids"], new["position_ids"][:, -1:] + more], 1)
     with torch.no_grad():
-        logits = model(**new, use_cache=False, logits_to_keep=len(target) + 1).logits[0, :-1]
-    return answer_nll(logits, target)
+        output = model(**new, use_cache=False, logits_to_keep=len(target) + 1, output_hidden_states=layer > 0)
+    visual = None
+    if layer > 0:
+        visual = output.hidden_states[layer][0, : prompt.shape[1]][prompt[0] == image_token_id]
+    return Forced(output.logits[0, :-1], visual)
 
 
 def _fresh(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,28 +3,43 @@
 Token reduction changes the output distribution in ways accuracy does not show (LoFi, arXiv 2503.06794). Its exact
 metric is not fixed by a text we could read; these are standard definitions. P is the unpruned model, Q the pruned one:
 
-- KL(P ‖ Q) and Jensen-Shannon (both in nats) of the first answer token;
+- KL(P ‖ Q) and Jensen-Shannon (both in nats) of the first answer token, and their means over the tokens of P's own
+  answer, teacher-forced: both models read the same words;
 - ΔNLL: mean negative log-likelihood of P's own answer, teacher-forced, under Q minus under P;
-- ΔIPR: Σ p_i² of the spectrum (p_i = s_i² / Σ s²) of the visual tokens that the language model receives, after minus
-  before. The internal representation taken is the packed, projected tokens, newlines included.
+- of the spectrum p_i = s_i² / Σ s² of the visual tokens, uncentred, at a chosen layer: ΔIPR, Σ p_i² after minus
+  before; Δ effective rank, exp(−Σ p log p); and the total variation ½ Σ |p_i − q_i| of the two energy distributions,
+  sorted and padded with zeros. Layer 0 is what enters the language model (projected, packed, newlines included),
+  layer k what leaves its k-th block. Which layer the paper means is open.
 
-Shapes: V vocabulary, A answer tokens, L visual tokens, d width of the language model.
+Shapes: V vocabulary, A answer tokens, L visual tokens, d width of the language model, R singular values.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selector.spectrum import effective_rank, inverse_participation_ratio, singular_values
 
-def divergences(full: Float[Tensor, "V"], pruned: Float[Tensor, "V"]) -> tuple[float, float]:
-    """(KL(P ‖ Q), Jensen-Shannon) of two vectors of logits, in nats; Jensen-Shannon lies in [0, log 2]."""
-    p, q = full.double().log_softmax(-1), pruned.double().log_softmax(-1)
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Energy distribution of a matrix of tokens: shares of the energy, descending, and two figures of it."""
+
+    shares: Float[Tensor, "R"]
+    ipr: float
+    effective_rank: float
+
+
+def divergences(full: Float[Tensor, "*A V"], pruned: Float[Tensor, "*A V"]) -> tuple[float, float]:
+    """(KL(P ‖ Q), Jensen-Shannon) of logits, in nats, means over the rows; Jensen-Shannon lies in [0, log 2]."""
+    p, q = full.double().log_softmax(-1), pruned.double().to(full.device).log_softmax(-1)
     middle = torch.logaddexp(p, q) - math.log(2)
-    return _kl(p, q), (_kl(p, middle) + _kl(q, middle)) / 2
+    return _kl(p, q).mean().item(), ((_kl(p, middle) + _kl(q, middle)) / 2).mean().item()
 
 
 def answer_nll(logits: Float[Tensor, "A V"], answer: Int[Tensor, "A"]) -> float:
@@ -32,17 +47,25 @@ def answer_nll(logits: Float[Tensor, "A V"], answer: Int[Tensor, "A"]) -> float:
     return torch.nn.functional.cross_entropy(logits.double(), answer.to(logits.device)).item()
 
 
-def spectral_ipr(tokens: Float[Tensor, "L d"]) -> float:
-    """Inverse participation ratio of the singular-value spectrum, without a decomposition.
-
-    Σ s⁴ is the squared Frobenius norm of the Gram matrix and Σ s² its trace, so Σ p_i² = ‖XᵀX‖² / tr(XᵀX)².
-    """
-    matrix = tokens.double() if tokens.device.type == "cpu" else tokens.float()
-    matrix = matrix / matrix.norm()
-    gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
-    return gram.square().sum().item()
+def spectrum(tokens: Float[Tensor, "L d"]) -> Spectrum:
+    """The energy distribution of tokens over their singular directions."""
+    values = singular_values(tokens)
+    squares = values.square()
+    ipr, rank = inverse_participation_ratio(values), effective_rank(values)
+    return Spectrum((squares / squares.sum()).cpu(), ipr.item(), rank.item())
 
 
-def _kl(p: Float[Tensor, "V"], q: Float[Tensor, "V"]) -> float:
+def spectrum_shift(full: Spectrum, pruned: Spectrum) -> dict[str, float]:
+    """What selection did to the spectrum: ΔIPR, Δ effective rank, total variation of the energies."""
+    width = max(len(full.shares), len(pruned.shares))
+    p, q = (torch.nn.functional.pad(s.shares, (0, width - len(s.shares))) for s in (full, pruned))
+    return {
+        "ipr_shift": pruned.ipr - full.ipr,
+        "rank_shift": pruned.effective_rank - full.effective_rank,
+        "energy_shift": (p - q).abs().sum().item() / 2,
+    }
+
+
+def _kl(p: Float[Tensor, "*A V"], q: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
     # Where P has no mass (a logit of minus infinity) the term is 0, not NaN; rounding must not make it negative.
-    return max(0.0, torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum().item())
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0)

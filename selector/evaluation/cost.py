@@ -1,4 +1,4 @@
-"""Clocks: prefill and selection, measured where the user pays for them."""
+"""Clocks and memory: prefill, decoding and selection, measured where the user pays for them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,49 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 
-class PrefillClock(BaseStreamer):
-    """Measures the prefill inside ``generate`` itself, without a second forward pass.
+class GenerationClock(BaseStreamer):
+    """Measures prefill and decoding inside ``generate`` itself, without a second forward pass.
 
-    ``generate`` hands a streamer the prompt just before the prefill and the first new token right after it; both
-    arrive on the CPU, so the device is in step. One row at a time, no beams.
+    ``generate`` hands a streamer the prompt just before the prefill, and every new token right after it is chosen; all
+    of them arrive on the CPU, so the device is in step. One row at a time, no beams.
     """
 
     def __init__(self) -> None:
-        self._start: float | None = None
-        self.seconds: float | None = None
+        self._ticks: list[float] = []
 
     def put(self, value: Any) -> None:
-        now = time.perf_counter()
-        if self._start is None:
-            self._start = now
-        elif self.seconds is None:
-            self.seconds = now - self._start
+        self._ticks.append(time.perf_counter())
 
     def end(self) -> None:
         pass
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From the finished prompt to the first new token."""
+        return self._ticks[1] - self._ticks[0] if len(self._ticks) > 1 else None
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """A token, after the first; None where there was no second."""
+        later = len(self._ticks) - 2
+        return (self._ticks[-1] - self._ticks[1]) / later if later > 0 else None
+
+
+class PeakMemory:
+    """Highest memory allocated on a GPU within the block, weights included; None on other devices."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self._device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,10 +25,46 @@ from torch import Tensor
 from selector.evaluation.tasks.sample import Box
 
 
-def patch_rectangles(
+@dataclass(frozen=True)
+class Canvas:
+    """What the processor makes of an image: the tiles' canvas, and where the image lies in it, all in canvas pixels.
+
+    Attributes:
+        size: (width, height) of the canvas, a whole number of tiles.
+        inner: left, top, width and height of the resized image; the rest is padding.
+        image: (width, height) of the original image.
+        tiles: (rows, columns) of tiles.
+        grid: (rows, columns) of patches in a tile.
+    """
+
+    size: tuple[int, int]
+    inner: tuple[int, int, int, int]
+    image: tuple[int, int]
+    tiles: tuple[int, int]
+    grid: tuple[int, int]
+
+    def edges(self) -> tuple[Float[Tensor, "X"], Float[Tensor, "Y"]]:
+        """Borders of the columns and of the rows of patches in pixels of the original image, clamped to it."""
+        left, top, inner_w, inner_h = self.inner
+        width, height = self.image
+        xs = (_steps(self.size[0], self.tiles[1] * self.grid[1]) - left) * width / inner_w
+        ys = (_steps(self.size[1], self.tiles[0] * self.grid[0]) - top) * height / inner_h
+        return xs.clamp(0, width), ys.clamp(0, height)
+
+    def rectangles(self) -> Float[Tensor, "T N 4"]:
+        """Where each patch lies in the original image: x0, y0, x1, y1 in its pixels; without area in the padding."""
+        rows, columns = self.tiles
+        whole = _rectangles(*self.edges()).view(rows, self.grid[0], columns, self.grid[1], 4)
+        tiles = whole.transpose(1, 2).reshape(rows * columns, -1, 4)
+        width, height = self.image
+        base = _rectangles(_steps(width, self.grid[1]), _steps(height, self.grid[0])).view(1, -1, 4)
+        return torch.cat([base, tiles])
+
+
+def canvas_of(
     image_size: tuple[int, int], pinpoints: Sequence[Sequence[int]], tile: int, grid: tuple[int, int]
-) -> Float[Tensor, "T N 4"]:
-    """Where each patch lies in the original image: x0, y0, x1, y1 in its pixels; without area in the padding.
+) -> Canvas:
+    """The canvas of an image.
 
     Args:
         image_size: (height, width) of the original image.
@@ -40,25 +77,24 @@ def patch_rectangles(
     height, width = image_size
     canvas_h, canvas_w = select_best_resolution((height, width), [list(p) for p in pinpoints])
     new_h, new_w = _resized(height, width, canvas_h, canvas_w)
-    left, top = (canvas_w - new_w) // 2, (canvas_h - new_h) // 2
-    xs = (_edges(canvas_w, canvas_w // tile * grid[1]) - left) * width / new_w
-    ys = (_edges(canvas_h, canvas_h // tile * grid[0]) - top) * height / new_h
-    whole = _rectangles(xs.clamp(0, width), ys.clamp(0, height))
-    rows, columns = canvas_h // tile, canvas_w // tile
-    tiles = whole.view(rows, grid[0], columns, grid[1], 4).transpose(1, 2).reshape(rows * columns, -1, 4)
-    base = _rectangles(_edges(width, grid[1]), _edges(height, grid[0])).view(1, -1, 4)
-    return torch.cat([base, tiles])
+    inner = ((canvas_w - new_w) // 2, (canvas_h - new_h) // 2, new_w, new_h)
+    return Canvas((canvas_w, canvas_h), inner, (width, height), (canvas_h // tile, canvas_w // tile), grid)
+
+
+def model_canvas(model_config: object, image_size: tuple[int, int], grid: tuple[int, int]) -> Canvas:
+    """`canvas_of` with the resolutions and tile side of a LLaVA-NeXT's config."""
+    pinpoints = getattr(model_config, "image_grid_pinpoints", None)
+    if pinpoints is None:
+        kind = getattr(model_config, "model_type", type(model_config).__name__)
+        raise ValueError(f"evidence knows the tiles of LLaVA-NeXT only: a {kind!r} config has no image_grid_pinpoints")
+    return canvas_of(image_size, pinpoints, model_config.vision_config.image_size, grid)  # type: ignore[attr-defined]
 
 
 def model_rectangles(
     model_config: object, image_size: tuple[int, int], grid: tuple[int, int]
 ) -> Float[Tensor, "T N 4"]:
-    """`patch_rectangles` with the resolutions and tile side of a LLaVA-NeXT's config."""
-    pinpoints = getattr(model_config, "image_grid_pinpoints", None)
-    if pinpoints is None:
-        kind = getattr(model_config, "model_type", type(model_config).__name__)
-        raise ValueError(f"evidence knows the tiles of LLaVA-NeXT only: a {kind!r} config has no image_grid_pinpoints")
-    return patch_rectangles(image_size, pinpoints, model_config.vision_config.image_size, grid)  # type: ignore[attr-defined]
+    """Where each patch of a LLaVA-NeXT lies in an image of that (height, width), see `Canvas.rectangles`."""
+    return model_canvas(model_config, image_size, grid).rectangles()
 
 
 def evidence(
@@ -86,7 +122,7 @@ def _resized(height: int, width: int, canvas_h: int, canvas_w: int) -> tuple[int
     return canvas_h, min(math.ceil(width * (canvas_h / height)), canvas_w)
 
 
-def _edges(length: int, count: int) -> Float[Tensor, "E"]:
+def _steps(length: int, count: int) -> Float[Tensor, "E"]:
     return torch.linspace(0, length, count + 1, dtype=torch.float64)
 
 

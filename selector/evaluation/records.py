@@ -2,7 +2,8 @@
 
 ``RUN/<key>/settings.json`` says what was measured and ``predictions.jsonl`` what came out. A line is written in one
 go after its sample is done: a kill loses the sample at work and no other. A line that a kill cut short is found and
-redone. A broken line elsewhere is an error: it is never silently dropped.
+redone. A broken line elsewhere is an error: it is never silently dropped. A shard of a run writes a file of its own
+beside it (``predictions.0-of-2.jsonl``), so that no two processes ever write one file; reading joins them all.
 """
 
 from __future__ import annotations
@@ -12,25 +13,30 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from selector.evaluation.errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the meaning of a record changes."""
 PREDICTIONS, SETTINGS, RUN = "predictions.jsonl", "settings.json", "run.json"
+
+Shard = tuple[int, int]
+"""(number, of how many): this process takes the samples whose index leaves `number` over."""
+WHOLE: Shard = (0, 1)
 
 
 class Records:
     """The records of one key, by sample id; appends survive a kill."""
 
-    def __init__(self, run: Path, settings: Mapping[str, Any]):
+    def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE):
         self.key = key_of(settings)
         self.folder = run / self.key
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / PREDICTIONS
+        self.path = self.folder / (PREDICTIONS if shard == WHOLE else f"predictions.{shard[0]}-of-{shard[1]}.jsonl")
         write_json(self.folder / SETTINGS, settings)
-        self.done = {record["id"]: record for record in read_records(self.path, repair=True)}
+        read_records(self.path, repair=True)
+        self.done = {record["id"]: record for record in read_folder(self.folder)}
 
     def append(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
@@ -39,8 +45,41 @@ class Records:
         self.done[record["id"]] = dict(record)
 
     def clear(self) -> None:
-        self.path.unlink(missing_ok=True)
+        for path in _parts(self.folder):
+            path.unlink()
         self.done = {}
+
+
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    """The records of one key from all its shards, each sample once, in the order of the samples."""
+    found = {record["id"]: record for path in _parts(folder) for record in read_records(path)}
+    return sorted(found.values(), key=lambda record: record.get("index", 0))
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("predictions*.jsonl"))
+
+
+def lock(run: Path, shard: Shard) -> IO[str]:
+    """An open file that keeps other processes from the same shard; the lock ends with the file, or the process.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / f".lock-{shard[0]}-of-{shard[1]}").open("w")
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing to lock with
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UsageError(
+            f"out must not be in use: another process is writing {run}; see --shard to share it"
+        ) from error
+    return file
 
 
 def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:

@@ -1,91 +1,181 @@
-"""The table of a run: a pure function of its files (``run.json`` and the predictions it names).
+"""The figures of a run: a pure function of its files (``run.json`` and the predictions it names).
 
-Accuracy carries a 95% Wilson interval; the difference to the baseline selector at the same task and budget carries the
-95% interval of a seeded paired bootstrap over the samples that both have.
+Shares carry a 95% Wilson interval; means and every difference (to the unpruned model, and to the baseline selector at
+the same task and budget) that of a seeded bootstrap over the samples that both have; changed answers an exact McNemar
+test, with p values also adjusted (Holm) for how many of them the run holds.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from selector.evaluation.errors import UsageError
-from selector.evaluation.records import PREDICTIONS, RUN, read_records, write_json, write_text
-from selector.evaluation.statistics import mean, median, paired_bootstrap, spearman, wilson
-from selector.evaluation.tables import footnotes, markdown
+from selector.evaluation.metrics import FLIPS
+from selector.evaluation.page import render
+from selector.evaluation.records import RUN, read_folder, write_json, write_text
+from selector.evaluation.statistics import (
+    bootstrap_mean,
+    holm,
+    mcnemar,
+    mean,
+    median,
+    paired_bootstrap,
+    samples_to_see,
+    spearman,
+    spearman_interval,
+    wilson,
+)
+from selector.evaluation.tables import markdown
 
-FLIPS = ("right_to_wrong", "wrong_to_right", "wrong_to_wrong", "right_to_right")
+Record = dict[str, Any]
+SHARES = {"accuracy": "correct", "agreement": "agrees"}
+MEANS = [
+    *("anls", "nll_shift", "first_token_kl", "first_token_js", "forced_kl", "forced_js"),
+    *("ipr_shift", "rank_shift", "energy_shift", "evidence"),
+]
+PLAIN = ["tokens", "full_tokens", "prompt_tokens", "base_evidence", "ipr", "effective_rank"]
+COSTS = ["kv_bytes", "tower_flops", "selector_flops", "prefill_flops", "decode_flops"]
+TIMES = ["encode_ms", "selection_ms", "prefill_ms", "decode_ms"]
+SHIFTS = ("ipr_shift", "rank_shift", "energy_shift")
+REPORT_HTML, REPORT_MD, RESULTS = "report.html", "report.md", "results.json"
 
 
 def summarize(run: Path) -> dict[str, Any]:
-    """Figures of every row: {"model", ..., "rows": [...], "correlations": {...}}.
+    """Figures of every row: {"model", ..., "rows": [...], "correlations": [...]}.
 
     Raises:
-        UsageError: no run there, or broken records.
+        UsageError: no run there, one of an older format, or broken records.
     """
-    if not (run / RUN).is_file():
-        raise UsageError(f"run must be a folder that `selector compare` wrote, {run / RUN} does not exist")
-    settings = json.loads((run / RUN).read_text())
-    limit = settings["samples"]
-    tables: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
-    for row in settings["rows"]:
-        found = {record["id"]: record for record in read_records(run / row["key"] / PREDICTIONS)}
-        within = [record for record in found.values() if limit is None or record["index"] < limit]
-        tables[row["task"], row["label"], row["keep"]] = within
+    settings, tables = read_run(run)
+    baseline = settings["baseline"]
     rows = []
     for (task, label, keep), found in tables.items():
-        against = tables.get((task, settings["baseline"], keep)) if label != settings["baseline"] and keep else None
-        rows.append({"task": task, "selector": label, "keep": keep} | _figures(found) | _difference(found, against))
-    shifts = [r for r in rows if r["keep"] and r["ipr_shift"] is not None and r["agreement"] is not None]
-    rank = spearman([abs(r["ipr_shift"]) for r in shifts], [r["agreement"] for r in shifts])
-    return {name: settings[name] for name in ("model", "samples", "seed", "baseline", "positions", "unreadable")} | {
+        against = tables.get((task, baseline, keep)) if label != baseline and keep else None
+        versus = {
+            "versus_full": _difference(found, _unpruned(found)) if keep else None,
+            "versus_baseline": _difference(found, against) if against else None,
+        }
+        rows.append({"task": task, "selector": label, "keep": keep} | _figures(found) | versus)
+    for versus in ("versus_full", "versus_baseline"):
+        tested = [row[versus] for row in rows if row[versus] is not None]
+        for found, adjusted in zip(tested, holm([t["p"] for t in tested]), strict=True):
+            found |= {"p_holm": adjusted, "tests": len(tested)}
+    return {name: value for name, value in settings.items() if name != "rows"} | {
         "rows": rows,
-        "correlations": {"ipr_shift_vs_agreement": rank, "points": len(shifts)},
+        "correlations": _correlations(rows),
     }
 
 
-def _figures(found: list[dict[str, Any]]) -> dict[str, Any]:
+def read_run(run: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str | None], list[Record]]]:
+    """(what was run, the records of every row by task, label and budget)."""
+    if not (run / RUN).is_file():
+        raise UsageError(f"run must be a folder that `selector compare` wrote, {run / RUN} does not exist")
+    settings = json.loads((run / RUN).read_text(encoding="utf-8"))
+    if "environment" not in settings:
+        raise UsageError(f"run must be of this version, {run / RUN} is older: run the same `selector compare` again")
+    limit = settings["samples"]
+    tables = {}
+    for row in settings["rows"]:
+        found = read_folder(run / row["key"])
+        within = [record for record in found if limit is None or record["index"] < limit]
+        tables[row["task"], row["label"], row["keep"]] = within
+    return settings, tables
+
+
+def _figures(found: Sequence[Record]) -> dict[str, Any]:
     def values(name: str) -> list[Any]:
         return [record[name] for record in found if record.get(name) is not None]
 
-    right = values("correct")
-    flips = [record["flip"] for record in found if "flip" in record]
-    return {
-        "samples": len(found),
-        "tokens": mean(values("tokens")),
-        "full_tokens": mean(values("full_tokens")),
-        "saturated": sum(values("saturated")),
-        "accuracy": mean(right),
-        "accuracy_interval": list(wilson(sum(right), len(right))) if right else None,
-        "agreement": mean(values("agrees")),
-        "flips": {name: flips.count(name) for name in FLIPS},
-        "nll_shift": mean(values("nll_shift")),
-        "first_token_kl": mean(values("first_token_kl")),
-        "first_token_js": mean(values("first_token_js")),
-        "ipr_shift": mean(values("ipr_shift")),
-        "evidence": mean(values("evidence")),
-        "base_evidence": mean(values("base_evidence")),
-        "evidence_samples": len(values("evidence")),
-        "encode_ms": median(values("encode_ms")),
-        "selection_ms": median(values("selection_ms")),
-        "prefill_ms": median(values("prefill_ms")),
-    }
+    figures: dict[str, Any] = {"samples": len(found), "saturated": sum(values("saturated"))}
+    for name, field in SHARES.items():
+        hits = values(field)
+        figures |= {name: mean(hits), f"{name}_interval": list(wilson(sum(hits), len(hits))) if hits else None}
+    for name in MEANS:
+        some = values(name)
+        figures |= {name: mean(some), f"{name}_interval": list(bootstrap_mean(some)[1:]) if some else None}
+    flips = values("flip")
+    peak = values("peak_bytes")
+    return (
+        figures
+        | {name: mean(values(name)) for name in (*PLAIN, *COSTS)}
+        | {name: median(values(name)) for name in TIMES}
+        | {"flips": {name: flips.count(name) for name in FLIPS} if flips else None}
+        | {"evidence_samples": len(values("evidence")), "peak_bytes": max(peak) if peak else None}
+    )
 
 
-def _difference(found: list[dict[str, Any]], against: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """Accuracy minus the baseline's, over the samples that both have."""
-    other = {record["id"]: record["correct"] for record in against or [] if "correct" in record}
-    pairs = [(r["correct"], other[r["id"]]) for r in found if "correct" in r and r["id"] in other]
-    if not pairs:
-        return {"versus_baseline": None}
-    gap, low, high = paired_bootstrap([a for a, _ in pairs], [b for _, b in pairs])
-    return {"versus_baseline": {"difference": gap, "interval": [low, high], "pairs": len(pairs)}}
+def _unpruned(found: Sequence[Record]) -> list[Record]:
+    """What the unpruned model did on the same samples."""
+    return [{"id": r["id"], "correct": r["full_correct"], "anls": r["full_anls"]} for r in found if "correct" in r]
 
 
-def write_report(run: Path) -> dict[str, Any]:
-    """Writes ``table.md`` and ``results.json`` beside the records; returns the summary."""
-    summary = summarize(run)
-    write_json(run / "results.json", summary)
-    write_text(run / "table.md", markdown(summary) + "\n" + footnotes(summary, run) + "\n")
-    return summary
+def _difference(found: Sequence[Record], against: Sequence[Record]) -> dict[str, Any] | None:
+    """Ours minus theirs over the samples that both have: accuracy first, then whatever else both measured."""
+    other = {record["id"]: record for record in against}
+    pairs = [(r, other[r["id"]]) for r in found if r["id"] in other]
+    answered = [(a["correct"], b["correct"]) for a, b in pairs if "correct" in a and "correct" in b]
+    if not answered:
+        return None
+    gap, low, high = paired_bootstrap([a for a, _ in answered], [b for _, b in answered])
+    broken = sum(b and not a for a, b in answered)
+    mended = sum(a and not b for a, b in answered)
+    result: dict[str, Any] = {"difference": gap, "interval": [low, high], "pairs": len(answered)}
+    result |= {"broken": broken, "mended": mended, "p": mcnemar(broken, mended)}
+    result["samples_for_a_point"] = samples_to_see([float(a) - float(b) for a, b in answered])
+    for name in ("anls", "agrees", "evidence", "nll_shift"):
+        both = [(a[name], b[name]) for a, b in pairs if a.get(name) is not None and b.get(name) is not None]
+        if both:
+            gap, low, high = paired_bootstrap([a for a, _ in both], [b for _, b in both])
+            result[name] = {"difference": gap, "interval": [low, high]}
+    return result
+
+
+def _correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rank correlation of the size of each spectral shift with agreement: over all pruned rows, then a task each."""
+    found = []
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    for task in (None, *(tasks if len(tasks) > 1 else [])):
+        for shift in SHIFTS:
+            points = [
+                (abs(r[shift]), r["agreement"])
+                for r in rows
+                if r["keep"] and task in (None, r["task"]) and None not in (r[shift], r["agreement"])
+            ]
+            rank = spearman([x for x, _ in points], [y for _, y in points])
+            interval = None if rank is None else spearman_interval(rank, len(points))
+            found.append({"task": task, "shift": shift, "rank": rank, "interval": interval, "points": len(points)})
+    return found
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
+    """Writes ``results.json`` into every run, and the report of all of them as HTML and Markdown.
+
+    Args:
+        out: the HTML file, the Markdown beside it; None writes ``report.html`` into the only (or first) run.
+
+    Returns:
+        The summary of each run, and where the page is.
+    """
+    names = run_names(runs)
+    summaries = [summarize(run) for run in runs]
+    for run, summary in zip(runs, summaries, strict=True):
+        write_json(run / RESULTS, summary)
+    target = out or runs[0] / REPORT_HTML
+    pages = dict(zip(names, summaries, strict=True))
+    write_text(target.with_suffix(".md"), markdown(pages) + "\n")
+    write_text(target, render(pages, {name: (run, *read_run(run)) for name, run in zip(names, runs, strict=True)}))
+    return summaries, target
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """What a report calls its runs: their folders' names, or their paths where two are called the same."""
+    if not runs:
+        raise UsageError("run must name at least one folder, got none")
+    for i, run in enumerate(runs):
+        if run.resolve() in [other.resolve() for other in runs[:i]]:
+            raise UsageError(f"run must name each folder once, {run} is there twice")
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]

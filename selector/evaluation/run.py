@@ -3,10 +3,15 @@
 A sample's image is encoded once and pruned many times; the unpruned model answers once. Rows beside the selectors:
 ``full`` (every visual token) and ``blind`` (the placeholders taken out of the prompt, no pixels at all): a task whose
 blind accuracy is near its full accuracy measures nothing. Nothing is scored when something fails: exceptions go up.
+
+Several processes share a run by shards: each takes every n-th sample and writes files of its own, and the records are
+those of one process (times apart).
 """
 
 from __future__ import annotations
 
+import inspect
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +24,8 @@ from selector.budget import Budget
 from selector.evaluation import records
 from selector.evaluation.errors import UsageError
 from selector.evaluation.identity import code, fingerprint, identity
-from selector.evaluation.measure import BLIND, FULL, Bench, Row
+from selector.evaluation.images import FIRST, image_name, store_image
+from selector.evaluation.measure import BLIND, FULL, Bench, Measured, Row
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
 from selector.plug import Positions
@@ -27,13 +33,14 @@ from selector.plug import Positions
 
 @dataclass(frozen=True)
 class Step:
-    """One finished record, for whoever watches; `record` is None for a sample that was done before."""
+    """One record, for whoever watches; `new` is False for a sample that was done before."""
 
     task: str
     index: int
     total: int
     row: Row
-    record: dict[str, Any] | None
+    record: dict[str, Any]
+    new: bool
 
 
 def compare(
@@ -49,8 +56,11 @@ def compare(
     answers: bool = True,
     max_new_tokens: int = 16,
     positions: Positions = "original",
+    layer: int = 0,
+    repeats: int = 1,
     baseline: str | None = None,
     fresh: bool = False,
+    shard: records.Shard = records.WHOLE,
     model_name: str = "",
 ) -> Iterator[Step]:
     """Runs a comparison and writes it to `out` as it goes; finished samples are not run again.
@@ -60,8 +70,11 @@ def compare(
         samples: of each task; None takes all of it.
         answers: False skips generation: tokens, time and evidence only.
         positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
+        layer: of the language model, whose visual tokens the spectrum is taken of; 0 is what enters it.
+        repeats: of every timed piece of work; the median counts.
         baseline: label of the selector that the others are compared with in pairs.
         fresh: forget what `out` already holds of this comparison.
+        shard: (number, of how many): only the samples whose index leaves that number over.
 
     Returns:
         A step a record; the iteration drives the run, and stopping it loses nothing.
@@ -69,11 +82,19 @@ def compare(
     for task in tasks:
         if samples is None and task.size is None:
             raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
+    if not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"shard must be i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
+    if fresh and shard != records.WHOLE:
+        raise UsageError("fresh must not go with a shard: it would forget what the other shards wrote")
+    layers = model.config.get_text_config().num_hidden_layers
+    if not 0 <= layer <= layers:
+        raise UsageError(f"layer must be in 0..{layers} for this model, got {layer}")
+    held = records.lock(out, shard)
     rows = [Row(FULL)] + ([Row(BLIND)] if answers else [])
     rows += [Row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
-    common = _common_settings(model, processor, seed, answers, max_new_tokens)
+    common = _common_settings(model, processor, seed, answers, max_new_tokens) | {"layer": layer, "repeats": repeats}
     files = {
-        task.name: [records.Records(out, common | _row_settings(row, task, positions)) for row in rows]
+        task.name: [records.Records(out, common | _row_settings(row, task, positions), shard) for row in rows]
         for task in tasks
     }
     if fresh:
@@ -86,6 +107,12 @@ def compare(
         "answers": answers,
         "positions": positions,
         "baseline": baseline,
+        "layer": layer,
+        "repeats": repeats,
+        "environment": _environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
+        "fingerprint": common["model"],
+        "max_new_tokens": max_new_tokens,
+        "tasks": {task.name: {"fingerprint": task.fingerprint, "anls": scored_by_anls(task)} for task in tasks},
         "unreadable": {},
         "rows": [
             {"task": task.name, "label": row.label, "keep": _keep(row.budget), "key": file.key}
@@ -95,39 +122,56 @@ def compare(
     }
     records.write_json(out / records.RUN, plan)
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
-    bench = Bench(model, processor, needs, answers, max_new_tokens, positions)
+    bench = Bench(model, processor, needs, answers, max_new_tokens, positions, layer, repeats)
 
     def steps() -> Iterator[Step]:
-        for task in tasks:
-            total = min(n for n in (samples, task.size) if n is not None)
-            for index, sample in enumerate(task.samples(total, seed)):
-                yield from _sample_steps(bench, task.name, index, total, sample, rows, files[task.name])
-            if task.unreadable:
-                plan["unreadable"][task.name] = task.unreadable
-                records.write_json(out / records.RUN, plan)
+        with held:
+            for task in tasks:
+                total = sample_count(task, samples)
+                share = len(range(*shard_range(shard, total)))
+                for index, sample in enumerate(task.samples(total, seed)):
+                    if index % shard[1] == shard[0]:
+                        for row, record, opened in _records(bench, index, sample, rows, files[task.name]):
+                            if opened is not None and opened.canvas is not None and index < FIRST:
+                                name = image_name(task.fingerprint, seed, sample.id)
+                                store_image(out, name, sample.image, opened.canvas)
+                            yield Step(task.name, index, share, row, record, opened is not None)
+                if task.unreadable:
+                    plan["unreadable"][task.name] = task.unreadable
+                    records.write_json(out / records.RUN, plan)
 
     return steps()
 
 
-def _sample_steps(
-    bench: Bench,
-    task: str,
-    index: int,
-    total: int,
-    sample: Sample,
-    rows: Sequence[Row],
-    files: Sequence[records.Records],
-) -> Iterator[Step]:
+def sample_count(task: Task, samples: int | None) -> int:
+    """How many samples of a task a run takes; `samples` None takes all of it."""
+    return min(n for n in (samples, task.size) if n is not None)
+
+
+def shard_range(shard: records.Shard, total: int) -> tuple[int, int, int]:
+    """Arguments of the range of sample numbers that a shard takes."""
+    return shard[0], total, shard[1]
+
+
+def scored_by_anls(task: Task) -> bool:
+    """Whether the module that makes a task's samples says ``ANLS = True``."""
+    return bool(getattr(inspect.getmodule(task.samples), "ANLS", False))
+
+
+def _records(
+    bench: Bench, index: int, sample: Sample, rows: Sequence[Row], files: Sequence[records.Records]
+) -> Iterator[tuple[Row, dict[str, Any], Measured | None]]:
+    """Every row's record of a sample, with what it was measured on; None for one that was there."""
     measured = None
     for row, file in zip(rows, files, strict=True):
         if sample.id in file.done:
-            yield Step(task, index, total, row, None)
+            yield row, file.done[sample.id], None
             continue
         if measured is None:
             measured = bench.open(sample)
         record = {"id": sample.id, "index": index} | measured.record(row)
         file.append(record)
-        yield Step(task, index, total, row, record)
+        yield row, record, measured
 
 
 def _keep(budget: Budget | None) -> str | None:
@@ -138,6 +182,21 @@ def _keep(budget: Budget | None) -> str | None:
     return " ".join(
         [str(budget), *unusual, *([f"newlines={budget.newlines}"] if budget.newlines != "kept_rows" else [])]
     )
+
+
+def _environment(model: Any) -> dict[str, Any]:
+    """What the figures were measured with and on, in words for the report."""
+    import transformers
+
+    cuda = model.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(model.device) if cuda else f"{model.device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def _common_settings(model: Any, processor: Any, seed: int, answers: bool, max_new_tokens: int) -> dict[str, Any]:

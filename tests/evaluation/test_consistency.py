@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from selector.evaluation.consistency import answer_nll, divergences, spectral_ipr
-from selector.spectrum import inverse_participation_ratio, singular_values
+from selector.evaluation.consistency import answer_nll, divergences, spectrum, spectrum_shift
 
 
 @pytest.fixture
@@ -41,14 +40,25 @@ def test_answer_nll(logits):
     assert answer_nll(logits, answer) == pytest.approx(by_hand, rel=1e-9)
 
 
+def test_divergences_of_several_tokens_are_means(logits):
+    (a, b), c = logits, logits.flip(-1)
+    one, other = divergences(a, c[0]), divergences(b, c[1])
+    assert divergences(logits, c) == pytest.approx([(x + y) / 2 for x, y in zip(one, other, strict=True)])
+
+
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30), (1, 7), (9, 1)])
-def test_spectral_ipr_against_the_singular_values(shape):
-    """The formula without a decomposition gives what the decomposition gives."""
+def test_spectrum_against_a_full_svd(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 7
-    expected = inverse_participation_ratio(singular_values(matrix)).item()
-    assert spectral_ipr(matrix) == pytest.approx(expected, rel=1e-9)
+    squares = torch.linalg.svdvals(matrix.double()).square()
+    p = squares / squares.sum()
+    found = spectrum(matrix)
+    torch.testing.assert_close(found.shares, p, rtol=1e-8, atol=1e-10)
+    assert found.ipr == pytest.approx((p * p).sum().item(), rel=1e-9)
+    assert found.effective_rank == pytest.approx(Categorical(probs=p).entropy().exp().item(), rel=1e-6)
 
 
-def test_spectral_ipr_extremes():
-    assert spectral_ipr(torch.eye(8)) == pytest.approx(1 / 8)
-    assert spectral_ipr(torch.ones(5, 6)) == pytest.approx(1.0)
+def test_spectrum_shift():
+    flat, single = spectrum(torch.eye(8)), spectrum(torch.ones(5, 6))
+    shift = spectrum_shift(flat, single)
+    assert shift == pytest.approx({"ipr_shift": 7 / 8, "rank_shift": -7, "energy_shift": 7 / 8})
+    assert spectrum_shift(flat, flat) == {"ipr_shift": 0, "rank_shift": 0, "energy_shift": 0}

@@ -6,18 +6,27 @@ import pytest
 import torch
 
 from selector.evaluation import cost
-from selector.evaluation.cost import PrefillClock, seconds_of
+from selector.evaluation.cost import GenerationClock, PeakMemory, seconds_of
 
 
-def test_prefill_is_from_the_prompt_to_the_first_token(monkeypatch):
-    ticks = iter([10.0, 12.5, 13.0, 99.0])
+def test_prefill_is_from_the_prompt_to_the_first_token_and_decoding_the_mean_of_the_rest(monkeypatch):
+    ticks = iter([10.0, 12.5, 13.0, 14.5])
     monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
-    clock = PrefillClock()
-    assert clock.seconds is None
-    for _ in range(4):  # the prompt, then three tokens
+    clock = GenerationClock()
+    assert (clock.prefill_seconds, clock.decode_seconds) == (None, None)
+    for _ in range(2):  # the prompt, the first token
+        clock.put(None)
+    assert (clock.prefill_seconds, clock.decode_seconds) == (2.5, None)
+    for _ in range(2):
         clock.put(None)
     clock.end()
-    assert clock.seconds == 2.5
+    assert (clock.prefill_seconds, clock.decode_seconds) == (2.5, 1.0)
+
+
+def test_peak_memory_is_measured_on_a_gpu_alone():
+    with PeakMemory(torch.device("cpu")) as memory:
+        torch.ones(10)
+    assert memory.bytes is None
 
 
 def test_warm_up_calls_do_not_count():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from selector.evaluation.evidence import evidence, model_rectangles, patch_rectangles
+from selector.evaluation.evidence import canvas_of, evidence, model_rectangles
 
 SIZES = [(64, 64), (50, 97), (97, 50), (200, 130), (33, 180), (400, 60)]
 
@@ -53,7 +53,7 @@ def test_patches_cover_the_image_once(tiny_model, size):
 def test_full_size_geometry():
     """336-px tiles, 14-px patches, a 672 x 672 image: one patch of the tiles is 14 x 14 pixels, of the base 28 x 28."""
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-    rectangles = patch_rectangles((672, 672), pinpoints, 336, (24, 24))
+    rectangles = canvas_of((672, 672), pinpoints, 336, (24, 24)).rectangles()
     assert rectangles.shape == (5, 576, 4)
     assert rectangles[0, 25].tolist() == [28, 28, 56, 56]
     assert rectangles[2, 24].tolist() == [336, 14, 350, 28]  # second tile: upper right; patch 24: second row
@@ -61,7 +61,7 @@ def test_full_size_geometry():
 
 
 def test_share_of_several_boxes():
-    rectangles = patch_rectangles((64, 64), [[64, 64]], 32, (4, 4))
+    rectangles = canvas_of((64, 64), [[64, 64]], 32, (4, 4)).rectangles()
     kept = torch.zeros(5, 16, dtype=torch.bool)
     kept[1, 0] = True  # pixels 0..8, 0..8
     kept[0, :4] = True  # the upper quarter of the base view
@@ -72,7 +72,7 @@ def test_share_of_several_boxes():
 
 
 def test_boxes_outside_and_empty_boxes():
-    rectangles = patch_rectangles((64, 64), [[64, 64]], 32, (4, 4))
+    rectangles = canvas_of((64, 64), [[64, 64]], 32, (4, 4)).rectangles()
     everything = torch.ones(5, 16, dtype=torch.bool)
     assert evidence(everything, rectangles, [(-10.0, -10.0, 8.0, 8.0)]) == pytest.approx((1.0, 1.0))
     assert evidence(everything, rectangles, [(70.0, 70.0, 90.0, 90.0)]) is None
@@ -81,7 +81,7 @@ def test_boxes_outside_and_empty_boxes():
 
 
 def test_wrong_shape_and_wrong_model():
-    rectangles = patch_rectangles((64, 64), [[64, 64]], 32, (4, 4))
+    rectangles = canvas_of((64, 64), [[64, 64]], 32, (4, 4)).rectangles()
     with pytest.raises(ValueError, match=r"kept is \(2, 16\)"):
         evidence(torch.ones(2, 16, dtype=torch.bool), rectangles, [])
     with pytest.raises(ValueError, match="image_grid_pinpoints"):

@@ -31,3 +31,22 @@ def test_identity_is_the_same_under_any_name_and_differs_by_argument(tmp_path):
     plain, spelled = load_selector("random"), load_selector("random:seed=0")
     assert identity.identity(plain) == identity.identity(spelled)
     assert identity.identity(plain) != identity.identity(load_selector("random:seed=1"))
+
+
+def test_other_code_is_another_key(tmp_path):
+    """Of what every choice passes through; the command line is not among it."""
+    (tmp_path / "models").mkdir()
+    files = {name: tmp_path / name for name in ("budget.py", "models/llava_next.py", "cli.py")}
+    for path in files.values():
+        path.write_text("x = 1\n")
+    before = identity.code(tmp_path)
+    files["cli.py"].write_text("x = 2\n")
+    assert identity.code(tmp_path) == before
+    found = {before}
+    for name in ("budget.py", "models/llava_next.py"):
+        files[name].write_text("x = 3\n")
+        found.add(identity.code(tmp_path))
+    (tmp_path / "merging.py").write_text("x = 1\n")
+    found.add(identity.code(tmp_path))
+    assert len(found) == 4
+    assert identity.code() == identity.code()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torchmetrics.text import EditDistance
 
-from selector.evaluation.metrics import exact_match, flip, normalize
+from selector.evaluation.metrics import anls, edit_distance, exact_match, flip, normalize
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,26 @@ def test_only_a_final_stop_goes():
 )
 def test_flip(full, now, agrees, name):
     assert flip(full, now, agrees) == name
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("TOTAL 4.15", "total  4.15", 1.0),
+        ("4.15", "4.16", 0.75),
+        ("abcd", "abxy", 0.0),  # half of it is wrong: at the threshold
+        ("abcde", "abcxy", 0.6),
+        ("", "", 1.0),
+        ("", "x", 0.0),
+        ("kitten", "sitting", 1 - 3 / 7),
+    ],
+)
+def test_anls_is_that_of_docvqa(prediction, answer, expected):
+    assert anls(prediction, answer) == pytest.approx(expected)
+
+
+@given(st.text("abc ", max_size=9), st.text("abc ", max_size=9))
+def test_edit_distance_against_torchmetrics(a, b):
+    assert edit_distance(a, b) == EditDistance(reduction="sum")([a], [b])
+    assert edit_distance(a, b) == edit_distance(b, a)
+    assert anls(a, b) == anls(b, a)

@@ -8,9 +8,11 @@ import pytest
 from rich.console import Console
 
 from selector.evaluation import records
+from selector.evaluation.columns import main_columns
 from selector.evaluation.errors import UsageError
+from selector.evaluation.metrics import FLIPS
 from selector.evaluation.report import summarize, write_report
-from selector.evaluation.tables import columns, fitting_tables, footnotes, markdown, rich_tables
+from selector.evaluation.tables import fitting_tables, footnotes, markdown, rich_tables
 
 RIGHT = {"full": "1111", "blind": "0000", "ours": "1101", "theirs": "0110"}
 
@@ -36,8 +38,14 @@ def run(tmp_path):
                 "correct": right,
                 "full_correct": True,
                 "flip": "same" if right else "right_to_wrong",
+                "anls": float(right),
+                "full_anls": 1.0,
+                "full_answer": "red",
+                "question": f"colour <{i}>?",
+                "target": "red",
                 "nll_shift": 0.0 if right else 2.0,
                 "prefill_ms": float(10 + i),
+                "kv_bytes": {"full": 400, "blind": 10}.get(label, 160),
             }
             if keep:
                 record |= {
@@ -54,6 +62,12 @@ def run(tmp_path):
         "answers": True,
         "positions": "contiguous",
         "baseline": "theirs",
+        "layer": 0,
+        "repeats": 1,
+        "environment": {"torch": "2", "transformers": "5", "device": "cpu", "threads": 1, "dtype": "float32"},
+        "fingerprint": "abc",
+        "max_new_tokens": 3,
+        "tasks": {"toy": {"fingerprint": "toy-1", "anls": False}},
         "unreadable": {},
         "rows": plan,
     }
@@ -70,7 +84,7 @@ def test_figures(run):
     assert (ours["samples"], ours["tokens"], ours["full_tokens"]) == (4, 16, 40)
     assert ours["accuracy"] == ours["agreement"] == 0.75
     assert ours["accuracy_interval"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
-    assert ours["flips"] == {"right_to_wrong": 1, "wrong_to_right": 0, "wrong_to_wrong": 0, "right_to_right": 0}
+    assert ours["flips"] == dict.fromkeys(FLIPS, 0) | {"same": 3, "right_to_wrong": 1}
     assert (ours["nll_shift"], ours["evidence"], ours["base_evidence"]) == (0.5, 0.375, 0.5)
     assert (ours["selection_ms"], ours["prefill_ms"]) == (2.5, 11.5)
 
@@ -99,15 +113,17 @@ def test_a_smaller_sample_limit_uses_only_those(run):
 
 
 def test_pure_function_of_the_files(run):
-    first = write_report(run)
+    ((first,), page) = write_report([run])
+    assert page == run / "report.html"
     files = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
-    assert write_report(run) == first
+    assert {"results.json", "report.html", "report.md"} <= set(files)
+    assert write_report([run]) == ([first], page)
     assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == files
     assert json.loads((run / "results.json").read_text()) == first
 
 
 def test_markdown(run):
-    text = markdown(summarize(run))
+    text = markdown({"toy-run": summarize(run)})
     assert "| 16 | theirs | 4 | 16 (40%) | 50 [15, 85] |" in text
     assert "| **16** | **ours** |" in text  # the best at its budget
     assert "vs theirs" in text
@@ -116,7 +132,7 @@ def test_markdown(run):
 def test_rich_table_holds_every_row(run):
     (table,) = rich_tables(summarize(run))
     assert table.row_count == 4
-    assert len(table.columns) == len(columns(summarize(run)))
+    assert len(table.columns) == len(main_columns(summarize(run)))
 
 
 @pytest.mark.parametrize("width", [70, 100, 130, 200])
@@ -124,7 +140,7 @@ def test_a_narrow_terminal_gets_fewer_columns_but_whole_ones(run, width):
     summary = summarize(run)
     (table,), left_out = fitting_tables(summary, width)
     assert Console(width=500).measure(table).maximum <= width
-    assert len(table.columns) + len(left_out) == len(columns(summary))
+    assert len(table.columns) + len(left_out) == len(main_columns(summary))
     assert (left_out == []) == (width == 200)
     assert [c.header for c in table.columns][:2] == ["keep", "selector"]
 
@@ -140,9 +156,9 @@ def test_columns_without_figures_are_left_out(run):
             for record in records.read_records(path)
         ]
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    names = [name for name, _ in columns(summarize(run))]
+    names = [column.header for column in main_columns(summarize(run))]
     assert names == ["keep", "selector", "n", "tokens", "evidence % (base)"]
-    assert "**ours**" in markdown(summarize(run))  # without answers, evidence says which is best
+    assert "**ours**" in markdown({"r": summarize(run)})  # without answers, evidence says which is best
 
 
 def test_an_unfinished_run_has_a_table(run):
@@ -150,7 +166,7 @@ def test_an_unfinished_run_has_a_table(run):
         path.unlink()
     summary = summarize(run)
     assert {r["samples"] for r in summary["rows"]} == {0}
-    markdown(summary)
+    markdown({"r": summary})
     rich_tables(summary)
 
 
@@ -170,7 +186,7 @@ def test_no_run(tmp_path):
 
 
 def test_evidence_of_a_part_of_the_samples_says_so():
-    from selector.evaluation.tables import _evidence
+    from selector.evaluation.columns import _evidence
 
     row = {"evidence": 0.305, "base_evidence": 0.33, "evidence_samples": 4, "samples": 100}
     assert _evidence(row) == "30 (33) n=4"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ from selector.evaluation import loading
 from selector.evaluation.commands.common import load_all, positive, whole
 from selector.evaluation.commands.printing import print_report
 from selector.evaluation.errors import UsageError
-from selector.evaluation.run import Step, compare
+from selector.evaluation.records import Shard
+from selector.evaluation.run import Step, compare, sample_count, shard_range
 from selector.evaluation.tasks import Task, load_task
 
 
@@ -25,6 +28,8 @@ def run(settings: dict[str, Any]) -> int:
     seed = whole("seed", settings["seed"])
     limit = positive("max_new_tokens", settings["max_new_tokens"])
     positions = loading.check_positions(settings["positions"])
+    layer, repeats = whole("layer", settings["layer"]), positive("repeats", settings["repeats"])
+    shard = _shard(settings.get("shard"))
     model, processor, selectors = load_all(settings)
     baseline = settings["baseline"]
     if baseline not in selectors:
@@ -43,34 +48,37 @@ def run(settings: dict[str, Any]) -> int:
         answers=settings["answers"],
         max_new_tokens=limit,
         positions=positions,
+        layer=layer,
+        repeats=repeats,
+        shard=shard,
         baseline=baseline,
         fresh=settings.get("fresh", False),
         model_name=str(settings["model"]),
     )
     rows = len(selectors) * len(budgets) + 1 + int(settings["answers"])
-    interrupted = _watch(steps, tasks, samples, rows)
-    print_report(Path(settings["out"]))
+    sizes = {task.name: len(range(*shard_range(shard, sample_count(task, samples)))) * rows for task in tasks}
+    interrupted = _watch(steps, tasks, sizes)
+    print_report([Path(settings["out"])])
     if interrupted:
         print("interrupted: the table shows what is done; the same command goes on from here", file=sys.stderr)
     return 130 if interrupted else 0
 
 
-def _watch(steps: Iterator[Step], tasks: list[Task], samples: int | None, rows: int) -> bool:
+def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> bool:
     """Drives the run behind a progress bar; True when the user interrupted it."""
-    sizes = {task.name: min(n for n in (samples, task.size) if n is not None) for task in tasks if samples or task.size}
     text = TextColumn("{task.description:<12} {task.fields[seen]}")
     clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
     right: dict[str, list[bool]] = {"full": [], "pruned": []}
     shares: list[float] = []
     with Progress(text, *clock, console=Console(stderr=True)) as progress:
-        bars = {name: progress.add_task(name, total=size * rows, seen="") for name, size in sizes.items()}
+        bars = {name: progress.add_task(name, total=size, seen="") for name, size in sizes.items()}
         shown = None
         try:
             for step in steps:
                 if step.task != shown:
                     right, shares, shown = {"full": [], "pruned": []}, [], step.task
                 record = step.record
-                if record and step.row.label != "blind":
+                if step.row.label != "blind":
                     if "correct" in record:
                         right["pruned" if step.row.selector else "full"].append(record["correct"])
                     if step.row.selector:
@@ -106,3 +114,13 @@ def _distinct(name: str, values: list[str]) -> list[str]:
     if twice is not None or not values:
         raise UsageError(f"{name} must name at least one, each once, got {' '.join(values) or 'none'}")
     return values
+
+
+def _shard(value: Any) -> Shard:
+    """ "1/4" as numbers; without one, the place that torchrun or accelerate gave this process, if any."""
+    if value is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    found = re.fullmatch(r"(\d+)/(\d+)", str(value), re.ASCII)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UsageError(f"shard must be i/n with 0 <= i < n, such as 0/2 and 1/2, got {value!r}")
+    return int(found[1]), int(found[2])

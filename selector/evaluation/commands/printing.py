@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from selector.evaluation import report, tables
 
-WIDTH = 180
+WIDTH = 210
 """Columns of a table that goes to a file or a pipe."""
 
 
-def print_report(run: Path) -> None:
-    summary = report.write_report(run)
+def print_report(runs: Sequence[Path], out: Path | None = None) -> None:
+    summaries, page = report.write_report(runs, out)
     terminal = console()
-    fitting, left_out = tables.fitting_tables(summary, terminal.width)
-    for table in fitting:
-        terminal.print(table)
-    if left_out:
-        terminal.print(f"Too narrow for {', '.join(left_out)}: see {run / 'table.md'}.", highlight=False)
-    terminal.print(tables.footnotes(summary, run), highlight=False, markup=False, soft_wrap=True)
+    for run, summary in zip(runs, summaries, strict=True):
+        fitting, left_out = tables.fitting_tables(summary, terminal.width)
+        for table in fitting:
+            terminal.print(table)
+        if left_out:
+            terminal.print(f"Too narrow for {', '.join(left_out)}: see {page}.", highlight=False)
+        terminal.print(tables.footnotes(summary, run), highlight=False, markup=False, soft_wrap=True)
+    terminal.print(f"Report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def console() -> Console:

@@ -1,4 +1,4 @@
-"""`selector report`: the table of a run folder again, from its records alone."""
+"""`selector report`: the table and the page of one or several runs, from their records alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from selector.evaluation.commands.printing import print_report
+from selector.evaluation.errors import UsageError
 
 
 def run(settings: dict[str, Any]) -> int:
-    print_report(Path(settings["run"]))
+    runs = [Path(name) for name in settings["runs"]]
+    out = settings.get("out")
+    if out is not None and Path(out).suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"out must be the name of an HTML file, got {out!r}")
+    if out is None and len(runs) > 1:
+        out = "report.html"
+    print_report(runs, None if out is None else Path(out))
     return 0

@@ -1,0 +1,89 @@
+"""Floating-point operations by formula: 2 for a multiply-add, products of matrices alone, as torch counts them.
+
+With S tokens, width D, hidden width m of the MLP, query width q = heads · head width, key and value width k:
+
+    tower, a layer     8·S·D² + 4·S²·D + 4·S·D·m            S: patches of a tile, and CLS where there is one
+    tower, once        2·N·D·3·patch² (embedding) + SigLIP's pooling head, which transformers computes and drops
+    projector          2·N·(D·d + d²)                        every patch of every tile, before unpadding
+    language, a layer  4·S·d·(q + k) + 4·S·C·q + 6·S·d·m     S tokens in, each over a context of C (no causal discount)
+    head               2·d·V                                 one position: all that generation needs
+
+A prefill of S tokens has C = S; a decoded token has S = 1 and C = what is in the cache, itself included. Tests hold
+the formulas against ``torch.utils.flop_counter``. A selector is counted by that counter itself, and its decompositions,
+which torch does not count, by Golub & Van Loan (4th ed., sections 5 and 8): eigenvalues of n × n 4/3·n³, with vectors
+9·n³; QR of n × k 4·n·k²; SVD of n × k with vectors 14·n·k² + 8·k³ (n ≥ k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+LANGUAGES = ("llama", "mistral", "qwen2")
+
+
+def tower_flops(config: Any, tiles: int) -> int | None:
+    """Vision tower and projector of a LLaVA-NeXT over its tiles; None for a tower of another kind."""
+    vision, width = config.vision_config, config.text_config.hidden_size
+    if vision.model_type not in TOWERS:
+        return None
+    d, m, patches = vision.hidden_size, vision.intermediate_size, (vision.image_size // vision.patch_size) ** 2
+    clip = vision.model_type == TOWERS[0]
+    s = patches + int(clip)
+    layers = vision.num_hidden_layers * (8 * s * d**2 + 4 * s**2 * d + 4 * s * d * m)
+    embedding = 2 * patches * d * vision.num_channels * vision.patch_size**2
+    pooling = 0
+    if not clip and getattr(vision, "vision_use_head", True):  # one query over the patches, and an MLP
+        pooling = 2 * d**2 * (2 + 2 * patches) + 4 * patches * d + 4 * d * m
+    return tiles * (embedding + layers + pooling + 2 * patches * (d * width + width**2))
+
+
+def language_flops(config: Any, tokens: int, context: int) -> int | None:
+    """The language model reading `tokens` over a context of `context`, and one row of logits; None where not known."""
+    text = config.text_config
+    if text.model_type not in LANGUAGES:
+        return None
+    d, head = text.hidden_size, _head_width(text)
+    q, k = text.num_attention_heads * head, text.num_key_value_heads * head
+    layer = 4 * tokens * d * (q + k) + 4 * tokens * context * q + 6 * tokens * d * text.intermediate_size
+    return text.num_hidden_layers * layer + 2 * d * text.vocab_size
+
+
+def cache_bytes(config: Any, tokens: int, element: int) -> int:
+    """Keys and values of `tokens` in every layer, `element` bytes a number."""
+    text = config.text_config
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * _head_width(text) * element * tokens
+
+
+def counted_flops(work: Callable[[], Any]) -> int:
+    """What a call multiplies, by torch's own counter; decompositions by the formulas above."""
+    aten = torch.ops.aten
+    formulas = {
+        aten._linalg_eigh.default: _eigh,
+        aten.linalg_qr.default: lambda shape, *_, **__: (
+            math.prod(shape[:-2]) * 4 * max(shape[-2:]) * min(shape[-2:]) ** 2
+        ),
+        aten._linalg_svd.default: _svd,
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _eigh(shape: Any, uplo: str = "L", compute_v: bool = True, **_: Any) -> int:
+    cube = math.prod(shape[:-2]) * shape[-1] ** 3
+    return 9 * cube if compute_v else 4 * cube // 3
+
+
+def _svd(shape: Any, *_: Any, **__: Any) -> int:
+    k, n = sorted(shape[-2:])
+    return math.prod(shape[:-2]) * (14 * n * k**2 + 8 * k**3)
+
+
+def _head_width(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

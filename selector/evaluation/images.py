@@ -1,0 +1,42 @@
+"""Pictures of a run: small copies of the images that were asked about, and the lines of their patches, for the report.
+
+``RUN/images/<name>.jpg`` and ``<name>.json`` ({size, xs, ys, tiles, grid}: borders of the columns and rows of patches
+in the pixels of the copy, tiles and patches of a tile as rows and columns). They are no part of a record: a run without
+them has the same figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from PIL import Image
+
+from selector.evaluation.evidence import Canvas
+from selector.evaluation.records import write_json
+
+FOLDER, LONGEST = "images", 640
+FIRST = 200
+"""Of each task, the images of so many samples are kept."""
+
+
+def image_name(task_fingerprint: str, seed: int, sample_id: str) -> str:
+    """File name of a sample's image, without its ending."""
+    return hashlib.sha256(f"{task_fingerprint} {seed} {sample_id}".encode()).hexdigest()[:16]
+
+
+def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas) -> None:
+    """Writes both files, each whole or not at all; what is there already stays."""
+    folder = run / FOLDER
+    if (folder / f"{name}.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    small = image.convert("RGB")
+    small.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    temporary = folder / f".{name}.jpg"
+    small.save(temporary, "JPEG", quality=85, subsampling=0)
+    temporary.replace(folder / f"{name}.jpg")
+    scale = small.width / image.width
+    xs, ys = ([round(v * scale, 1) for v in edges.tolist()] for edges in canvas.edges())
+    lines = {"size": list(small.size), "xs": xs, "ys": ys, "tiles": list(canvas.tiles), "grid": list(canvas.grid)}
+    write_json(folder / f"{name}.json", lines)

@@ -1,0 +1,196 @@
+"""Plots as inline SVG: no library, no script, colours from the page's own style (so they follow light and dark).
+
+A plot is drawn in a fixed box of 460 × 300 and scales with the page. Every series has a colour and a marker of its own;
+every point says its figures in a ``<title>``; the whole plot is described for those who cannot see it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH, HEIGHT = 460, 300
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 42
+COLOURS, MARKERS = 8, 5
+
+Number = float | int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A figure at (x, y), its interval (low, high) in y if it has one, and its words."""
+
+    x: Number
+    y: Number
+    text: str
+    interval: tuple[Number, Number] | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one selector; `number` gives colour and marker; a joined series is a line in their order."""
+
+    name: str
+    number: int
+    points: Sequence[Point]
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Label, range and scale of an axis; percent axes are written as such."""
+
+    label: str
+    low: Number
+    high: Number
+    log: bool = False
+    percent: bool = False
+    ticks: Sequence[Number] = field(default_factory=tuple)
+
+    def share(self, value: Number) -> float:
+        """Where a value lies between the ends, 0 to 1."""
+        if self.log:
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A horizontal reference over the whole plot, such as the unpruned model."""
+
+    name: str
+    y: Number
+
+
+def axis(label: str, values: Sequence[Number], log: bool = False, percent: bool = False, zero: bool = False) -> Axis:
+    """An axis that holds the values, with a little air and round ticks."""
+    if percent:
+        return Axis(label, 0, 1, percent=True, ticks=(0, 0.25, 0.5, 0.75, 1))
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if log and low > 0:
+        low, high = low / 1.25, high * 1.25
+        return Axis(label, low, high, log=True, ticks=_log_ticks(low, high))
+    low = 0.0 if zero else low
+    gap = (high - low) or abs(high) or 1.0
+    low, high = (0.0 if zero else low - 0.06 * gap), high + 0.06 * gap
+    return Axis(label, low, high, ticks=_linear_ticks(low, high))
+
+
+def plot(
+    title: str, x: Axis, y: Axis, series: Sequence[Series], lines: Sequence[Line] = (), front: bool = False
+) -> str:
+    """The SVG of a plot; `title` describes it where it cannot be seen, `front` shades what nothing beats (Pareto)."""
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        *_frame(x, y),
+    ]
+    for line in lines:
+        height = _y(y, line.y)
+        parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        above = height - 5 if height > TOP + 14 else height + 13
+        parts.append(f'<text class="reference" x="{WIDTH - RIGHT - 4}" y="{above:.1f}">{escape(line.name)}</text>')
+    if front:
+        path = " ".join(f"{_x(x, p.x):.1f},{_y(y, p.y):.1f}" for p in _front(series))
+        parts.append(f'<polyline class="front" points="{path}"/>')
+    for place, each in enumerate(series):
+        parts += _drawn(x, y, each, nudge=(place - (len(series) - 1) / 2) * 2.2 if each.joined else 0)
+    return "".join([*parts, "</svg>"])
+
+
+def marker(number: int, x: Number = 7, y: Number = 7, size: float = 4.6) -> str:
+    """The mark of a series; colours repeat after eight, then with another shape."""
+    shape = (number + number // COLOURS) % MARKERS
+    attributes = f'class="mark c{number % COLOURS}"'
+    if shape == 0:
+        return f'<circle {attributes} cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
+    corners = {
+        1: [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+        2: [(0, -1.15), (1.1, 0.85), (-1.1, 0.85)],
+        3: [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
+        4: [(0, 1.15), (1.1, -0.85), (-1.1, -0.85)],
+    }[shape]
+    outline = " ".join(f"{x + size * dx:.1f},{y + size * dy:.1f}" for dx, dy in corners)
+    return f'<polygon {attributes} points="{outline}"/>'
+
+
+def legend(series: Sequence[tuple[str, int]]) -> str:
+    """Names beside their marks."""
+    items = (
+        f'<li><svg viewBox="0 0 14 14" aria-hidden="true">{marker(number)}</svg>{escape(name)}</li>'
+        for name, number in series
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _front(series: Sequence[Series]) -> list[Point]:
+    """Points that no other has more of y at as little x, from left to right."""
+    best: list[Point] = []
+    for point in sorted((p for each in series for p in each.points), key=lambda p: (p.x, -p.y)):
+        if not best or point.y > best[-1].y:
+            best.append(point)
+    return best
+
+
+def _drawn(x: Axis, y: Axis, series: Series, nudge: Number) -> list[str]:
+    points = series.points
+    places = [(_x(x, p.x) + nudge, _y(y, p.y)) for p in points]
+    parts = []
+    colour = f"c{series.number % COLOURS}"
+    if series.joined and len(points) > 1:
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+        parts.append(f'<polyline class="line {colour}" points="{path}"/>')
+    for point, (px, py) in zip(points, places, strict=True):
+        if point.interval is not None:
+            low, high = (_y(y, end) for end in point.interval)
+            parts.append(f'<line class="whisker {colour}" x1="{px:.1f}" x2="{px:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
+        title = escape(f"{series.name}: {point.text}")
+        parts.append(f"<g>{marker(series.number, px, py, 4.2)}<title>{title}</title></g>")
+    return parts
+
+
+def _frame(x: Axis, y: Axis) -> list[str]:
+    parts = []
+    for tick in y.ticks:
+        height = _y(y, tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        parts.append(f'<text class="tick y" x="{LEFT - 7}" y="{height + 4:.1f}">{_written(tick, y)}</text>')
+    floor = HEIGHT - BOTTOM
+    for tick in x.ticks:
+        across = _x(x, tick)
+        parts.append(f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{TOP}" y2="{floor}"/>')
+        parts.append(f'<text class="tick x" x="{across:.1f}" y="{floor + 16}">{_written(tick, x)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}">{escape(x.label)}</text>')
+    turned = (TOP + floor) / 2
+    parts.append(f'<text class="label" transform="translate(12 {turned}) rotate(-90)">{escape(y.label)}</text>')
+    return parts
+
+
+def _x(x: Axis, value: Number) -> float:
+    return LEFT + x.share(value) * (WIDTH - LEFT - RIGHT)
+
+
+def _y(y: Axis, value: Number) -> float:
+    return HEIGHT - BOTTOM - y.share(value) * (HEIGHT - TOP - BOTTOM)
+
+
+def _written(value: Number, which: Axis) -> str:
+    return f"{100 * value:.0f}%" if which.percent else f"{value:g}"
+
+
+def _linear_ticks(low: Number, high: Number) -> list[Number]:
+    raw = (high - low) / 4
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.99)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: Number, high: Number) -> list[Number]:
+    """Powers of two: budgets are often such."""
+    span = math.log2(high / low)
+    every = max(1, math.ceil(span / 6))
+    first = math.ceil(math.log2(low) - 1e-9)
+    return [2.0**i for i in range(first, math.floor(math.log2(high) + 1e-9) + 1, every)]
