@@ -1,4 +1,4 @@
-"""Validation of a ranking: the deterministic top-K against random tokens and centred leverage, by one reconstructor.
+"""Validation of a ranking: the deterministic top-K against training-free ones, by one reconstructor.
 
 Training sees noisy masks, which can look fine while the ranking behind them is upside down. So what is measured here
 is what inference will do: the highest scores survive, no noise. The lower the error of the dropped tokens, the better.
@@ -19,13 +19,16 @@ from torchmetrics import MeanMetric
 
 from selector.budget import Budget
 from selector.methods.gumbel import GumbelSelector
+from selector.methods.norm import Norm
 from selector.methods.svd_prune import SVDPrune
+from selector.methods.uniform import Uniform
 from selector.tokens import VisualTokens
 from training.autoencoder import Reconstructor
 from training.losses import dropped_mean, token_error
 from training.schedules import gumbel_top_k
 
-RANKERS = ("learned", "random", "leverage")
+RIVALS = {"leverage": lambda: SVDPrune(matrix="tile"), "norm": lambda: Norm(largest=False), "uniform": Uniform}
+RANKERS = ("learned", "random", *RIVALS)
 
 
 class RankingError(RuntimeError):
@@ -53,7 +56,7 @@ class RankingComparison(nn.Module):
             "keep_drawn",
         ]
         self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self.names})
-        self.leverage = SVDPrune(matrix="tile")
+        self.rivals = nn.ModuleDict({name: make() for name, make in RIVALS.items()})
 
     def measure(
         self,
@@ -68,12 +71,13 @@ class RankingComparison(nn.Module):
         scores = {
             "learned": selector.score(tokens).float(),
             "random": torch.rand(features.shape[:2], generator=noise(0)).to(features),
-            "leverage": self.leverage.score(tokens),
         }
         for share in self.shares:
             budget, at = Budget(share, newlines="none"), percent(share)
             for ranker in RANKERS:
-                mask = budget.select(scores[ranker], tokens).float()
+                rival = ranker in RIVALS
+                mask = self.rivals[ranker](tokens, budget) if rival else budget.select(scores[ranker], tokens)
+                mask = mask.float()
                 rebuilt = reconstructor(target, mask).float()
                 error = dropped_mean(token_error(rebuilt, target), mask)
                 self._meter(f"rec_{ranker}").update(error, len(features))

@@ -17,13 +17,16 @@ import torch
 PREFIX = "selector."
 
 
-def export(checkpoint: str | Path, folder: str | Path, command: str | None = None) -> Path:
+def export(
+    checkpoint: str | Path, folder: str | Path, command: str | None = None, accuracy: str | Path | None = None
+) -> Path:
     """Writes the selector of a checkpoint to `folder` and returns it.
 
     Args:
         checkpoint: ``best.ckpt`` or ``last.ckpt`` of a run; the run's ``config.yaml``, if it is there, is copied.
         folder: where to; existing files of an earlier export are replaced.
         command: how the checkpoint was made, for the card.
+        accuracy: a Markdown file for the end of the card: what the selector reaches on tasks.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -43,6 +46,8 @@ def export(checkpoint: str | Path, folder: str | Path, command: str | None = Non
     metadata["torch"] = str(torch.__version__)
     config = _run_config(Path(checkpoint))
     card = model_card(selector.init_args, metadata, command, config is not None, Path(folder).name)
+    if accuracy is not None:
+        card += f"\n## On tasks\n\n{Path(accuracy).read_text().strip()}\n"
     written = selector.save_pretrained(folder, card=card, metadata=metadata)
     if config is not None:
         partial = written / ".training.yaml.partial"
@@ -88,13 +93,15 @@ def _validation_table(seen: dict[str, float]) -> list[str]:
     shares = [name.removeprefix("rec_learned_") for name in seen if name.startswith("rec_learned_")]
     if not shares:
         return ["The checkpoint was written before any validation."]
+    measured = [name.removeprefix("rec_").rpartition("_") for name in seen if name.startswith("rec_")]
+    rankers = list(dict.fromkeys(ranker for ranker, _, share in measured if share in shares))
     rows = [
         f"| {ranker} | " + " | ".join(f"{seen[f'rec_{ranker}_{share}']:.3f}" for share in shares) + " |"
-        for ranker in ("learned", "random", "leverage")
+        for ranker in rankers
     ]
     return [
         "Held-out reconstruction error of dropped tokens (normalised features; lower is better), one reconstructor for",
-        "all rows, tokens ranked within a tile:",
+        "all rows, tokens ranked within a tile (norm: the smallest stay):",
         "",
         "| kept | " + " | ".join(f"{share}%" for share in shares) + " |",
         "|---|" + "---|" * len(shares),

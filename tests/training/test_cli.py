@@ -17,6 +17,7 @@ from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.tokens import VisualTokens
 from training.cli import main, run
+from training.comparison import RANKERS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 
@@ -73,7 +74,7 @@ def test_fit_logs_compares_the_rankings_and_exports(tmp_path, fit, capsys):
     folder = tmp_path / "runs" / "run" / "version_0"
     with (folder / "metrics.csv").open() as file:
         logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
-    wanted = {f"val/rec_{ranker}_{share}" for ranker in ("learned", "random", "leverage") for share in (50, 25, 10)}
+    wanted = {f"val/rec_{ranker}_{share}" for ranker in RANKERS for share in (50, 25, 10)}
     assert wanted | {"val/rec_learned", "val/cos_learned_25", "val/agreement_25", "val/keep_drawn"} <= logged
     assert {"train/loss", "rec", "rank", "keep"} <= logged
     assert list(folder.glob("events.out.tfevents.*"))
