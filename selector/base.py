@@ -1,8 +1,11 @@
-"""The one interface of every selector, in two levels.
+"""The one interface of every selector.
 
-`ScoreSelector` ranks: it gives every token a score and the budget does the rest; a new ranking method is one class with
-one method. `TokenSelector` chooses a set: it returns the mask itself. Both are modules, so that a learned selector and
-a formula are moved, saved, loaded and swapped alike.
+    TokenSelector     returns a keep mask, and beside it, if it merges, how dropped tokens flow into kept ones
+     └ RankSelector   ranks tokens for a given budget; the budget cuts the ranking, newlines and all, to the exact count
+        ├ ScoreSelector    one ranking for every budget: a new method is one class with one method, `score`
+        └ GreedySelector   picks one token after the other; the order of the picks is the ranking
+
+All are modules, so that a learned selector and a formula are moved, saved, loaded and swapped alike.
 """
 
 from __future__ import annotations
@@ -11,38 +14,51 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selector.budget import Budget
+from selector.groups import Groups
+from selector.merging import Selection
 from selector.tokens import VisualTokens
 
 
 class TokenSelector(nn.Module, ABC):
     """Decides which visual tokens stay.
 
-    Class attributes:
+    Attributes:
         needs: fields of `VisualTokens` that the method reads beside the geometry; an adapter computes only these.
         learned: True when the class is meaningless without trained weights; it is then loaded from a checkpoint only.
-        paper: where the rule comes from, for tables.
+        merges: True when kept tokens may absorb dropped ones.
+        acts: where tokens leave: ``"before"`` the language model. Methods that drop them ``"inside"`` it, after some
+            of its layers, would say so here; the plug refuses them by name until it can.
+        paper, cost: where the rule comes from, and its time an image (N tokens, D channels, K kept), for tables.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    needs: frozenset[str] = frozenset({"features"})
     learned: ClassVar[bool] = False
+    merges: bool = False
+    acts: ClassVar[Literal["before", "inside"]] = "before"
     paper: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
 
     @abstractmethod
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
         """Keep mask over the packed slots: True survives, order never changes, padding is False."""
 
+    def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        """The keep mask, and how dropped tokens flow into kept ones (None: they are gone)."""
+        return Selection(self(tokens, budget))
+
     @property
     def init_args(self) -> dict[str, Any]:
-        """Constructor arguments, read back from the attributes of the same names."""
+        """Constructor arguments, read back from the attributes of the same names; a selector as its class_path."""
         parameters = inspect.signature(type(self)).parameters.values()
         named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        return {name: getattr(self, name) for name in named}
+        return {name: _plain(getattr(self, name)) for name in named}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.init_args.items())
@@ -70,12 +86,48 @@ class TokenSelector(nn.Module, ABC):
         return push(self, repo_id, **kwargs)
 
 
-class ScoreSelector(TokenSelector):
-    """Ranks visual tokens; higher survives."""
+class RankSelector(TokenSelector):
+    """Ranks visual tokens for a given budget; higher survives."""
+
+    @abstractmethod
+    def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        """Scores whose order the budget cuts. Values where ``tokens.valid`` is False are ignored."""
+
+    def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
+        return budget.select(self.ranking(tokens, budget), tokens)
+
+
+class ScoreSelector(RankSelector):
+    """Ranks visual tokens once for every budget; higher survives."""
 
     @abstractmethod
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         """Importance of every encoder token. Values where ``tokens.valid`` is False are ignored."""
 
-    def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
-        return budget.select(self.score(tokens), tokens)
+    def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        return self.score(tokens)
+
+
+class GreedySelector(RankSelector):
+    """Picks one token after the other; a smaller choice is the start of a larger one.
+
+    With a budget an image the tokens of an image compete, with a budget a tile those of each tile.
+    """
+
+    @abstractmethod
+    def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """The step at which each member of a group is picked, `steps` for those that are not."""
+
+    @torch.no_grad()
+    def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        groups = Groups.of(tokens, budget.scope)
+        count = groups.patches(tokens, budget)
+        order = self.order(tokens, groups, int(count.max()))
+        order = torch.minimum(order, count[:, None])  # a larger neighbour's further picks mean nothing
+        return groups.scatter(-order.float(), tokens)
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, TokenSelector):
+        return value
+    return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": value.init_args}

@@ -85,7 +85,7 @@ class Budget:
         ranked = scores.float()
         if isinstance(self.keep, str):
             kept = self._adaptive(ranked, tokens)
-            return kept | self._newlines_of(kept, tokens)
+            return kept | self.newlines_of(kept, tokens)
         if self.scope == "tile":
             ranked = _rank_within_tiles(ranked, tokens)
         count, length = self.counts(tokens), tokens.lengths
@@ -124,7 +124,8 @@ class Budget:
             kept = _mass_before(packed, order) < share * packed.sum(1, keepdim=True)
         return (kept & tokens.is_patch).scatter(1, best, True)
 
-    def _newlines_of(self, kept: Bool[Tensor, "I L"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:
+    def newlines_of(self, kept: Bool[Tensor, "I L"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:
+        """The newline tokens that the policy keeps beside these patches."""
         newline = tokens.slots == NEWLINE
         if self.newlines == "none":
             return newline & False

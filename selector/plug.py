@@ -22,7 +22,8 @@ from torch import Tensor
 
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
-from selector.models import Encoded, encode
+from selector.merging import Selection
+from selector.models import Encoded, Relevance, encode
 from selector.registry import load_selector
 from selector.tokens import PAD, VisualTokens
 
@@ -37,14 +38,16 @@ class Pruned:
         inputs: arguments for ``model.forward`` or ``model.generate``.
         keep: ``[I, L]`` keep mask over the packed slots; None without images.
         tokens: what the selector saw; None without images.
+        features: per image, the visual tokens that the language model receives, merged where the selector merges.
         measured: visual tokens of each image that reach the language model, base view and newlines included.
         full: the same before pruning.
-        selection_seconds: wall time of the selector and the budget (not of the encoder).
+        selection_seconds: wall time of the selector, the budget and the merging (not of the encoder).
     """
 
     inputs: dict[str, Any]
     keep: Bool[Tensor, "I L"] | None = None
     tokens: VisualTokens | None = None
+    features: list[Tensor] = field(default_factory=list)
     measured: list[int] = field(default_factory=list)
     full: list[int] = field(default_factory=list)
     selection_seconds: float = 0.0
@@ -74,6 +77,7 @@ def prune_inputs(
     *,
     positions: Positions = "original",
     encoded: Encoded | None = None,
+    relevance: Relevance | None = None,
 ) -> Pruned:
     """Processor outputs with fewer visual tokens.
 
@@ -86,27 +90,31 @@ def prune_inputs(
         positions: position ids of the shortened prompt: ``"original"`` leaves every token where the full prompt had it,
             so that distances on the page stay what the language model knows; ``"contiguous"`` closes the gaps.
         encoded: the same images already encoded, to prune them many times.
+        relevance: where a selector needs `text` and the model has no text tower, see `selector.models.encode`.
 
     Raises:
-        ValueError: placeholders and visual tokens do not match, or the selector's or budget's own errors.
+        ValueError: placeholders and visual tokens do not match, the selector acts inside the language model, or the
+            selector's or budget's own errors.
     """
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions must be 'contiguous' or 'original', got {positions!r}")
     if (selector is None) != (budget is None):
         raise ValueError("give both a selector and a budget, or neither to keep every token")
-    encoded = encoded or encode(model, inputs, selector.needs if selector else ())
+    if selector is not None and selector.acts != "before":
+        raise ValueError(f"{type(selector).__name__} acts inside the language model, and this plug cuts before it")
+    encoded = encoded or encode(model, inputs, selector.needs if selector else (), relevance)
     if encoded is None:
         return Pruned(dict(inputs))
-    keep, seconds = _select(encoded.tokens, selector, budget)
+    keep, packed, seconds = _select(encoded, selector, budget)
     lengths = encoded.tokens.lengths.tolist()
     masks = [row[:n] for row, n in zip(keep, lengths, strict=True)]
-    kept = [feats[mask.to(feats.device)] for feats, mask in zip(encoded.packed, masks, strict=True)]
+    kept = [feats[mask.to(feats.device)] for feats, mask in zip(packed, masks, strict=True)]
     encoder_arguments = inspect.signature(model.base_model.get_image_features).parameters
     new = {name: value for name, value in inputs.items() if name not in encoder_arguments}
     new |= _shorten(inputs, torch.cat(masks), encoded.image_token_id, positions, _pad_id(model))
     # A new object every time, with nothing but what is read: beam search edits pooler_output in place.
-    new["mm_encoder_outputs"] = {"image": type(encoded.output)(pooler_output=kept)}
-    return Pruned(new, keep, encoded.tokens, [len(k) for k in kept], lengths, seconds)
+    new["mm_encoder_outputs"] = {"image": type(encoded.output)(pooler_output=list(kept))}
+    return Pruned(new, keep, encoded.tokens, kept, [len(k) for k in kept], lengths, seconds)
 
 
 @contextmanager
@@ -118,6 +126,7 @@ def select_tokens(
     scope: Scope = "image",
     newlines: Newlines = "kept_rows",
     positions: Positions = "original",
+    relevance: Relevance | None = None,
 ) -> Iterator[SelectionLog]:
     """Within the block, ``model(...)`` and ``model.generate(...)`` select visual tokens first.
 
@@ -128,7 +137,7 @@ def select_tokens(
     Args:
         selector: an object or a spec (see `selector.registry`).
         keep, scope, newlines: see `Budget`.
-        positions: see `prune_inputs`.
+        positions, relevance: see `prune_inputs`.
 
     Yields:
         A log with the measured visual tokens of every image that went through.
@@ -139,7 +148,7 @@ def select_tokens(
     forward, generate = model.forward, model.generate
 
     def prune(arguments: dict[str, Any]) -> dict[str, Any]:
-        pruned = prune_inputs(model, arguments, chosen, budget, positions=positions)
+        pruned = prune_inputs(model, arguments, chosen, budget, positions=positions, relevance=relevance)
         log.add(pruned)
         return pruned.inputs
 
@@ -192,17 +201,19 @@ def select_tokens(
 
 
 def _select(
-    tokens: VisualTokens, selector: TokenSelector | None, budget: Budget | None
-) -> tuple[Bool[Tensor, "I L"], float]:
+    encoded: Encoded, selector: TokenSelector | None, budget: Budget | None
+) -> tuple[Bool[Tensor, "I L"], list[Tensor], float]:
+    """(keep mask, packed tokens with the merged ones in place, seconds)."""
     if selector is None or budget is None:
-        return tokens.slots != PAD, 0.0
-    device = tokens.features.device
+        return encoded.tokens.slots != PAD, encoded.packed, 0.0
+    device = encoded.tokens.features.device
     _synchronize(device)
     start = time.perf_counter()
     with torch.no_grad():
-        keep = selector(tokens, budget)
+        chosen: Selection = selector.select(encoded.tokens, budget)
+    packed = encoded.packed if chosen.flow is None else chosen.flow.apply(encoded.packed)
     _synchronize(device)
-    return keep, time.perf_counter() - start
+    return chosen.keep, packed, time.perf_counter() - start
 
 
 def _shorten(

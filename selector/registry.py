@@ -5,6 +5,8 @@ A file under ``selector/methods`` is its own registration: ``svd_prune.py`` defi
 
     svd-prune                                   a name
     svd-prune:energy=0.5,center=false           a name with arguments
+    svd-prune:rank=32,merge=nearest             any of these, and dropped tokens flow into kept ones
+    mix:a=svd-prune,b=(norm:largest=false)      a selector made of others; parentheses around arguments of their own
     checkpoints/my-selector                     a checkpoint folder
     hf:owner/name                               a checkpoint on the Hugging Face hub
     {class_path: ..., init_args: {...}}         the schema of LightningCLI and of config.json
@@ -44,14 +46,17 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
     if isinstance(spec, TokenSelector):
         return spec
     if isinstance(spec, Mapping):
-        chosen = build(str(spec.get("class_path", "")), dict(spec.get("init_args") or {}), allow)
-        _refuse_untrained(type(chosen), str(spec["class_path"]))
-        return chosen
+        return build(str(spec.get("class_path", "")), dict(spec.get("init_args") or {}), allow, untrained=False)
     if isinstance(spec, Path) or Path(spec).is_dir():
         return TokenSelector.from_pretrained(spec, allow=allow)
     name, _, arguments = spec.partition(":")
     if name == "hf":
         return TokenSelector.from_pretrained(arguments, allow=allow)
+    if Path(name).is_dir() and name not in _names():
+        given = _arguments(spec, arguments)
+        if set(given) - {"merge"}:
+            raise ValueError(f"selector {spec!r}: a checkpoint has its arguments, it takes merge=nearest alone")
+        return _merging(TokenSelector.from_pretrained(name, allow=allow), given.get("merge"))
     if name not in _names():
         if "/" in spec:
             raise ValueError(f"no selector checkpoint at {spec!r}: the folder does not exist")
@@ -60,14 +65,27 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         raise ValueError(f"unknown selector {name!r}: not one of {', '.join(_names())}, nor a checkpoint folder{hint}")
     cls = _class_of(name)
     _refuse_untrained(cls, name)
-    return _construct(cls, _arguments(spec, arguments))
+    return _construct(cls, _arguments(spec, arguments), allow, untrained=False)
 
 
-def build(class_path: str, init_args: dict[str, Any], allow: Iterable[str] = ()) -> TokenSelector:
-    """An object of the class that a checkpoint or a YAML names; only known or allowed classes are imported."""
+def build(
+    class_path: str, init_args: dict[str, Any], allow: Iterable[str] = (), untrained: bool = True
+) -> TokenSelector:
+    """An object of the class that a checkpoint or a YAML names; only known or allowed classes are imported.
+
+    Args:
+        untrained: whether learned classes may be built; their weights have to follow.
+    """
+    cls = _imported(class_path, allow)
+    if not untrained:
+        _refuse_untrained(cls, class_path)
+    return _construct(cls, init_args, allow, untrained)
+
+
+def _imported(class_path: str, allow: Iterable[str]) -> type[TokenSelector]:
     for known in _subclasses(TokenSelector):
         if f"{known.__module__}.{known.__qualname__}" == class_path:
-            return _construct(known, init_args)
+            return known
     module, _, name = class_path.rpartition(".")
     trusted = ("selector", *allow)
     if not any(module == package or module.startswith(package + ".") for package in trusted):
@@ -80,7 +98,7 @@ def build(class_path: str, init_args: dict[str, Any], allow: Iterable[str] = ())
         raise ValueError(f"class_path {class_path!r} cannot be imported: {error}") from error
     if not (inspect.isclass(cls) and issubclass(cls, TokenSelector)):
         raise ValueError(f"class_path {class_path!r} is not a TokenSelector")
-    return _construct(cls, init_args)
+    return cls
 
 
 def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
@@ -88,12 +106,26 @@ def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
         raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, it means nothing untrained")
 
 
-def _construct(cls: type[TokenSelector], init_args: dict[str, Any]) -> TokenSelector:
+def _construct(
+    cls: type[TokenSelector], init_args: dict[str, Any], allow: Iterable[str], untrained: bool
+) -> TokenSelector:
+    arguments: dict[str, Any] = {
+        name: build(str(value["class_path"]), dict(value.get("init_args") or {}), allow, untrained)
+        if isinstance(value, Mapping) and "class_path" in value
+        else value
+        for name, value in init_args.items()
+    }
+    signature = inspect.signature(cls)
+    merge = arguments.pop("merge", None) if "merge" not in signature.parameters else None
     try:
-        inspect.signature(cls).bind(**init_args)
+        signature.bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"init_args of {cls.__name__}: {error}; it takes {inspect.signature(cls)}") from error
-    return cls(**init_args)
+        raise ValueError(f"init_args of {cls.__name__}: {error}; it takes {signature}") from error
+    return _merging(cls(**arguments), merge)
+
+
+def _merging(selector: TokenSelector, how: str | None) -> TokenSelector:
+    return selector if how is None else _class_of("merge")(selector, how)
 
 
 def _names() -> list[str]:
@@ -112,12 +144,25 @@ def _class_of(name: str) -> type[TokenSelector]:
 
 def _arguments(spec: str, text: str) -> dict[str, Any]:
     arguments = {}
-    for part in filter(None, text.split(",")):
+    for part in filter(None, _parts(text)):
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"selector {spec!r}: {part!r} is not of the form argument=value")
-        arguments[key.strip()] = yaml.safe_load(value)
+        inner = value.strip()
+        nested = inner.startswith("(") and inner.endswith(")")
+        arguments[key.strip()] = inner[1:-1] if nested else yaml.safe_load(value)
     return arguments
+
+
+def _parts(text: str) -> Iterable[str]:
+    """Split at commas that are not inside parentheses."""
+    start = depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            yield text[start:i]
+            start = i + 1
+    yield text[start:]
 
 
 def _subclasses(cls: type[TokenSelector]) -> Iterable[type[TokenSelector]]:

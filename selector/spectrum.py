@@ -88,6 +88,16 @@ def leverage_scores(
     return Leverage(scores.clamp(0, 1), used)
 
 
+def residual_norms(
+    features: Float[Tensor, "*B N D"], rank: int, *, center: bool = True, mask: Bool[Tensor, "*B N"] | None = None
+) -> Float[Tensor, "*B N"]:
+    """Length of each row's residual to the span of the `rank` leading right singular vectors; 0 for masked rows."""
+    matrix, _ = _prepare(features, center, False, mask)
+    left = _gram(matrix)[0][..., :rank]
+    residual = (matrix - left @ (left.mT @ matrix)).norm(dim=-1)
+    return residual if features.dtype == torch.float64 else residual.float()
+
+
 def singular_values(
     features: Float[Tensor, "*B N D"], *, center: bool = False, mask: Bool[Tensor, "*B N"] | None = None
 ) -> Float[Tensor, "*B R"]:

@@ -35,6 +35,8 @@ class VisualTokens:
         slots: ``[I, L]`` packed order: ``t * N + n`` of the token that lands there, or `NEWLINE`, or `PAD`.
         projected: ``[T, N, d]`` the tokens as the language model sees them; zero where `valid` is False.
         cls_attention: ``[T, N]`` attention from CLS at the feature layer, mean over heads.
+        keys: ``[T, N, k]`` attention keys of the layer that produced the features, mean over heads.
+        text: ``[T, N]`` relevance of each token to the prompt, the higher the more.
     """
 
     features: Float[Tensor, "T N D"]
@@ -43,6 +45,8 @@ class VisualTokens:
     slots: Int[Tensor, "I L"]
     projected: Float[Tensor, "T N d"] | None = None
     cls_attention: Float[Tensor, "T N"] | None = None
+    keys: Float[Tensor, "T N k"] | None = None
+    text: Float[Tensor, "T N"] | None = None
 
     def __post_init__(self) -> None:
         h, w = self.grid
@@ -59,6 +63,21 @@ class VisualTokens:
         side = int(patches**0.5)
         grid = grid or ((side, side) if side * side == patches else (1, patches))
         return cls(features, grid, torch.arange(rows, device=features.device), index, **extra)
+
+    def read(self, name: str, reader: object) -> Tensor:
+        """The field of that name, finite where tokens are valid and zero elsewhere.
+
+        Raises:
+            ValueError: these tokens do not have it, or it holds NaN or infinity; naming field and reader.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{type(reader).__name__} reads `{name}` of the visual tokens, and these tokens have none")
+        valid = self.valid if value.ndim == 2 else self.valid[..., None]
+        value = torch.where(valid, value, 0)  # what the language model never sees must not matter
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} must be finite: {type(reader).__name__} got NaN or infinity for a visual token")
+        return value
 
     @property
     def num_images(self) -> int:
@@ -82,17 +101,20 @@ class VisualTokens:
         return mask.view(self.features.shape[:2])
 
     @property
+    def base(self) -> Bool[Tensor, "I L"]:
+        """Slots of the downscaled base view of an image that has tiles beside it."""
+        per_image = torch.bincount(self.image, minlength=self.num_images)[:, None]
+        first_tile = per_image.cumsum(0) - per_image
+        tile = self.slots.div(self.features.shape[1], rounding_mode="floor")
+        return self.is_patch & (tile == first_tile) & (per_image > 1)
+
+    @property
     def rows(self) -> Int[Tensor, "I L"]:
         """Row of the packed grid that each slot lies in, -1 where no newline ends it (base view, no newlines)."""
         newline = self.slots == NEWLINE
         row = newline.cumsum(1) - newline.long()
         ended = row < newline.sum(1, keepdim=True)
-        per_image = torch.bincount(self.image, minlength=self.num_images)
-        first_tile = per_image.cumsum(0) - per_image
-        base = (self.slots.div(self.features.shape[1], rounding_mode="floor") == first_tile[:, None]) & (
-            per_image[:, None] > 1
-        )
-        return row.masked_fill(~ended | (self.is_patch & base) | (self.slots == PAD), -1)
+        return row.masked_fill(~ended | self.base | (self.slots == PAD), -1)
 
     def packed(self, values: Float[Tensor, "T N"], fill: float) -> Float[Tensor, "I L"]:
         """Values of encoder tokens in packed order; `fill` at newlines and padding."""

@@ -51,3 +51,178 @@ def keep_exactly(scores, slots, rows, count, newlines):
                 keep[end] = True
                 left -= 1
     return keep
+
+
+# Selection rules, one image at a time: lists and loops instead of batches, all pairs instead of running states.
+
+
+def cosine(a, b):
+    """Cosine similarity; 0 with a zero vector."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    length = np.linalg.norm(a) * np.linalg.norm(b)
+    return a @ b / length if length > 0 else 0.0
+
+
+def cosines(rows):
+    return np.array([[cosine(a, b) for b in rows] for a in rows])
+
+
+def residual(features, rank):
+    """‖x − V Vᵀ x‖ of every centred token, V the leading right singular vectors."""
+    matrix = np.asarray(features, dtype=np.float64)
+    matrix = matrix - matrix.mean(0)
+    basis = np.linalg.svd(matrix)[2][:rank].T
+    return np.linalg.norm(matrix - matrix @ basis @ basis.T, axis=1)
+
+
+def divprune(tokens, count):
+    """Start: largest distance to the nearest other. Then: largest distance to the nearest chosen one."""
+    distance = 1 - cosines(tokens)
+    n = len(tokens)
+    chosen = [max(range(n), key=lambda i: min((distance[i][j] for j in range(n) if j != i), default=0))]
+    while len(chosen) < count:
+        rest = [i for i in range(n) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(distance[i][j] for j in chosen)))
+    return chosen
+
+
+def farthest_point(features, count):
+    """The same with Euclidean distance, from the token farthest from the mean."""
+    matrix = np.asarray(features, dtype=np.float64)
+    n = len(matrix)
+    chosen = [max(range(n), key=lambda i: np.linalg.norm(matrix[i] - matrix.mean(0)))]
+    while len(chosen) < count:
+        rest = [i for i in range(n) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(np.linalg.norm(matrix[i] - matrix[j]) for j in chosen)))
+    return chosen
+
+
+def scope(features, attention, count, alpha):
+    """argmax of attention^alpha · Σ_j max(0, sim(i, j) − cover_j)."""
+    similarity = cosines(features)
+    n, chosen = len(features), []
+    while len(chosen) < count:
+        cover = [max([similarity[i][j] for i in chosen] + [0.0]) for j in range(n)]
+        gains = {
+            i: float(attention[i]) ** alpha * sum(max(0.0, similarity[i][j] - cover[j]) for j in range(n))
+            for i in range(n)
+            if i not in chosen
+        }
+        chosen.append(max(gains, key=gains.__getitem__))
+    return chosen
+
+
+def cdpruner(tokens, relevance, count):
+    """Greedy MAP: the token that makes det of the chosen part of diag(r) S diag(r) largest; count <= rank."""
+    relevance = np.asarray(relevance, dtype=np.float64)
+    relevance = (relevance - relevance.min()) / (relevance.max() - relevance.min())
+    kernel = np.diag(relevance) @ cosines(tokens) @ np.diag(relevance)
+    chosen = []
+    while len(chosen) < count:
+        volume = {i: np.linalg.det(kernel[np.ix_([*chosen, i], [*chosen, i])]) for i in range(len(kernel))}
+        chosen.append(max((i for i in volume if i not in chosen), key=volume.__getitem__))
+    return chosen
+
+
+def pivoted_qr(features, count, center):
+    """scipy-style pivots: the column with the largest distance to the span of the chosen ones; count <= rank."""
+    matrix = np.asarray(features, dtype=np.float64)
+    matrix = matrix - matrix.mean(0) if center else matrix
+    chosen = []
+    while len(chosen) < count:
+        span = matrix[chosen].T
+        left = {}
+        for i in range(len(matrix)):
+            best = np.linalg.lstsq(span, matrix[i], rcond=None)[0] if chosen else np.zeros(0)
+            left[i] = np.linalg.norm(matrix[i] - span @ best)
+        chosen.append(max((i for i in left if i not in chosen), key=left.__getitem__))
+    return chosen
+
+
+def dart(features, count, pivots):
+    """The longest tokens, then each of them in turn takes the least similar token that is left."""
+    matrix = np.asarray(features, dtype=np.float64)
+    chosen = sorted(range(len(matrix)), key=lambda i: -np.linalg.norm(matrix[i]))[:pivots]
+    turns = list(chosen)
+    while len(chosen) < count:
+        pivot = turns[(len(chosen) - pivots) % pivots]
+        chosen.append(
+            min((i for i in range(len(matrix)) if i not in chosen), key=lambda i: cosine(matrix[i], matrix[pivot]))
+        )
+    return chosen[:count]
+
+
+def groups_by_similarity(keys, kept, targets):
+    """Every token that is not kept joins the target with the most similar key: {target: members}."""
+    members = {t: [] for t in targets}
+    for i in range(len(keys)):
+        if i not in kept and targets:
+            members[max(targets, key=lambda t: cosine(keys[i], keys[t]))].append(i)
+    return members
+
+
+def visionzip(attention, keys, count, contextual):
+    """(kept, contextual targets, members of the targets): top attention, evenly strided targets among the rest."""
+    other = int(count * contextual + 0.5)
+    other = min(other, count - 1)
+    dominant = sorted(range(len(attention)), key=lambda i: -attention[i])[: count - other]
+    rest = [i for i in range(len(attention)) if i not in dominant]
+    targets = [rest[q] for q in range(len(rest)) if (q + 1) * other // len(rest) > q * other // len(rest)]
+    kept = dominant + targets
+    return kept, targets, groups_by_similarity(keys, kept, targets)
+
+
+def vispruner(attention, features, count, important, drop):
+    """Top attention; of the rest, tokens at even places leave while they resemble one at an odd place most."""
+    first = int(count * important + 0.5)
+    chosen = sorted(range(len(attention)), key=lambda i: -attention[i])[:first]
+    rest = [i for i in range(len(attention)) if i not in chosen] if count > first else []
+    while len(rest) > count - first:
+        even, odd = rest[::2], rest[1::2]
+        quota = min(int(np.ceil(len(rest) * drop)), len(rest) // 2, len(rest) - (count - first))
+        closest = sorted(even, key=lambda i: -max(cosine(features[i], features[j]) for j in odd))
+        rest = [i for i in rest if i not in closest[:quota]]
+    return chosen + rest
+
+
+def tome(keys, count, drop):
+    """{kept token: all tokens merged into it}, sizes counting in the mean of the keys."""
+    clusters = {i: [i] for i in range(len(keys))}
+    table = np.asarray(keys, dtype=np.float64)
+    while len(clusters) > count:
+        left = sorted(clusters)
+        mean = {i: table[clusters[i]].mean(0) for i in left}
+        even, odd = left[::2], left[1::2]
+        match = {i: max(odd, key=lambda j: cosine(mean[i], mean[j])) for i in even}
+        quota = min(int(np.ceil(len(left) * drop)), len(left) // 2, len(left) - count)
+        for i in sorted(even, key=lambda i: -cosine(mean[i], mean[match[i]]))[:quota]:
+            clusters[match[i]] += clusters.pop(i)
+    return clusters
+
+
+def prumerge(attention, keys, kept, absorb):
+    """{kept token: {token: weight}}: itself and its nearest dropped tokens, by attention."""
+    mixed = {}
+    for i in kept:
+        dropped = [j for j in range(len(keys)) if j not in kept]
+        group = [i, *sorted(dropped, key=lambda j: -cosine(keys[i], keys[j]))[:absorb]]
+        total = sum(float(attention[j]) for j in group)
+        mixed[i] = {j: float(attention[j]) / total for j in group}
+    return mixed
+
+
+def outliers(attention, fences):
+    low, high = np.quantile(np.asarray(attention, dtype=np.float64), [0.25, 0.75])
+    return [i for i, a in enumerate(attention) if a > high + fences * (high - low)]
+
+
+def places_from_top(scores):
+    return [sum(other > score for other in scores) / len(scores) for score in scores]
+
+
+def bayer(bits):
+    """The ordered-dithering matrix by its recursion: four copies of the smaller one, times four, plus 0 3 / 2 1."""
+    matrix = np.zeros((1, 1), dtype=int)
+    for _ in range(bits):
+        matrix = np.block([[4 * matrix + 0, 4 * matrix + 3], [4 * matrix + 2, 4 * matrix + 1]])
+    return matrix

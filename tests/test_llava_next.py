@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from selector import Budget, prune_inputs
+from selector.grid import places
+from selector.methods.cdpruner import CDPruner
 from selector.models import encode
 from selector.tokens import NEWLINE, PAD
 
@@ -56,22 +61,80 @@ def test_rows_end_in_their_newline(tiny_model, make_image):
         assert (row[slot == PAD] == -1).all()
 
 
-def test_cls_attention_is_that_of_the_feature_layer(tiny_model, make_image):
-    """Oracle: the eager tower run by hand with every attention returned."""
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_cls_attention_is_that_of_the_feature_layer(tiny_model, make_image, attention):
+    """Oracle: the eager tower run by hand with every attention returned; any implementation must agree with it."""
     model, inputs, result = encoded(
-        tiny_model, [make_image(64, 64, 1)], needs=("features", "cls_attention"), attention="eager"
+        tiny_model, [make_image(64, 64, 1)], needs=("features", "cls_attention"), attention=attention
     )
+    tower = copy.deepcopy(model.model.vision_tower)
+    tower.set_attn_implementation("eager")
     with torch.no_grad():
-        outputs = model.model.vision_tower(inputs["pixel_values"][0], output_attentions=True)
+        outputs = tower(inputs["pixel_values"][0], output_attentions=True)
     want = outputs.attentions[-2][:, :, 0, 1:].mean(1)
     torch.testing.assert_close(result.tokens.cls_attention, want)
 
 
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_keys_are_those_of_the_layer_that_made_the_features(tiny_model, make_image, vision):
+    """Oracle: the layer's own projection of its normalised input, which is the hidden state before it."""
+    model, inputs, result = encoded(tiny_model, [make_image(64, 64, 1)], needs=("keys",), vision=vision)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        hidden = tower(inputs["pixel_values"][0], output_hidden_states=True).hidden_states
+        block = tower.get_submodule(next(n for n, _ in tower.named_modules() if n.endswith("encoder.layers")))[-2]
+        keys = block.self_attn.k_proj(block.layer_norm1(hidden[-3]))
+    want = keys.unflatten(-1, (4, -1)).mean(2)[:, 1 if vision == "clip" else 0 :]
+    torch.testing.assert_close(result.tokens.keys, want)
+    assert not any(m._forward_hooks for n, m in model.named_modules() if n.endswith("k_proj"))
+
+
+def test_relevance_to_the_prompt_comes_from_the_caller(tiny_model, make_image):
+    model, processor = tiny_model()
+    inputs = processor(images=[make_image(64, 64, 1)], text=["<image> red?"], return_tensors="pt")
+
+    def relevance(tokens, prompt):
+        assert prompt["input_ids"] is inputs["input_ids"]
+        return tokens.features.mean(-1)
+
+    with torch.no_grad():
+        tokens = encode(model, inputs, ("text",), relevance).tokens
+        pruned = prune_inputs(model, inputs, CDPruner(), Budget(7), relevance=relevance)
+    assert torch.equal(tokens.text, tokens.features.mean(-1))
+    assert pruned.measured == [7]
+    with pytest.raises(ValueError, match="vision half of its CLIP only, no text tower"):
+        prune_inputs(model, inputs, CDPruner(), Budget(7))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(height=st.integers(20, 300), width=st.integers(20, 300))
+def test_places_are_those_of_the_unpadded_grid(tiny_model, make_image, height, width):
+    """Oracle: row-major order, which is that of the base view and of the tiles laid out and unpadded as one grid."""
+    _, _, result = encoded(tiny_model, [make_image(height, width), make_image(64, 64)])
+    tokens = result.tokens
+    side, patches = tokens.grid[0], tokens.features.shape[1]
+    view, y, x = places(tokens)
+    for i, slots in enumerate(tokens.slots):
+        if (tokens.image == i).sum() == 1:
+            assert torch.equal(y[i][slots >= 0], torch.arange(patches) // side)
+            continue
+        assert torch.equal(y[i, :patches] * side + x[i, :patches], torch.arange(patches))  # the base view
+        grid = (tokens.slots[i] >= 0) & (torch.arange(slots.shape[0]) >= patches)
+        if not grid.any():  # so flat an image that unpadding leaves nothing of its tiles
+            continue
+        assert view[i][grid].unique().numel() == 1
+        assert view[i, 0] != view[i][grid][0]
+        rows = y[i][grid].max() + 1
+        assert torch.equal(y[i][grid] * (grid.sum() // rows) + x[i][grid], torch.arange(int(grid.sum())))
+    tiles = places(tokens, "tile")
+    assert torch.equal(tiles.view[tokens.is_patch], tokens.slots[tokens.is_patch] // patches)
+
+
 def test_what_the_model_cannot_give_is_named(tiny_model, make_image):
     image = [make_image(64, 64, 1)]
-    with pytest.raises(ValueError, match="attn_implementation"):
-        encoded(tiny_model, image, needs=("cls_attention",))
     with pytest.raises(ValueError, match="no CLS token"):
-        encoded(tiny_model, image, needs=("cls_attention",), vision="siglip", attention="eager")
-    with pytest.raises(ValueError, match="gives no keys, text"):
-        encoded(tiny_model, image, needs=("text", "keys"))
+        encoded(tiny_model, image, needs=("cls_attention",), vision="siglip")
+    with pytest.raises(ValueError, match="gives no depth"):
+        encoded(tiny_model, image, needs=("depth", "keys"))
+    with pytest.raises(ValueError, match=r"text: .* pass relevance="):
+        encoded(tiny_model, image, needs=("text",))

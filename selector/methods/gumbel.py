@@ -31,7 +31,8 @@ class GumbelSelector(ScoreSelector):
     """
 
     learned = True
-    paper = "arXiv 2503.16660"
+    paper = "When Less is Enough, arXiv 2503.16660"
+    cost = "layers · (N² W + N W²)"
 
     def __init__(
         self,

@@ -25,7 +25,8 @@ class LoFi(ScoreSelector):
         method: ``"exact"`` or, with a small `rank`, ``"fast"`` (seeded with `seed`).
     """
 
-    paper = "arXiv 2503.06794"
+    paper = "Silent Hazards, arXiv 2503.06794"
+    cost = "N D min(N, D)"
     needs = frozenset({"projected"})
 
     def __init__(
@@ -41,9 +42,7 @@ class LoFi(ScoreSelector):
         self.method: Method = method
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
-        if tokens.projected is None:
-            raise ValueError("lofi reads the projected visual tokens, and these tokens have none")
-        matrix, mask = tokens.by_image(tokens.projected)
+        matrix, mask = tokens.by_image(tokens.read("projected", self))
         energy = None if self.rank is not None else self.energy
         return tokens.unpacked(
             leverage_scores(

@@ -13,6 +13,7 @@ class Norm(ScoreSelector):
     """Keeps the largest (or smallest) L2 norms of the encoder features. Which sign is right depends on the tower."""
 
     paper = "baseline"
+    cost = "N D"
 
     def __init__(self, largest: bool = True):
         super().__init__()

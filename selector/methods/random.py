@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selector.base import ScoreSelector
+from selector.greedy import precise
+from selector.groups import Groups
 from selector.tokens import VisualTokens
+
+BLOCKS, STEPS = 16, 32.0
 
 
 class Random(ScoreSelector):
-    """A seeded random ranking of each image's tokens, the same for equal seed, tile and patch.
+    """A random ranking of each image's tokens, drawn anew for every image, the same for equal seed and image.
 
-    The draw depends on the position of a tile in its image and of a patch in its tile alone, so an image's choice does
-    not change with its batch neighbours, and two images of one size share the pattern; vary `seed` to vary it.
+    The draw is a hash of `seed`, a fingerprint of the image's features and the place of a token in its image; so an
+    image's choice depends neither on its batch neighbours nor on its number in a data set. The fingerprint is coarse
+    (means of 16 blocks of channels, to 1/32 of the features' spread), so that rounding in the encoder leaves it alone.
     """
 
     paper = "baseline"
-    needs = frozenset()
+    cost = "N D"
 
     def __init__(self, seed: int = 0):
         super().__init__()
         self.seed = seed
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        groups = Groups.of(tokens, "image")
+        image = fingerprint(groups.gather(tokens.read("features", self)), groups)
+        start = mixed(image ^ mixed(torch.tensor(self.seed, device=image.device)))
         per_image = torch.bincount(tokens.image, minlength=tokens.num_images)
-        place = (
-            torch.arange(len(tokens.image), device=tokens.image.device)
-            - (per_image.cumsum(0) - per_image)[tokens.image]
-        )
-        generator = torch.Generator().manual_seed(self.seed)
-        draws = torch.rand(int(per_image.max()), tokens.features.shape[1], generator=generator)
-        return draws.to(tokens.features.device)[place]
+        first = (per_image.cumsum(0) - per_image) * tokens.features.shape[1]
+        draws = mixed(mixed(groups.index - first[:, None]) ^ start[:, None])
+        return groups.scatter(((draws >> 8) & 0xFFFFFF).float() / 2**24, tokens)
+
+
+def fingerprint(features: Float[Tensor, "I L D"], groups: Groups) -> Int[Tensor, "I"]:
+    """A number that tells images apart by the means of their tokens."""
+    mean = precise(features).sum(1) / groups.size.clamp(min=1)[:, None]
+    spread = ((precise(features) - mean[:, None]).square() * groups.mask[..., None]).sum((1, 2))
+    spread = (spread / (groups.size.clamp(min=1) * features.shape[2])).sqrt().clamp(min=1e-12)
+    blocks = torch.stack([block.mean(1) for block in mean.tensor_split(min(BLOCKS, mean.shape[1]), dim=1)], 1)
+    level = (blocks / spread[:, None] * STEPS).round().clamp(-1e9, 1e9).long()
+    number = torch.zeros_like(level[:, 0])
+    for column in level.unbind(1):
+        number = mixed(number ^ column)
+    return number
+
+
+def mixed(number: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
+    """A bijection of 64-bit integers that scatters neighbours (the finaliser of SplitMix64)."""
+    number = number - 0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return number ^ ((number >> 31) & ((1 << 33) - 1))

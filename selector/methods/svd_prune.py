@@ -32,6 +32,7 @@ class SVDPrune(ScoreSelector):
     """
 
     paper = "arXiv 2604.11530"
+    cost = "N D min(N, D)"
 
     def __init__(
         self,

@@ -1,30 +1,26 @@
-"""Uniform stride: tokens evenly spread over the packed sequence."""
+"""Uniform: an even cover of the image in two dimensions."""
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
+from selector.grid import even_order
 from selector.tokens import VisualTokens
 
 
 class Uniform(ScoreSelector):
-    """Ranks an image's packed tokens in bit-reversed (van der Corput) order.
+    """Even cover in two dimensions: ranks patches by the threshold matrix of ordered dithering (Bayer).
 
-    Every prefix of that order is spread evenly to within a factor of two, and a smaller choice lies inside every larger
-    one, so uniform selection is a ranking like the others instead of a special case for each count. For a power of two
-    over a power of two it is the plain stride.
+    The first quarter of the order is every second row and column, the first half a checkerboard, and so on: every
+    prefix is an even cover, never stripes, and a smaller choice lies inside every larger one. Base view and tiles laid
+    out as one grid each have their own order, and any budget takes the same share of both.
     """
 
     paper = "baseline"
+    cost = "N log N"
     needs = frozenset()
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
-        place = tokens.is_patch.long().cumsum(1) - 1  # newlines do not count
-        bits = max(1, (tokens.slots.shape[1] - 1).bit_length())
-        reverse = torch.zeros_like(place)
-        for bit in range(bits):
-            reverse = (reverse << 1) | ((place.clamp(min=0) >> bit) & 1)
-        return tokens.unpacked(-reverse.float())
+        return tokens.unpacked(-even_order(tokens))

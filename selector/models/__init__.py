@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from selector.tokens import VisualTokens
+
+Relevance = Callable[[VisualTokens, Mapping[str, Any]], Tensor]
+"""(tokens, processor outputs) -> ``[T, N]``, how relevant each token is to the prompt; higher is more."""
 
 _ADAPTERS = {"llava_next": "selector.models.llava_next"}
 
@@ -31,11 +34,17 @@ class Encoded:
     image_token_id: int
 
 
-def encode(model: Any, inputs: Mapping[str, Any], needs: Iterable[str] = ("features",)) -> Encoded | None:
+def encode(
+    model: Any,
+    inputs: Mapping[str, Any],
+    needs: Iterable[str] = ("features",),
+    relevance: Relevance | None = None,
+) -> Encoded | None:
     """Encodes the images in processor outputs with the model's own ``get_image_features``; None without images.
 
     Args:
         needs: fields of `VisualTokens` that the selectors to come read; only these are computed.
+        relevance: computes `text`, for a model that has no text tower beside its vision tower.
 
     Raises:
         ValueError: a model type without an adapter, or a field that this model cannot give, by name.
@@ -45,4 +54,4 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: Iterable[str] = ("featu
     kind = getattr(model.config, "model_type", type(model).__name__)
     if kind not in _ADAPTERS:
         raise ValueError(f"no adapter for models of type {kind!r}; there is one for {', '.join(sorted(_ADAPTERS))}")
-    return importlib.import_module(_ADAPTERS[kind]).encode(model, inputs, frozenset(needs))
+    return importlib.import_module(_ADAPTERS[kind]).encode(model, inputs, frozenset(needs), relevance)

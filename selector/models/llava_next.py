@@ -9,7 +9,8 @@ tile gets a single newline at its end.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,17 +19,22 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from selector.models import Encoded
+from selector.models import Encoded, Relevance
 from selector.tokens import NEWLINE, PAD, VisualTokens
 
-GIVES = frozenset({"features", "projected", "cls_attention"})
+GIVES = frozenset({"features", "projected", "cls_attention", "keys", "text"})
 
 
-def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str]) -> Encoded:
+def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
     """See `selector.models.encode`."""
     if needs - GIVES:
         raise ValueError(
             f"a LLaVA-NeXT gives no {', '.join(sorted(needs - GIVES))} to a selector; it gives {sorted(GIVES)}"
+        )
+    if "text" in needs and relevance is None:
+        raise ValueError(
+            "text: a LLaVA-NeXT has the vision half of its CLIP only, no text tower to compare tokens with; pass "
+            "relevance=, a function (tokens, inputs) -> [tiles, patches]"
         )
     base, config = model.base_model, model.config
     layer = _setting(inputs, config, "vision_feature_layer")
@@ -37,10 +43,12 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str]) -> Enco
         raise ValueError(f"vision_feature_layer must be one layer for selection, got {layer}")
     names = inspect.signature(base.get_image_features).parameters
     arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
-    if "cls_attention" in needs:
-        arguments["output_attentions"] = True
-    output = base.get_image_features(**arguments, return_dict=True)
     prefix = 1 if strategy == "default" else 0
+    wanted = needs & {"cls_attention", "keys"}
+    if "cls_attention" in needs and prefix == 0:
+        raise ValueError("cls_attention: this vision tower has no CLS token (vision_feature_select_strategy is 'full')")
+    with _listening(base.vision_tower, layer, wanted) as heard:
+        output = base.get_image_features(**arguments, return_dict=True)
     features = output.hidden_states[layer][:, prefix:]
     packed = list(output.pooler_output)
     tiles = [
@@ -53,10 +61,13 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str]) -> Enco
         grid=(side, side),
         image=torch.repeat_interleave(torch.tensor(tiles, device=features.device)),
         slots=_index_map(base, tiles, features, inputs["image_sizes"], strategy),
-        cls_attention=_cls_attention(output, layer, prefix) if "cls_attention" in needs else None,
+        cls_attention=_cls_attention(heard) if "cls_attention" in needs else None,
+        keys=heard["k_proj"].mean(1)[:, prefix:] if "keys" in needs else None,
     )
     if "projected" in needs:
         tokens = _with_projected(tokens, packed)
+    if "text" in needs and relevance is not None:
+        tokens = replace(tokens, text=relevance(tokens, inputs))
     return Encoded(tokens, packed, output, config.image_token_id)
 
 
@@ -83,16 +94,41 @@ def _with_projected(tokens: VisualTokens, packed: list[Tensor]) -> VisualTokens:
     return replace(tokens, projected=table.view(*shape, -1))
 
 
-def _cls_attention(output: Any, layer: int, prefix: int) -> Tensor:
-    if prefix == 0:
-        raise ValueError("cls_attention: this vision tower has no CLS token (vision_feature_select_strategy is 'full')")
-    if layer == 0:
-        raise ValueError("cls_attention: vision_feature_layer 0 is the embedding, which no attention produced")
-    if not output.attentions:
-        raise ValueError(
-            "cls_attention: the vision tower returned no attentions; load the model with "
-            'attn_implementation={"vision_config": "eager", "text_config": "sdpa"}'
-        )
-    # hidden_states has one more entry than attentions: the embeddings come first.
-    attention = output.attentions[layer if layer < 0 else layer - 1]
-    return attention[:, :, 0, 1:].mean(1)
+@contextmanager
+def _listening(tower: Any, layer: int, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Queries and keys ``[T, heads, 1 + N, C]`` of the attention that produced the feature layer, as they pass by.
+
+    The hooks of these two modules are gone when the block ends; the tower may use any attention implementation.
+    """
+    heard: dict[str, Any] = {}
+    handles = []
+    if wanted:
+        name = " and ".join(sorted(wanted))
+        if layer == 0:
+            raise ValueError(f"{name}: vision_feature_layer 0 is the embedding, which no attention produced")
+        attentions = [m for m in tower.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")]
+        if not attentions:
+            raise ValueError(f"{name}: no attention with q_proj and k_proj in the vision tower {type(tower).__name__}")
+        # hidden_states has one more entry than there are attentions: the embeddings come first.
+        attention = attentions[layer if layer < 0 else layer - 1]
+        heard["scale"] = attention.scale
+
+        def listen(name: str, out: Tensor) -> None:
+            heard[name] = out.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+
+        for part in ("q_proj", "k_proj"):
+            handles.append(
+                getattr(attention, part).register_forward_hook(lambda _, __, out, part=part: listen(part, out))
+            )
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cls_attention(heard: Mapping[str, Any]) -> Tensor:
+    """Attention from CLS to the patches, mean over heads: softmax over all keys, CLS's own included."""
+    queries, keys = heard["q_proj"].float(), heard["k_proj"].float()
+    scores = (queries[:, :, :1] @ keys.mT)[:, :, 0] * heard["scale"]
+    return scores.softmax(-1)[..., 1:].mean(1)

@@ -1,4 +1,7 @@
-"""`selector list`: the shipped methods, and the checkpoints within reach."""
+"""`selector list`: the shipped methods, and the checkpoints within reach; as a README table with ``--markdown``.
+
+``python -m selector.evaluation.commands.list`` prints the README table too.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,48 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
-
-from selector.base import ScoreSelector
-from selector.evaluation.commands.printing import console
 from selector.evaluation.loading import find_folder
 from selector.registry import available_selectors
 
+HEADERS = ("name", "paper", "trained", "needs", "acts", "time", "rule")
+
 
 def run(settings: dict[str, Any]) -> int:
+    if settings.get("markdown"):
+        print(markdown())
+        return 0
+    from rich.table import Table
+
+    from selector.evaluation.commands.printing import console
+
     table = Table(title="selectors", title_justify="left", title_style="bold")
-    for header in ("name", "paper", "trained", "needs", "what it does"):
+    for header in HEADERS:
         table.add_column(header, no_wrap=header == "name")
-    for name, cls in available_selectors().items():
-        what = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
-        kind = "" if issubclass(cls, ScoreSelector) else " (chooses a set)"
-        needs = ", ".join(sorted(cls.needs)) or "nothing"
-        table.add_row(name, cls.paper, "yes" if cls.learned else "no", needs, what + kind)
+    for row in rows():
+        table.add_row(*row)
     terminal = console()
     terminal.print(table)
+    terminal.print("time: an image; N tokens, D channels, K kept, W inner width, P pivots", highlight=False)
     for folder, class_path in _checkpoints():
         terminal.print(f"checkpoint {folder}: {class_path}", highlight=False)
     return 0
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """One a method: what it says of itself."""
+    for name, cls in available_selectors().items():
+        rule = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+        acts = f"{cls.acts} the LM" + (", merges" if cls.merges else "")
+        needs = ", ".join(sorted(cls.needs)) or "nothing"
+        yield name, cls.paper, "yes" if cls.learned else "no", needs, acts, cls.cost, rule
+
+
+def markdown() -> str:
+    """The table of the README."""
+    lines = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
+    for name, *rest in rows():
+        lines.append(f"| `{name}` | " + " | ".join(rest) + " |")
+    return "\n".join(lines)
 
 
 def _checkpoints() -> Iterator[tuple[str, str]]:
@@ -37,3 +60,7 @@ def _checkpoints() -> Iterator[tuple[str, str]]:
         class_path = json.loads(config.read_text(encoding="utf-8")).get("class_path")
         if class_path:
             yield f"checkpoints/{config.parent.name}", class_path
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -1,0 +1,135 @@
+"""Where packed tokens lie, and two ways of covering a grid evenly: a nested order, and cells of equal size.
+
+Shapes: I images, L packed slots, T tiles; a view is counted by a tile of it, so there are at most T.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from selector.budget import Scope
+from selector.tokens import VisualTokens
+
+
+class Places(NamedTuple):
+    """Where each packed patch lies; -1 at newlines and padding.
+
+    A view is a grid that shows one picture: with scope "image" the base view, and the tiles of the image laid out as
+    one unpadded grid; with scope "tile" each tile. Its number is that of its first tile in the batch.
+    """
+
+    view: Int[Tensor, "I L"]
+    y: Int[Tensor, "I L"]
+    x: Int[Tensor, "I L"]
+
+
+def places(tokens: VisualTokens, scope: Scope = "image") -> Places:
+    """View, row and column of every packed patch."""
+    patch, width = tokens.is_patch, tokens.grid[1]
+    tile = tokens.slots.div(tokens.features.shape[1], rounding_mode="floor")
+    within = tokens.slots.remainder(tokens.features.shape[1])
+    view, y, x = tile, within.div(width, rounding_mode="floor"), within.remainder(width)
+    if scope == "image":
+        several = torch.bincount(tokens.image, minlength=tokens.num_images)[:, None] > 1
+        laid_out = patch & several & (tokens.rows >= 0)  # rows that a newline ends: the tiles form one grid
+        position = torch.arange(patch.shape[1], device=patch.device).expand_as(patch)
+        ends = torch.where(tokens.slots < 0, position, -1).cummax(1).values  # the last newline before a slot
+        start = torch.maximum(ends + 1, tokens.base.sum(1, keepdim=True))
+        second = torch.where(laid_out, tile, len(tokens.image)).amin(1, keepdim=True)
+        view = torch.where(laid_out, second, tile)
+        y, x = torch.where(laid_out, tokens.rows, y), torch.where(laid_out, position - start, x)
+    return Places(*(part.masked_fill(~patch, -1) for part in (view, y, x)))
+
+
+def bayer(y: Int[Tensor, "*S"], x: Int[Tensor, "*S"], bits: int) -> Int[Tensor, "*S"]:
+    """The threshold matrix of ordered dithering (Bayer 1973) for a grid of side up to ``2 ** bits``.
+
+    The lowest bits of row and column count most, as (0,0) < (1,1) < (1,0) < (0,1): the first quarter of the order is
+    every second row and column, the first half a checkerboard, and so on down. So every prefix covers the grid evenly
+    in both directions, and a smaller choice lies inside every larger one.
+    """
+    key = torch.zeros_like(y)
+    for bit in range(bits):
+        low_y, low_x = (y >> bit) & 1, (x >> bit) & 1
+        key = (key << 2) | (2 * (low_y ^ low_x)) | low_x
+    return key
+
+
+def even_order(tokens: VisualTokens) -> Float[Tensor, "I L"]:
+    """Place of every packed patch in the Bayer order of its view, in (0, 1), so that views share any prefix fairly."""
+    view, y, x = places(tokens)
+    bits = max(1, int(torch.maximum(y, x).max()).bit_length())
+    key = (view << (2 * bits)) | bayer(y.clamp(min=0), x.clamp(min=0), bits)
+    key = key.masked_fill(view < 0, torch.iinfo(torch.long).max)
+    order = key.argsort(dim=1, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    first, size = per_view(rank, view, tokens, "amin"), sizes(view, tokens)
+    return ((rank - first[view] + 0.5) / size[view].clamp(min=1)).float().masked_fill(view < 0, 0)
+
+
+class Cells(NamedTuple):
+    """A partition of every view: the cell of each packed patch (counted through the batch, -1: none), its centres."""
+
+    cell: Int[Tensor, "I L"]
+    centre: Bool[Tensor, "I L"]
+
+
+def bands(count: Int[Tensor, "T"], height: Int[Tensor, "T"], width: Int[Tensor, "T"]) -> Int[Tensor, "T"]:
+    """Rows of cells that make `count` cells of a view as square as can be."""
+    wanted = (count * height / width.clamp(min=1)).sqrt().round().long()
+    return torch.minimum(torch.maximum(wanted, -(-count // width.clamp(min=1))), torch.minimum(height, count))
+
+
+def cells(where: Places, tokens: VisualTokens, count: Int[Tensor, "T"], rows: Int[Tensor, "T"]) -> Cells:
+    """Cuts every view into `count` cells: `rows` bands of equal height, each cut into equal parts, none empty.
+
+    Centres of a band lie in one row, so that a band costs one newline token.
+    """
+    view, y, x, height, width = extents(where, tokens)
+    total, band_count = count[view], rows[view].clamp(min=1)
+    band, band_mid = _part(y, height[view], band_count)
+    before, after = band * total // band_count, (band + 1) * total // band_count
+    column, column_mid = _part(x, width[view], (after - before).clamp(min=1))
+    used = (view >= 0) & (total > 0)
+    cell = (count.cumsum(0) - count)[view] + before + column
+    return Cells(cell.masked_fill(~used, -1), used & band_mid & column_mid)
+
+
+def extents(
+    where: Places, tokens: VisualTokens
+) -> tuple[Int[Tensor, "I L"], Int[Tensor, "I L"], Int[Tensor, "I L"], Int[Tensor, "T"], Int[Tensor, "T"]]:
+    """(view, row and column counted from the view's first, height and width of the views)."""
+    view, y, x = where
+    top, left = (per_view(v, view, tokens, "amin") for v in (y, x))
+    height, width = (per_view(v, view, tokens, "amax") for v in (y, x))
+    there = sizes(view, tokens) > 0
+    return view, y - top[view], x - left[view], (height - top + 1) * there, (width - left + 1) * there
+
+
+def per_view(values: Int[Tensor, "I L"], view: Int[Tensor, "I L"], tokens: VisualTokens, how: str) -> Int[Tensor, "T"]:
+    """Smallest ("amin") or largest ("amax") value of every view, 0 where there is no such view."""
+    inside = view >= 0
+    out = values.new_zeros(len(tokens.image))
+    return out.scatter_reduce(0, view[inside], values[inside], how, include_self=False)
+
+
+def sizes(view: Int[Tensor, "I L"], tokens: VisualTokens) -> Int[Tensor, "T"]:
+    """Packed patches of every view."""
+    return torch.bincount(view[view >= 0], minlength=len(tokens.image))
+
+
+def _part(
+    place: Int[Tensor, "I L"], length: Int[Tensor, "I L"], parts: Int[Tensor, "I L"]
+) -> tuple[Int[Tensor, "I L"], Bool[Tensor, "I L"]]:
+    """Which of `parts` equal parts of `length` a place lies in, and whether it is the middle of its part."""
+    length = length.clamp(min=1)
+    part = place * parts // length
+    first = -(-part * length // parts)
+    last = -(-(part + 1) * length // parts) - 1
+    return part, place == (first + last) // 2

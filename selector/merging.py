@@ -1,0 +1,92 @@
+"""Merging: how dropped tokens flow into kept ones.
+
+A selector returns a keep mask and, if it merges, a `Flow`: weighted edges from packed slots into kept slots. The
+weights into one slot sum to one, so a merged token is a weighted mean, and where all tokens are equal nothing changes.
+Merging happens on the projected tokens, as the language model sees them: the mean goes in in place of the kept token's
+own feature, at the kept token's position. What never takes part: newline tokens (learned, not of the image), padding,
+and tokens that the model's own unpadding removed. Tokens flow only within their view: the base view shows the whole
+image coarsely, and averaging a coarse token into a fine one of the same place would blur what tiles are there for;
+with a budget a tile, a tile is a view. A dropped token whose view keeps nothing is gone.
+
+Shapes: I images, L packed slots, C channels, E edges, d width of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from selector.greedy import grained, unit
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What kept tokens are made of; a kept slot without an edge keeps its own feature.
+
+    Attributes:
+        target, source: ``[E]`` packed slots, counted through the batch (``i * L + slot``).
+        weight: ``[E]`` share of the source in its target.
+    """
+
+    target: Int[Tensor, "E"]
+    source: Int[Tensor, "E"]
+    weight: Float[Tensor, "E"]
+
+    @classmethod
+    def mean(cls, target: Int[Tensor, "I L"]) -> Flow:
+        """Every slot flows whole into one target (of its image; -1: nowhere), and targets are plain means."""
+        edge = target.flatten() >= 0
+        offset = torch.arange(len(target), device=target.device)[:, None] * target.shape[1]
+        into = (target + offset).flatten()[edge]
+        source = edge.nonzero()[:, 0]
+        return cls(into, source, torch.ones_like(into, dtype=torch.float32)).normalized(target.numel())
+
+    def normalized(self, slots: int) -> Flow:
+        """The same with the weights into every target divided by their sum."""
+        total = self.weight.new_zeros(slots).index_add(0, self.target, self.weight)
+        return Flow(self.target, self.source, self.weight / total[self.target])
+
+    def apply(self, packed: Sequence[Float[Tensor, "_ d"]]) -> list[Tensor]:
+        """The packed tokens of each image with the merged ones in their targets' places; sums are in float32."""
+        length = max(len(rows) for rows in packed)
+        table = torch.nn.utils.rnn.pad_sequence(list(packed), batch_first=True).flatten(0, 1)
+        target, source, weight = (part.to(table.device) for part in (self.target, self.source, self.weight))
+        shape = (len(table), len(table))
+        wide = table.double() if table.dtype == torch.float64 else table.float()
+        mixing = torch.sparse_coo_tensor(torch.stack([target, source]), weight.to(wide), shape, check_invariants=False)
+        mixed = torch.sparse.mm(mixing, wide).to(table)
+        changed = torch.zeros(len(table), 1, dtype=torch.bool, device=table.device)
+        changed[target] = True
+        merged = torch.where(changed, mixed, table).view(len(packed), length, -1)
+        return [rows[: len(own)] for rows, own in zip(merged, packed, strict=True)]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chose: the keep mask over the packed slots, and the flow of dropped tokens, if any."""
+
+    keep: Bool[Tensor, "I L"]
+    flow: Flow | None = None
+
+
+def nearest(
+    table: Float[Tensor, "I L C"],
+    source: Bool[Tensor, "I L"],
+    target: Bool[Tensor, "I L"],
+    view: Int[Tensor, "I L"],
+) -> Int[Tensor, "I L"]:
+    """The target of highest cosine similarity for every source, in its view (-1: none); targets flow to themselves."""
+    most = max(1, int(target.sum(1).max()))
+    order = (~target).int().argsort(dim=1, stable=True)[:, :most]  # the targets first
+    rows = unit(table)
+    chosen = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
+    similarity = grained(rows @ chosen.mT)
+    fits = target.gather(1, order)[:, None] & (view[:, :, None] == view.gather(1, order)[:, None])
+    best, place = similarity.masked_fill(~fits, -torch.inf).max(-1)
+    found = order.gather(1, place).masked_fill(best.isneginf() | ~source, -1)
+    own = torch.arange(target.shape[1], device=target.device).expand_as(found)
+    return torch.where(target, own, found)

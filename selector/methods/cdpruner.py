@@ -1,0 +1,56 @@
+"""CDPruner (arXiv 2506.10967): diversity conditioned on the prompt, as a determinantal point process.
+
+Greedy MAP inference of the kernel diag(r) S diag(r): S is the cosine similarity of the projected tokens and r the
+relevance of each token to the prompt, scaled to [0, 1] over the tokens that compete. Where we depart: r is scaled for
+each image (or tile) by itself, so batch neighbours do not matter; and when the chosen tokens span all others (volume
+zero whatever comes next: all-zero or repeated tokens, more tokens than dimensions) the choice starts over among the
+rest instead of stalling.
+
+Relevance is `VisualTokens.text`. A LLaVA-NeXT holds only the vision half of its CLIP and cannot give it; pass
+``relevance=`` to `selector.prune_inputs`, a function that computes it, e.g. with the whole CLIP.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from selector.base import GreedySelector
+from selector.greedy import pivots, precise, unit
+from selector.groups import Groups
+from selector.tokens import VisualTokens
+
+Relevance = Literal["text", "cls_attention", "none"]
+
+
+class CDPruner(GreedySelector):
+    """Greedy DPP over the projected tokens, conditioned on relevance.
+
+    Args:
+        relevance: ``"text"`` as published; ``"cls_attention"`` in its place, or ``"none"`` (r = 1, diversity alone),
+            for models without a text tower. The last two are not the published method.
+    """
+
+    paper = "arXiv 2506.10967"
+    cost = "N D K + D K²"
+    needs = frozenset({"projected", "text"})
+
+    def __init__(self, relevance: Relevance = "text"):
+        super().__init__()
+        if relevance not in get_args(Relevance):
+            raise ValueError(f"relevance must be one of {', '.join(get_args(Relevance))}, got {relevance!r}")
+        self.relevance: Relevance = relevance
+        self.needs = frozenset({"projected"} | ({relevance} - {"none"}))
+
+    def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        rows = unit(groups.gather(tokens.read("projected", self)))
+        if self.relevance != "none":
+            value = precise(groups.gather(tokens.read(self.relevance, self)))
+            low = value.masked_fill(~groups.mask, torch.inf).amin(1, keepdim=True)
+            high = value.masked_fill(~groups.mask, -torch.inf).amax(1, keepdim=True)
+            scaled = (value - low) / (high - low).clamp(min=torch.finfo(value.dtype).tiny)
+            rows = rows * torch.where(high > low, scaled, 1)[..., None]  # all alike: no preference
+        return pivots(rows * groups.mask[..., None], groups.mask, steps)

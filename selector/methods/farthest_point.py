@@ -1,0 +1,34 @@
+"""Farthest-point sampling: the classic cover of a point cloud, by Euclidean distance between features.
+
+First the token farthest from the mean, then again and again the token farthest from all chosen ones (Gonzalez 1985:
+within a factor two of the best K-centre cover). The start is usually arbitrary; this one does not depend on the order
+of the tokens.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Int
+from torch import Tensor
+
+from selector.base import GreedySelector
+from selector.greedy import farthest, grained, precise, products, take, within_unit
+from selector.groups import Groups
+from selector.tokens import VisualTokens
+
+
+class FarthestPoint(GreedySelector):
+    """Farthest-point order of the encoder's features by Euclidean distance."""
+
+    paper = "baseline (Gonzalez 1985)"
+    cost = "N D K"
+
+    def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        rows = precise(groups.gather(tokens.read("features", self)))
+        mean = rows.sum(1, keepdim=True) / groups.size.clamp(min=1)[:, None, None]
+        rows = within_unit((rows - mean) * groups.mask[..., None])  # centred, squares do not cancel
+        square = grained(rows.square().sum(-1))
+
+        def distance(pick: Tensor) -> Tensor:
+            return square + take(square, pick)[:, None] - 2 * products(rows, pick)
+
+        return farthest(square, distance, groups.mask, steps)

@@ -1,0 +1,80 @@
+"""Grid average-pool: the baseline that cuts the picture into equal cells and averages each.
+
+The base view and the grid of tiles share the budget by their sizes; each is cut into bands of equal height and each
+band into equal cells, as square as can be, exactly as many as the budget pays for. The token in the middle of a cell is
+kept and becomes the cell's mean; middles of a band lie in one row, so that a band costs one newline token.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from selector.base import RankSelector
+from selector.budget import Budget
+from selector.grid import Cells, bands, cells, even_order, extents, places, sizes
+from selector.groups import Groups
+from selector.merging import Flow, Selection
+from selector.tokens import VisualTokens
+
+
+class GridPool(RankSelector):
+    """Average-pooling of the token grid, to exactly the budget."""
+
+    paper = "baseline"
+    cost = "N D"
+    needs = frozenset()
+    merges = True
+
+    def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        return self._plan(tokens, budget)[0]
+
+    @torch.no_grad()
+    def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        scores, parts = self._plan(tokens, budget)
+        keep = budget.select(scores, tokens)
+        return Selection(keep, Flow.mean(pooled(parts, keep)))
+
+    def shares(
+        self, count: Int[Tensor, "I"], size: Int[Tensor, "T"], tokens: VisualTokens, budget: Budget
+    ) -> Int[Tensor, "T"]:
+        """Cells of every view: in proportion to its patches, rounded so that they add up to `count`."""
+        before, after, total = _within_image(size, tokens)
+        twice = 2 * count[tokens.image]
+        return (twice * after + total) // (2 * total) - (twice * before + total) // (2 * total)
+
+    def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Cells]:
+        """A ranking with the middles of the cells first, and the cells."""
+        wanted = Groups.of(tokens, "image").patches(tokens, budget)
+        where = places(tokens, budget.scope)
+        size, (_, _, _, height, width) = sizes(where.view, tokens), extents(where, tokens)
+        count, rows = wanted, size
+        for _ in range(2):  # fewer cells open fewer rows, whose newlines cost less
+            share = self.shares(count, size, tokens, budget)
+            rows = bands(share, height, width)
+            opened = budget.newlines_of(cells(where, tokens, share, rows).centre, tokens).sum(1)
+            count = torch.minimum(wanted, (budget.counts(tokens) - opened).clamp(min=1))
+        share = self.shares(count, size, tokens, budget)
+        rows = torch.minimum(torch.maximum(rows, -(-share // width.clamp(min=1))), torch.minimum(height, share))
+        parts = cells(where, tokens, share, rows)
+        return tokens.unpacked(parts.centre.float() - even_order(tokens)), parts
+
+
+def pooled(parts: Cells, keep: Bool[Tensor, "I L"]) -> Int[Tensor, "I L"]:
+    """The middle of its cell for every packed patch (-1: not kept); kept tokens stay themselves."""
+    position = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    middle = position.new_full((int(parts.cell.max()) + 2,), -1)  # the last one serves patches without a cell
+    middle[parts.cell[parts.centre]] = position[parts.centre]
+    target = middle[parts.cell]
+    target = target.masked_fill(~keep.gather(1, target.clamp(min=0)), -1)
+    return torch.where(keep & (parts.cell >= 0), position, target)
+
+
+def _within_image(
+    size: Int[Tensor, "T"], tokens: VisualTokens
+) -> tuple[Int[Tensor, "T"], Int[Tensor, "T"], Int[Tensor, "T"]]:
+    """Patches of the image in the views before each view, up to its end, and in all."""
+    total = torch.zeros_like(tokens.lengths).index_add(0, tokens.image, size)
+    before = size.cumsum(0) - size - (total.cumsum(0) - total)[tokens.image]
+    return before, before + size, total[tokens.image].clamp(min=1)

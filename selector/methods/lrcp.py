@@ -1,0 +1,40 @@
+"""LRCP (arXiv 2605.15621): what the leading principal components do not explain is worth keeping.
+
+The opposite sign of leverage: tokens are ranked by the norm of their residual to the rank-4 PCA subspace of their
+image. Not fixed by a text we could read, hence an argument: one matrix an image (default) or a tile.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from selector.base import ScoreSelector
+from selector.budget import Scope
+from selector.groups import Groups
+from selector.spectrum import residual_norms
+from selector.tokens import VisualTokens
+
+
+class LRCP(ScoreSelector):
+    """Keeps the largest residuals to the leading principal components of the features.
+
+    Args:
+        rank: components that are taken out.
+        matrix: ``"image"`` takes all packed tokens of an image as one matrix, ``"tile"`` each tile by itself.
+    """
+
+    paper = "arXiv 2605.15621"
+    cost = "N D min(N, D)"
+
+    def __init__(self, rank: int = 4, matrix: Scope = "image"):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank must be >= 1, got {rank}")
+        self.rank = rank
+        self.matrix: Scope = matrix
+
+    def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        groups = Groups.of(tokens, self.matrix)
+        table = groups.gather(tokens.read("features", self))
+        return groups.scatter(residual_norms(table, self.rank, mask=groups.mask), tokens)

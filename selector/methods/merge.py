@@ -1,0 +1,53 @@
+"""Merging for any selector: dropped tokens flow into the kept one most like them.
+
+Every dropped token joins the kept token of its view with the most similar features (cosine), and a kept token becomes
+the mean of its group, itself included, on the projected tokens. In a spec: ``svd-prune:merge=nearest``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from selector.base import TokenSelector
+from selector.budget import Budget
+from selector.grid import places
+from selector.merging import Flow, Selection, nearest
+from selector.registry import load_selector
+from selector.tokens import VisualTokens
+
+
+class Merge(TokenSelector):
+    """Chooses as another selector does, and averages dropped tokens into the kept ones most like them.
+
+    Args:
+        selector: an object or a spec.
+        how: ``"nearest"``, the most similar kept token.
+    """
+
+    paper = "composition"
+    cost = "+ N K D"
+    merges = True
+
+    def __init__(self, selector: TokenSelector | str | Mapping[str, Any], how: Literal["nearest"] = "nearest"):
+        super().__init__()
+        if how != "nearest":
+            raise ValueError(f"merge must be 'nearest', got {how!r}")
+        self.selector, self.how = load_selector(selector), how
+        if self.selector.merges:
+            raise ValueError(f"merge: {type(self.selector).__name__} merges by itself")
+        self.needs = self.selector.needs | {"features"}
+
+    def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
+        return self.selector(tokens, budget)
+
+    @torch.no_grad()
+    def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        keep = self(tokens, budget)
+        table, patch = tokens.by_image(tokens.read("features", self))
+        into = nearest(table, patch & ~keep, patch & keep, places(tokens, budget.scope).view)
+        return Selection(keep, Flow.mean(into))

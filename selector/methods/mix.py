@@ -1,0 +1,68 @@
+"""Two selectors in one, by rank: saliency finds text, diversity covers scenes; a user may have both.
+
+Every token gets its place in either ranking, as a share of the tokens that compete, and the places are averaged. Places
+instead of scores, since scores of two methods have no common scale. What a part would merge is not merged here; add
+``merge=nearest``. In a spec: ``mix:a=svd-prune,b=cls-attention,weight=0.5``; a part with arguments of its own goes in
+parentheses: ``mix:a=(svd-prune:energy=0.5),b=divprune``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from selector.base import RankSelector, TokenSelector
+from selector.budget import Budget
+from selector.groups import Groups
+from selector.registry import load_selector
+from selector.tokens import VisualTokens
+
+
+class Mix(RankSelector):
+    """Averages the places that tokens have in two rankings.
+
+    Args:
+        a, b: objects or specs of selectors that rank.
+        weight: of a, in [0, 1]; b has the rest.
+    """
+
+    paper = "composition"
+    cost = "a + b"
+
+    def __init__(
+        self,
+        a: TokenSelector | str | Mapping[str, Any],
+        b: TokenSelector | str | Mapping[str, Any],
+        weight: float = 0.5,
+    ):
+        super().__init__()
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight must be in [0, 1], got {weight}")
+        self.a, self.b, self.weight = _ranking(a), _ranking(b), weight
+        self.needs = self.a.needs | self.b.needs
+
+    def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        groups = Groups.of(tokens, budget.scope)
+        first, second = (groups.gather(part.ranking(tokens, budget)) for part in (self.a, self.b))
+        mixed = self.weight * places_from_top(first, groups) + (1 - self.weight) * places_from_top(second, groups)
+        return groups.scatter(1 - mixed.float(), tokens)
+
+
+def places_from_top(scores: Float[Tensor, "G M"], groups: Groups) -> Float[Tensor, "G M"]:
+    """Share of the group's members with a higher score; equal scores share a place."""
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("scores must be finite: got NaN or infinity for a visual token")
+    falling = (-scores).masked_fill(~groups.mask, torch.inf)
+    better = torch.searchsorted(falling.sort(dim=1).values, falling)
+    return better.float() / groups.size.clamp(min=1)[:, None]
+
+
+def _ranking(spec: TokenSelector | str | Mapping[str, Any]) -> RankSelector:
+    selector = load_selector(spec)
+    if not isinstance(selector, RankSelector):
+        raise ValueError(f"mix takes selectors that rank, {type(selector).__name__} does not")
+    return selector

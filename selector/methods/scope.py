@@ -1,0 +1,55 @@
+"""SCOPE (arXiv 2510.24214): saliency times coverage, greedily.
+
+Facility location on the features: the gain of token i is Σ_j max(0, cos(i, j) − cover_j), where cover_j is the highest
+similarity of j to a chosen token; it is multiplied by the CLS attention of i to the power `alpha`. The power is not
+fixed by a text we could read. Where we depart: an all-zero token is similar to nothing and chosen last. The rule needs
+all pairs: one N × N matrix a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from selector.base import GreedySelector
+from selector.greedy import grained, greedy, precise, take, unit
+from selector.groups import Groups
+from selector.tokens import VisualTokens
+
+
+class SCOPE(GreedySelector):
+    """Greedy facility location over the features, weighted by CLS attention.
+
+    Args:
+        alpha: exponent of the attention; 0 leaves it out.
+    """
+
+    paper = "arXiv 2510.24214"
+    cost = "N² (D + K)"
+    needs = frozenset({"features", "cls_attention"})
+
+    def __init__(self, alpha: float = 1.0):
+        super().__init__()
+        if alpha < 0:
+            raise ValueError(f"alpha must be >= 0, got {alpha}")
+        self.alpha = alpha
+
+    def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        rows = unit(groups.gather(tokens.read("features", self)))
+        attention = precise(groups.gather(tokens.read("cls_attention", self)))
+        weight = (attention / attention.amax(1, keepdim=True).clamp(min=1e-30)) ** self.alpha
+        similarity = grained(rows @ rows.mT)
+        cover = torch.zeros_like(weight)
+
+        def gain() -> Tensor:
+            return grained(
+                (similarity - cover[:, None]).clamp(min=0).sum(-1) * weight / groups.size.clamp(min=1)[:, None]
+            )
+
+        def update(pick: Tensor) -> Tensor:
+            nonlocal cover
+            cover = torch.maximum(cover, take(similarity, pick))
+            return gain()
+
+        return greedy(gain(), groups.mask, steps, update)

@@ -1,0 +1,81 @@
+"""ToMe (arXiv 2210.09461): merge the most similar pairs, again and again, until K tokens are left.
+
+Bipartite matching of tokens at even and odd places by cosine of their keys; the most similar pairs merge into a
+size-weighted mean. Published between the layers of a vision transformer, with a fixed number of merges a layer; here
+on the encoder's output, an `drop` share of what is left a round. Merging goes on to the last token, so the order of
+merges is a ranking and every budget is a point on the way; a token that was merged flows, with all it had taken in,
+into the kept one it ended up in. Where we depart: tokens of the base view and of tiles do not merge with one another.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from selector.base import RankSelector
+from selector.budget import Budget
+from selector.grid import places
+from selector.groups import Groups
+from selector.matching import eliminate
+from selector.merging import Flow, Selection
+from selector.tokens import VisualTokens
+
+
+class ToMe(RankSelector):
+    """Bipartite soft matching: similar tokens merge into their size-weighted mean.
+
+    Args:
+        metric: what similarity is taken of, ``"keys"`` or ``"features"``.
+        drop: share of the remaining tokens that one round merges away, in (0, 0.5].
+    """
+
+    paper = "arXiv 2210.09461"
+    cost = "N² C"
+    needs = frozenset({"keys"})
+    merges = True
+
+    def __init__(self, metric: Literal["keys", "features"] = "keys", drop: float = 0.125):
+        super().__init__()
+        if metric not in ("keys", "features"):
+            raise ValueError(f"metric must be 'keys' or 'features', got {metric!r}")
+        if not 0 < drop <= 0.5:
+            raise ValueError(f"drop must be in (0, 0.5], got {drop}")
+        self.metric: Literal["keys", "features"] = metric
+        self.drop, self.needs = drop, frozenset({metric})
+
+    def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        return self._plan(tokens, budget)[0]
+
+    @torch.no_grad()
+    def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        scores, parent = self._plan(tokens, budget)
+        keep = budget.select(scores, tokens)
+        return Selection(keep, Flow.mean(ancestors(parent, keep, tokens)))
+
+    @torch.no_grad()
+    def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Int[Tensor, "T N"]]:
+        """The ranking, and the encoder token that each one merged into (-1: none)."""
+        groups = Groups.of(tokens, budget.scope)
+        view = tokens.unpacked(places(tokens, budget.scope).view.float(), -1.0)
+        members = groups.gather(view).long()
+        place, parent = eliminate(
+            groups.gather(tokens.read(self.metric, self)), groups.mask, self.drop, members, merge=True
+        )
+        token = groups.index.gather(1, parent.clamp(min=0)).masked_fill(parent < 0, -1)
+        into = groups.scatter((token + 1).double(), tokens).long() - 1
+        return groups.scatter(-place.float(), tokens), into
+
+
+def ancestors(parent: Int[Tensor, "T N"], keep: Bool[Tensor, "I L"], tokens: VisualTokens) -> Int[Tensor, "I L"]:
+    """The kept slot in which each packed patch ended up (-1: none), following parents by doubling."""
+    itself = torch.arange(parent.numel(), device=parent.device)
+    kept = tokens.tiles_of(keep).flatten()
+    into = torch.where(kept | (parent.flatten() < 0), itself, parent.flatten())
+    while not torch.equal(further := into[into], into):
+        into = further
+    position = torch.arange(keep.shape[1], device=keep.device).expand_as(keep).double()
+    slot = tokens.unpacked(position, -1.0).flatten().masked_fill(~kept, -1).long()
+    return slot[into][tokens.slots.clamp(min=0)].masked_fill(~tokens.is_patch, -1)

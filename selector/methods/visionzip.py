@@ -1,0 +1,83 @@
+"""VisionZip (arXiv 2412.04467): dominant tokens by CLS attention, contextual ones by merging the rest.
+
+Of K tokens a share `contextual` (published: 10 of 64) stands for what is not dominant: evenly strided targets among
+the rest, and every other token joins the target most similar to it by cosine of the keys. Known from the description:
+"target plus mean of its members". Where we depart: their average by default, since a sum has twice the norm that the
+language model knows (``add=True`` is the published sum); on projected tokens; within a view; and when newline tokens
+leave room for fewer patches than K, both parts shrink alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from selector.base import RankSelector
+from selector.budget import Budget
+from selector.grid import bayer, places
+from selector.groups import Groups, interleave, ranks
+from selector.merging import Flow, Selection, nearest
+from selector.tokens import VisualTokens
+
+
+class VisionZip(RankSelector):
+    """Top CLS attention, and evenly strided targets that take in everything else.
+
+    Args:
+        contextual: share of the kept tokens that are merged ones.
+        add: target + mean of its members, as published, instead of the average of the two.
+    """
+
+    paper = "arXiv 2412.04467"
+    cost = "N K D"
+    needs = frozenset({"cls_attention", "keys"})
+    merges = True
+
+    def __init__(self, contextual: float = 10 / 64, add: bool = False):
+        super().__init__()
+        if not 0 <= contextual <= 1:
+            raise ValueError(f"contextual must be in [0, 1], got {contextual}")
+        self.contextual, self.add = contextual, add
+
+    def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        return self._plan(tokens, budget)[0]
+
+    @torch.no_grad()
+    def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        scores, targets = self._plan(tokens, budget)
+        keep = budget.select(scores, tokens)
+        target = keep & (tokens.packed(targets.float(), 0.0) > 0)
+        keys, patch = tokens.by_image(tokens.read("keys", self))
+        into = nearest(keys, patch & ~keep, target, places(tokens, budget.scope).view)
+        return Selection(keep, self._averages(into, target))
+
+    def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Bool[Tensor, "T N"]]:
+        """The ranking, and which tokens are contextual targets."""
+        groups = Groups.of(tokens, budget.scope)
+        place = ranks(groups.gather(tokens.read("cls_attention", self)).float(), groups.mask)
+        count = groups.patches(tokens, budget)
+        other = (count * self.contextual + 0.5).long().clamp(max=count - 1 if self.contextual < 1 else count)
+        dominant = count - other
+        rest = groups.mask & (place >= dominant[:, None])
+        number = rest.cumsum(1) - 1
+        total, many = rest.sum(1, keepdim=True).clamp(min=1), other[:, None]
+        stride = (number + 1) * many // total  # steps up at every target
+        target = rest & (stride > number * many // total)
+        # Of evenly strided targets any number may be cut by newlines: the even order keeps what remains spread.
+        bits = max(1, int(stride.max()).bit_length())
+        spread = bayer(stride.clamp(min=0), torch.zeros_like(stride), bits)
+        second = ranks(-spread.float(), target).masked_fill(~target, rest.shape[1])
+        scores = interleave(place, dominant, second, other)
+        return groups.scatter(scores, tokens), groups.scatter(target.float(), tokens) > 0
+
+    def _averages(self, into: Tensor, target: Bool[Tensor, "I L"]) -> Flow:
+        flow = Flow.mean(into.masked_fill(target, -1))  # the members' mean
+        own = target.flatten().nonzero()[:, 0]
+        members = torch.bincount(flow.target, minlength=target.numel())[own] > 0
+        half = 1.0 if self.add else 0.5
+        return Flow(
+            torch.cat([flow.target, own]),
+            torch.cat([flow.source, own]),
+            torch.cat([flow.weight * half, torch.where(members, half, 1.0)]),
+        )

@@ -1,0 +1,75 @@
+"""Visual tokens for the tests of methods: images as LLaVA-NeXT packs them, with every field a method may read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from selector import VisualTokens
+
+N, D = 16, 12
+
+
+def anyres(seed: int = 0, images: int = 2, dtype: torch.dtype = torch.float32, dim: int = D) -> VisualTokens:
+    """Images of a base view and 1 x 2 tiles with newlines, the last column of the grid unpadded."""
+    generator = torch.Generator().manual_seed(seed)
+    side = int(N**0.5)
+    rows = []
+    for i in range(images):
+        first = 3 * i * N
+        slots = list(range(first, first + N))
+        for y in range(side):
+            slots += [first + (1 + x // side) * N + y * side + x % side for x in range(2 * side - 1)] + [-1]
+        rows.append(slots)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(3 * images, N, *size, generator=generator)
+
+    tokens = VisualTokens(
+        features=draw(dim).to(dtype),
+        grid=(side, side),
+        image=torch.arange(images).repeat_interleave(3),
+        slots=torch.tensor(rows),
+        projected=draw(dim + 2).to(dtype),
+        cls_attention=draw().mul(2).softmax(1).to(dtype),
+        keys=draw(6).to(dtype),
+        text=draw().to(dtype),
+    )
+    return replace(tokens, projected=tokens.projected * tokens.valid[..., None])
+
+
+def single(features: torch.Tensor, seed: int = 0) -> VisualTokens:
+    """Images of one tile without newlines; fields that are not given are drawn, the projected ones are the features."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = features.shape[:2]
+    return VisualTokens.from_features(
+        features,
+        projected=features,
+        keys=features,
+        cls_attention=torch.rand(shape, generator=generator).to(features),
+        text=torch.rand(shape, generator=generator).to(features),
+    )
+
+
+def only(tokens: VisualTokens, i: int) -> VisualTokens:
+    """Image i of the batch alone, without the batch's padding."""
+    mine = tokens.image == i
+    first = int(mine.nonzero()[0]) * tokens.features.shape[1]
+    slots = tokens.slots[i : i + 1, : int(tokens.lengths[i])]
+    fields = {
+        name: None if (value := getattr(tokens, name)) is None else value[mine]
+        for name in ("features", "projected", "cls_attention", "keys", "text")
+    }
+    image = torch.zeros(int(mine.sum()), dtype=torch.long)
+    return VisualTokens(grid=tokens.grid, image=image, slots=torch.where(slots >= 0, slots - first, slots), **fields)
+
+
+def ragged(seed: int = 0) -> VisualTokens:
+    """An image of three tiles with an unpadded column, and one of a single tile, with newlines and padding."""
+    both = anyres(seed)
+    short = torch.cat([torch.arange(3 * N, 4 * N), torch.tensor([-1])])
+    slots = both.slots.clone()
+    slots[1] = torch.nn.functional.pad(short, (0, slots.shape[1] - len(short)), value=-2)
+    fields = {name: getattr(both, name)[:4] for name in ("features", "projected", "cls_attention", "keys", "text")}
+    return VisualTokens(grid=both.grid, image=torch.tensor([0, 0, 0, 1]), slots=slots, **fields)
