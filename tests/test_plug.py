@@ -10,7 +10,16 @@ import itertools
 import pytest
 import torch
 
-from selector import Budget, Norm, Random, SVDPrune, prune_inputs, select_tokens
+from selector import (
+    Budget,
+    Norm,
+    Random,
+    SVDPrune,
+    available_selectors,
+    load_selector,
+    prune_inputs,
+    select_tokens,
+)
 from selector.models import encode
 
 FAMILIES = list(itertools.product(("clip", "siglip"), ("llama", "mistral", "qwen2")))
@@ -226,6 +235,73 @@ def test_one_encoding_serves_many_budgets(one):
         fresh = prune_inputs(model, inputs, SVDPrune(rank=3), Budget(keep))
         assert torch.equal(reused.keep, fresh.keep)
         assert reused.measured == fresh.measured
+
+
+def test_merged_tokens_go_in_in_place_of_the_kept_ones(ragged):
+    """Oracle: means of the projected tokens, written out edge by edge; newline tokens go in as they are."""
+    model, inputs = ragged
+    selector = load_selector("svd-prune:rank=3,merge=nearest")
+    with torch.no_grad():
+        encoded = encode(model, inputs, selector.needs)
+        plain = prune_inputs(model, inputs, selector.selector, Budget(9), encoded=encoded)
+        merged = prune_inputs(model, inputs, selector, Budget(9), encoded=encoded)
+    assert torch.equal(merged.keep, plain.keep)
+    assert merged.measured == plain.measured == [9, 9, 9]
+    flow, width = selector.select(encoded.tokens, Budget(9)).flow, encoded.tokens.slots.shape[1]
+    for i, (packed, got) in enumerate(zip(encoded.packed, merged.features, strict=True)):
+        for slot, row in zip(merged.keep[i].nonzero().flatten().tolist(), got, strict=True):
+            mine = (flow.target == i * width + slot).nonzero().flatten().tolist()
+            want = sum(flow.weight[e] * packed[int(flow.source[e]) - i * width] for e in mine) if mine else packed[slot]
+            torch.testing.assert_close(row, want)
+            if int(encoded.tokens.slots[i, slot]) < 0:
+                assert not mine
+    assert not all(map(torch.equal, merged.features, plain.features))
+    sent = merged.inputs["mm_encoder_outputs"]["image"].pooler_output
+    assert all(map(torch.equal, sent, merged.features))
+    with torch.no_grad():
+        assert not torch.allclose(model(**merged.inputs).logits, model(**plain.inputs).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["norm:merge=nearest", "visionzip", "prumerge", "tome", "grid-pool"])
+def test_merging_methods_keep_the_contract_of_the_plug(ragged, tiny_model, spec):
+    model, inputs = ragged
+    with torch.no_grad():
+        logits, ids = model(**inputs).logits, generate(model, inputs)
+        with select_tokens(model, spec, keep=1.0):
+            assert torch.equal(model(**inputs).logits, logits)
+            assert torch.equal(generate(model, inputs), ids)
+        with select_tokens(model, spec, keep=7) as log:
+            generate(model, inputs, num_beams=2)
+    assert log.measured == [7, 7, 7]
+    with select_tokens(model, spec, keep=7):
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+        model(**inputs, labels=labels).loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    model.zero_grad(set_to_none=True)
+
+
+def test_every_shipped_method_runs_on_a_model_as_it_is_loaded(ragged):
+    """Attention and keys included, under SDPA; what cannot be had is named."""
+    model, inputs = ragged
+    for name, cls in available_selectors().items():
+        spec = {"merge": "merge:selector=norm", "mix": "mix:a=norm,b=cls-attention", "lofi": "lofi:rank=3"}.get(
+            name, name
+        )
+        if cls.learned:
+            continue
+        with torch.no_grad(), select_tokens(model, spec, keep=7, relevance=lambda t, _: t.features.mean(-1)) as log:
+            model(**inputs)
+        assert log.measured == [7, 7, 7]
+
+
+def test_a_method_that_acts_inside_the_language_model_is_refused(one):
+    model, inputs = one
+
+    class Inside(Random):
+        acts = "inside"
+
+    with pytest.raises(ValueError, match="Inside acts inside the language model"):
+        prune_inputs(model, inputs, Inside(), Budget(4))
 
 
 def test_more_than_there_is_keeps_all(one):
