@@ -193,4 +193,4 @@ def _percent(value: float | int | None) -> str:
 
 
 def _number(value: float | int | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:z.{digits}f}"  # z: no minus before a zero

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from selector.base import TokenSelector
+from selector.base import RankSelector, TokenSelector
 from selector.budget import Budget
 from selector.evaluation import picture
 from selector.evaluation.answering import answer, prepare
@@ -86,12 +86,11 @@ def strips(
             right = None if sample.answer is None else exact_match(said, sample.answer)
         return picture.Panel(name, tuple(lines), kept, tokens.valid, right=right)
 
-    def heat(name: str, selector: Any) -> picture.Panel:
-        score = getattr(selector, "score", None)
-        if score is None:
+    def heat(name: str, selector: TokenSelector) -> picture.Panel:
+        if not isinstance(selector, RankSelector):
             return picture.Panel(f"{name}, no scores", ("it chooses a set",), tokens.valid, tokens.valid)
         with torch.no_grad():
-            values = score(tokens)
+            values = selector.ranking(tokens, budgets[0])
         return picture.Panel(f"{name}, scores", ("bright: ranks high",), tokens.valid, tokens.valid, values)
 
     whole = panel("every token", None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import selector
+from selector.base import TokenSelector
 
 ASIDE = ("__init__.py", "cli.py", "hub.py", "registry.py")
 """Files of the package through which no choice passes."""
@@ -43,18 +45,29 @@ def code(package: Path = Path(selector.__file__).parent) -> str:
 
 
 def identity(module: nn.Module) -> dict[str, Any]:
-    """What a selector is, whatever it was called: class, arguments, weights, and the source of its file.
+    """What a selector is, whatever it was called: class, arguments, weights, and the sources of the files it is from.
 
-    The source is in so that a method under development never meets the records of its earlier self.
+    The sources are in so that a method under development never meets the records of its earlier self: its own file,
+    those it inherits from, and those of the selectors it is composed of.
     """
     cls = type(module)
-    try:
-        source = inspect.getsource(inspect.getmodule(cls) or cls)
-    except (OSError, TypeError):  # defined in a shell: no file to read
-        source = ""
+    classes = {base for part in module.modules() for base in type(part).__mro__ if issubclass(base, TokenSelector)}
+    source = "".join(sorted({_source(base) for base in classes}))
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "init_args": getattr(module, "init_args", {}),
         "weights": fingerprint(module),
         "source": hashlib.sha256(source.encode()).hexdigest()[:16],
     }
+
+
+def _source(cls: type) -> str:
+    """The file of a class, and the files beside it that it borrows from."""
+    beside = cls.__module__.rpartition(".")[0] + "."
+    home = inspect.getmodule(cls)
+    owners = {str(getattr(value, "__module__", "")) for value in vars(home).values()} if home else set()
+    names = {cls.__module__} | {name for name in owners if name.startswith(beside)}
+    try:
+        return "".join(inspect.getsource(sys.modules[name]) for name in sorted(names))
+    except (OSError, TypeError, KeyError):  # defined in a shell: no file to read
+        return ""

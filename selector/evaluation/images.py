@@ -7,27 +7,21 @@ them has the same figures.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from PIL import Image
 
 from selector.evaluation.evidence import Canvas
-from selector.evaluation.records import write_json
+from selector.evaluation.records import IMAGES, write_json
 
-FOLDER, LONGEST = "images", 640
+LONGEST = 640
 FIRST = 200
 """Of each task, the images of so many samples are kept."""
 
 
-def image_name(task_fingerprint: str, seed: int, sample_id: str) -> str:
-    """File name of a sample's image, without its ending."""
-    return hashlib.sha256(f"{task_fingerprint} {seed} {sample_id}".encode()).hexdigest()[:16]
-
-
 def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas) -> None:
     """Writes both files, each whole or not at all; what is there already stays."""
-    folder = run / FOLDER
+    folder = run / IMAGES
     if (folder / f"{name}.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from selector.evaluation.errors import UsageError
 
 FORMAT = 2
 """Raise it when the meaning of a record changes."""
-PREDICTIONS, SETTINGS, RUN = "predictions.jsonl", "settings.json", "run.json"
+PREDICTIONS, SETTINGS, RUN, IMAGES = "predictions.jsonl", "settings.json", "run.json", "images"
 
 Shard = tuple[int, int]
 """(number, of how many): this process takes the samples whose index leaves `number` over."""
@@ -111,6 +111,11 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
 def key_of(settings: Mapping[str, Any]) -> str:
     """Folder name of an experiment: a hash of everything that its records depend on."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def image_name(task_fingerprint: str, seed: int, sample_id: str) -> str:
+    """File name of a sample's image in `IMAGES`, without its ending."""
+    return hashlib.sha256(f"{task_fingerprint} {seed} {sample_id}".encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, content: Any) -> None:

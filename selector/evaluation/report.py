@@ -15,6 +15,7 @@ from typing import Any
 from selector.evaluation.errors import UsageError
 from selector.evaluation.metrics import FLIPS
 from selector.evaluation.page import render
+from selector.evaluation.page.explorer import changed_answers, explorer
 from selector.evaluation.records import RUN, read_folder, write_json, write_text
 from selector.evaluation.statistics import (
     bootstrap_mean,
@@ -165,8 +166,9 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[di
         write_json(run / RESULTS, summary)
     target = out or runs[0] / REPORT_HTML
     pages = dict(zip(names, summaries, strict=True))
-    write_text(target.with_suffix(".md"), markdown(pages) + "\n")
-    write_text(target, render(pages, {name: (run, *read_run(run)) for name, run in zip(names, runs, strict=True)}))
+    shown = explorer({name: (run, *read_run(run)) for name, run in zip(names, runs, strict=True)})
+    write_text(target.with_suffix(".md"), f"{markdown(pages)}\n\n{changed_answers(shown)}")
+    write_text(target, render(pages, shown))
     return summaries, target
 
 

@@ -24,7 +24,7 @@ from selector.budget import Budget
 from selector.evaluation import records
 from selector.evaluation.errors import UsageError
 from selector.evaluation.identity import code, fingerprint, identity
-from selector.evaluation.images import FIRST, image_name, store_image
+from selector.evaluation.images import FIRST, store_image
 from selector.evaluation.measure import BLIND, FULL, Bench, Measured, Row
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
@@ -133,7 +133,7 @@ def compare(
                     if index % shard[1] == shard[0]:
                         for row, record, opened in _records(bench, index, sample, rows, files[task.name]):
                             if opened is not None and opened.canvas is not None and index < FIRST:
-                                name = image_name(task.fingerprint, seed, sample.id)
+                                name = records.image_name(task.fingerprint, seed, sample.id)
                                 store_image(out, name, sample.image, opened.canvas)
                             yield Step(task.name, index, share, row, record, opened is not None)
                 if task.unreadable:

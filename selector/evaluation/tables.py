@@ -19,6 +19,7 @@ from selector.evaluation.columns import (
     cost_columns,
     main_columns,
 )
+from selector.evaluation.findings import sentences
 
 EXPENDABLE = ("ANLS", "vs full", "w→r", "r→w", "n", "ΔNLL", "select ms", "prefill ms", "same %", "evidence % (base)")
 """Columns that a narrow terminal does without, the first to go first; the report has them all."""
@@ -60,7 +61,9 @@ def markdown(runs: Mapping[str, Summary]) -> str:
     for name, summary in runs.items():
         lines += [f"# {name}: comparison on {summary['model']}", "", settings_line(summary), ""]
         for task in summary["tasks"]:
-            lines += [f"## {task}", "", *_markdown_table(summary, task, main_columns(summary, task)), ""]
+            said = " ".join(sentences([row for row in summary["rows"] if row["task"] == task]))
+            lines += [f"## {task}", "", *([said, ""] if said else [])]
+            lines += [*_markdown_table(summary, task, main_columns(summary, task)), ""]
             for title, columns in (("consistency", consistency_columns(summary)), ("cost", cost_columns(summary))):
                 if len(columns) > 3:
                     lines += [f"### {task}: {title}", "", *_markdown_table(summary, task, columns), ""]
@@ -86,8 +89,9 @@ def settings_line(summary: Summary) -> str:
     """The settings that figures depend on, in one line."""
     where = summary["environment"]
     number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples a task"
+    threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
     return (
-        f"{number}, seed {summary['seed']}; {where['device']}, {where['threads']} threads, {where['dtype']}; "
+        f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {where['dtype']}; "
         f"torch {where['torch']}, transformers {where['transformers']}"
     )
 

@@ -33,6 +33,21 @@ def test_identity_is_the_same_under_any_name_and_differs_by_argument(tmp_path):
     assert identity.identity(plain) != identity.identity(load_selector("random:seed=1"))
 
 
+def test_a_composition_is_keyed_by_its_parts(tmp_path, monkeypatch):
+    """The file of an inner selector, and the file of a base class."""
+    seen = {}
+    monkeypatch.setattr(identity, "_source", lambda cls: seen.setdefault(cls.__name__, cls.__name__))
+    inner, outer = load_selector("norm"), load_selector("random")
+    alone = identity.identity(outer)["source"]
+    outer.inner = inner
+    together = identity.identity(outer)["source"]
+    assert together != alone
+    seen["Norm"] = "changed"
+    assert identity.identity(outer)["source"] != together
+    seen["ScoreSelector"] = "changed"
+    assert len({alone, together, identity.identity(outer)["source"]}) == 3
+
+
 def test_other_code_is_another_key(tmp_path):
     """Of what every choice passes through; the command line is not among it."""
     (tmp_path / "models").mkdir()

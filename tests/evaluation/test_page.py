@@ -14,7 +14,7 @@ from PIL import Image
 from selector.evaluation import records
 from selector.evaluation.errors import UsageError
 from selector.evaluation.evidence import canvas_of
-from selector.evaluation.images import image_name, store_image
+from selector.evaluation.images import store_image
 from selector.evaluation.measure import pack
 from selector.evaluation.page.plots import Point, Series, axis, plot
 from selector.evaluation.report import read_run, run_names, write_report
@@ -62,7 +62,9 @@ def make_run(folder, model="m", tasks=("toy", "more")):
                 }
                 file.append(record)
         for i in range(3):  # the image of the last sample is missing
-            store_image(folder, image_name(task, 0, f"s{i}"), Image.new("RGB", (64, 64), (250, 9 * i, 9)), canvas)
+            store_image(
+                folder, records.image_name(task, 0, f"s{i}"), Image.new("RGB", (64, 64), (250, 9 * i, 9)), canvas
+            )
     settings = {
         "model": model,
         "samples": 4,
@@ -198,6 +200,14 @@ def test_several_runs_beside_each_other(tmp_path):
     assert "# a: comparison on m" in markdown
     assert "# b: comparison on other" in markdown
     assert not (tmp_path / "a" / "report.html").exists()
+
+
+def test_markdown_lists_changed_answers(tmp_path):
+    _, path = write_report([make_run(tmp_path / "run", tasks=("toy",))])
+    text = path.with_suffix(".md").read_text()
+    assert "Unpruned, the model is right on 100% [51, 100] of 4 questions" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| </script><b>0?")]
+    assert line == "| </script><b>0? | red | red | “blue” theirs 0.5, theirs 8 |"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -48,6 +48,28 @@ def test_nan_is_never_written(tmp_path):
     assert records.read_records(file.path) == []
 
 
+def test_shards_write_apart_and_read_together(tmp_path):
+    first, second = (records.Records(tmp_path, {}, (i, 2)) for i in (0, 1))
+    second.append({"id": "b", "index": 1})
+    first.append({"id": "c", "index": 2})
+    first.append({"id": "a", "index": 0})
+    assert len(list(first.folder.glob("predictions*.jsonl"))) == 2
+    assert [r["id"] for r in records.read_folder(first.folder)] == ["a", "b", "c"]
+    first.path.write_bytes(first.path.read_bytes()[:-3])
+    whole = records.Records(tmp_path, {})  # another process's file is not repaired: it may be at work
+    assert set(whole.done) == {"b", "c"}
+    assert not first.path.read_bytes().endswith(b"\n")
+    whole.clear()
+    assert records.read_folder(first.folder) == []
+
+
+def test_a_shard_is_written_by_one_process_at_a_time(tmp_path):
+    refused = pytest.raises(UsageError, match="another process is writing")
+    with records.lock(tmp_path, (0, 2)), records.lock(tmp_path, (1, 2)), refused:
+        records.lock(tmp_path, (0, 2))
+    records.lock(tmp_path, (0, 2)).close()
+
+
 def test_keys():
     assert records.key_of({"a": 1, "b": 2}) == records.key_of({"b": 2, "a": 1})
     assert len({records.key_of({"keep": keep}) for keep in (1, 1.0, "1", 2)}) == 4

@@ -97,6 +97,44 @@ def test_difference_is_paired_and_only_at_the_same_budget(run):
     assert all(row(summary, label)["versus_baseline"] is None for label in ("full", "blind", "theirs"))
 
 
+def test_difference_to_the_unpruned_model(run):
+    summary = summarize(run)
+    ours, theirs = (row(summary, label)["versus_full"] for label in ("ours", "theirs"))
+    assert (ours["difference"], ours["broken"], ours["mended"], ours["pairs"]) == (-0.25, 1, 0, 4)
+    assert (ours["p"], theirs["p"]) == (1.0, 0.5)  # one change: 2/2; two, both broken: 2/4
+    assert (theirs["p_holm"], theirs["tests"]) == (1.0, 2)
+    assert ours["anls"]["difference"] == -0.25
+    assert ours["samples_for_a_point"] == pytest.approx(((1.959964 + 0.841621) * 0.5 / 0.01) ** 2, abs=1)
+    assert row(summary, "full")["versus_full"] is None
+
+
+def test_versus_baseline_has_what_both_measured(run):
+    versus = row(summarize(run), "ours")["versus_baseline"]
+    assert (versus["broken"], versus["mended"]) == (1, 2)
+    assert versus["agrees"]["difference"] == 0.25
+    assert versus["evidence"]["difference"] == pytest.approx(0.375 / 2)
+    assert versus["nll_shift"]["difference"] == -0.5
+    assert versus["nll_shift"]["interval"][0] < -0.5 < versus["nll_shift"]["interval"][1]
+
+
+def test_anls_is_shown_where_the_task_says_so(run):
+    assert "ANLS" not in [column.header for column in main_columns(summarize(run))]
+    settings = json.loads((run / "run.json").read_text())
+    settings["tasks"]["toy"]["anls"] = True
+    records.write_json(run / "run.json", settings)
+    summary = summarize(run)
+    assert "ANLS" in [column.header for column in main_columns(summary, "toy")]
+    assert row(summary, "ours")["anls"] == 0.75
+
+
+def test_a_run_of_an_older_version_is_refused(run):
+    settings = json.loads((run / "run.json").read_text())
+    del settings["environment"]
+    records.write_json(run / "run.json", settings)
+    with pytest.raises(UsageError, match="older"):
+        summarize(run)
+
+
 def test_only_shared_samples_are_paired(run):
     theirs = next(p for p in run.glob("*/settings.json") if json.loads(p.read_text())["label"] == "theirs")
     path = theirs.with_name("predictions.jsonl")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, select_toke
 from selector.evaluation import records
 from selector.evaluation.answering import answer, forced, prepare, without_image
 from selector.evaluation.errors import UsageError
-from selector.evaluation.run import compare
+from selector.evaluation.run import compare, scored_by_anls
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
 from selector.plug import prune_inputs
@@ -130,7 +132,8 @@ def test_blind_never_sees_the_image(run):
     results = found(run())
     same_question = [results["blind", "None", name]["answer"] for name in ("s0", "s3")]
     assert same_question[0] == same_question[1]
-    assert results["full", "None", "s0"]["answer"] != results["full", "None", "s3"]["answer"]
+    shifts = [results["blind", "None", name]["first_token_kl"] for name in ("s0", "s3")]
+    assert shifts[0] != shifts[1]  # the unpruned model does see it
 
 
 def test_a_sample_without_a_question_has_tokens_and_evidence_only(run):
@@ -327,13 +330,13 @@ def test_the_blind_prompt_is_the_text_alone(tiny_model, make_image):
 
 
 def test_a_model_that_cannot_give_what_a_selector_needs(run):
-    """Attentions are not there under SDPA: a named error, not a run that goes on."""
+    """No text tower: a named error, not a run that goes on."""
 
-    class Attentive(Random):
-        needs = frozenset({"cls_attention"})
+    class Relevant(Random):
+        needs = frozenset({"text"})
 
-    with pytest.raises(UsageError, match=r"on sample 's0': cls_attention: .*attn_implementation"):
-        run(selectors={"a": Attentive()})
+    with pytest.raises(UsageError, match=r"on sample 's0': text: .*no text tower"):
+        run(selectors={"a": Relevant()})
 
 
 def test_a_selector_of_another_width_is_named(run):
@@ -347,3 +350,104 @@ def test_a_learned_selector_runs_like_the_others(run):
     selector = GumbelSelector(dim=32, num_patches=16).eval()
     results = found(run(selectors={"ours": selector, "random": Random()}, keeps=("9",)))
     assert {r["tokens"] for (label, _, _), r in results.items() if label == "ours"} == {9}
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_the_spectrum_is_of_the_visual_tokens_at_the_layer(run, task, layer):
+    """The oracle is one plain forward pass over the pruned prompt, without the answer."""
+    results = found(run(layer=layer, selectors={"svd": SVDPrune(rank=2)}, keeps=("9",)))
+    sample = next(task.samples(1, 0))
+    inputs = prepare(run.processor, sample.image, sample.question, run.model.device)
+    ipr = {}
+    for name, pruned in (
+        ("full", prune_inputs(run.model, inputs, None)),
+        ("svd", prune_inputs(run.model, inputs, SVDPrune(rank=2), Budget(9))),
+    ):
+        visual = pruned.inputs["input_ids"][0] == run.model.config.image_token_id
+        with torch.no_grad():
+            hidden = run.model(**pruned.inputs, use_cache=False, output_hidden_states=True).hidden_states[layer]
+        squares = torch.linalg.svdvals(hidden[0, visual].double()).square()
+        ipr[name] = (squares / squares.sum()).square().sum().item()
+    record = results["svd", "9", "s0"]
+    assert record["ipr"] == pytest.approx(ipr["svd"], rel=1e-4)
+    assert record["ipr_shift"] == pytest.approx(ipr["svd"] - ipr["full"], rel=1e-3, abs=1e-6)
+    assert 0 < record["energy_shift"] <= 1
+    assert results["full", "None", "s0"]["ipr_shift"] == 0
+
+
+def test_another_layer_or_number_of_repeats_meets_no_old_record(run):
+    run(keeps=("9",), samples=1)
+    for change in ({"layer": 1}, {"repeats": 2}):
+        assert all(s.new for s in run(keeps=("9",), samples=1, **change))
+
+
+def test_divergences_over_the_answer_are_those_of_two_forward_passes(run, task):
+    results = found(run(keeps=("9",)))
+    sample = next(task.samples(1, 0))
+    inputs = prepare(run.processor, sample.image, sample.question, run.model.device)
+    full = answer(run.model, run.processor, prune_inputs(run.model, inputs, None).inputs, TOKENS)
+    pruned = prune_inputs(run.model, inputs, SVDPrune(energy=0.5), Budget(9))
+    q = forced(run.model, pruned.inputs, full.ids).logits.double().log_softmax(-1)
+    p = full.logits.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    record = results["svd", "9", "s0"]
+    assert record["forced_kl"] == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert record["first_token_kl"] == pytest.approx(kl[0].item(), rel=1e-3)
+    chosen = full.ids[:, None]
+    assert record["nll_shift"] == pytest.approx((p - q).gather(1, chosen).mean().item(), rel=1e-3)
+
+
+def test_a_record_says_what_was_kept_and_what_it_cost(run, task):
+    results = found(run(keeps=("9",)))
+    full, ours, blind = (results[key, keep, "s0"] for key, keep in (("full", "None"), ("svd", "9"), ("blind", "None")))
+    sample = next(task.samples(1, 0))
+    inputs = prepare(run.processor, sample.image, sample.question, run.model.device)
+    pruned = prune_inputs(run.model, inputs, SVDPrune(energy=0.5), Budget(9))
+    kept = pruned.tokens.tiles_of(pruned.keep)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(ours["kept"]), dtype=np.uint8))
+    assert bits[: kept.numel()].reshape(kept.shape).tolist() == kept.int().tolist()
+    assert ours["prompt_tokens"] == pruned.inputs["input_ids"].shape[1]
+    assert full["prompt_tokens"] - ours["prompt_tokens"] == full["tokens"] - 9
+    assert blind["prompt_tokens"] == full["prompt_tokens"] - full["tokens"]
+    assert full["kv_bytes"] / full["prompt_tokens"] == ours["kv_bytes"] / ours["prompt_tokens"]
+    assert full["prefill_flops"] > ours["prefill_flops"] > blind["prefill_flops"]
+    assert full["tower_flops"] == ours["tower_flops"]
+    assert ours["selector_flops"] > 0
+    assert results["random", "9", "s0"]["selector_flops"] == 0
+    assert "selector_flops" not in full
+    assert 0 <= ours["anls"] <= 1
+    assert ours["decode_ms"] > 0
+    assert ours["peak_bytes"] is None
+
+
+def test_images_are_stored_with_the_lines_of_their_patches(run):
+    run(keeps=("9",), answers=False)
+    lines = [json.loads(path.read_text()) for path in (run.folder / "images").glob("*.json")]
+    assert len(lines) == 4
+    for each in lines:
+        rows, columns = (a * b for a, b in zip(each["tiles"], each["grid"], strict=True))
+        assert (len(each["ys"]), len(each["xs"])) == (rows + 1, columns + 1)
+        assert each["xs"] == sorted(each["xs"])
+        assert each["size"] == [each["xs"][-1], each["ys"][-1]]
+
+
+def test_a_task_of_a_module_that_says_so_is_scored_by_anls(task, monkeypatch):
+    assert not scored_by_anls(task)
+    monkeypatch.setattr(inspect.getmodule(task.samples), "ANLS", True, raising=False)
+    assert scored_by_anls(task)
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
+def test_a_shard_that_is_none(run, shard):
+    with pytest.raises(UsageError, match="shard must be i/n"):
+        run(shard=shard)
+
+
+def test_shards_of_one_process_make_one_run(run):
+    first, second = run(shard=(0, 3)), run(shard=(1, 3))
+    assert {s.record["id"] for s in first} == {"s0", "s3"}
+    assert {s.record["id"] for s in second} == {"s1"}
+    rest = run()  # the whole of it: what no shard did
+    assert {s.record["id"] for s in rest if s.new} == {"s2"}
+    assert not any(s.new for s in run(shard=(2, 3)))
+    assert all(len(records.read_folder(p.parent)) == 4 for p in run.folder.rglob("predictions.jsonl"))

@@ -36,7 +36,8 @@ def run(settings: dict[str, Any]) -> int:
             scores=settings["scores"],
         ):
             strips.append(strip)
-            print(*words, sep="\n")
+            for line in words:
+                print(line)
     page = picture.stack(strips, heading=f"{settings['model']}: what stays of the visual tokens")
     out.parent.mkdir(parents=True, exist_ok=True)
     page.save(out)

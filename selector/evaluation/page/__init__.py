@@ -21,9 +21,8 @@ from selector.evaluation.columns import (
     cost_columns,
     main_columns,
 )
-from selector.evaluation.page.explorer import Key, explorer
 from selector.evaluation.page.figures import correlation_plots, task_plots
-from selector.evaluation.page.findings import differing, findings
+from selector.evaluation.page.overview import differing, overview
 from selector.evaluation.tables import best_rows, notes, settings_line
 
 HERE = Path(__file__).parent
@@ -36,21 +35,17 @@ against torch's FlopCounterMode by the tests; the selector's work is counted by 
 samples, after one untimed call; the first token ends the prefill."""
 
 
-def render(
-    runs: Mapping[str, Summary],
-    stored: Mapping[str, tuple[Path, Mapping[str, Any], Mapping[Key, Sequence[dict[str, Any]]]]],
-) -> str:
-    """The page of one or several runs, by name; `stored` holds their folders, settings and records."""
+def render(runs: Mapping[str, Summary], shown: Mapping[str, Any]) -> str:
+    """The page of one or several runs, by name, with what the explorer shows (`page.explorer.explorer`)."""
     tasks = list(dict.fromkeys(task for summary in runs.values() for task in summary["tasks"]))
     models = " and ".join(dict.fromkeys(str(summary["model"]) for summary in runs.values()))
-    sections = [_section("overview", "What this run says" if len(runs) == 1 else "What these runs say", findings(runs))]
+    sections = [_section("overview", "What this run says" if len(runs) == 1 else "What these runs say", overview(runs))]
     if len(runs) > 1:
         sections.append(_section("differences", "What differs between the runs", differing(runs)))
     sections += [_task(task, runs) for task in tasks]
     plots = correlation_plots(runs)
     if plots:
         sections.append(_section("spectrum", "Does the spectrum tell?", plots))
-    shown = explorer(stored)
     if shown["samples"]:
         sections.append(
             _section("explorer", "Answers, one by one", (HERE / "explorer.html").read_text(encoding="utf-8"))

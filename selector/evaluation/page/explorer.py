@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selector.evaluation.errors import UsageError
-from selector.evaluation.images import FOLDER, image_name
+from selector.evaluation.records import IMAGES, image_name
 
 Key = tuple[str, str, str | None]
 SHOWN, ROOM = 16, 3_200_000
@@ -50,6 +50,23 @@ def explorer(
             if taken == SHOWN:
                 break
     return {"images": images, "samples": samples}
+
+
+def changed_answers(shown: Mapping[str, Any], most: int = 8) -> str:
+    """The first samples of every task as a Markdown table: question, right answer, and who said what instead."""
+    groups: dict[str, list[str]] = {}
+    for sample in shown["samples"]:
+        lines = groups.setdefault(f"{sample['task']} ({sample['run']})", [])
+        others: dict[str, list[str]] = {}
+        for row in sample["rows"]:
+            if row["keep"] and row.get("flip", "same") != "same":
+                others.setdefault(row["answer"], []).append(f"{row['selector']} {row['keep']}")
+        if others and len(lines) < most:
+            said = "; ".join(f"“{answer}” {', '.join(names)}" for answer, names in others.items())
+            cells = (sample["question"], sample.get("target") or "–", sample["answer"], said)
+            lines.append("| " + " | ".join(" ".join(str(c).replace("|", "/").split()) for c in cells) + " |")
+    head = "| question | right answer | unpruned | pruned, where other |\n|---|---|---|---|\n"
+    return "\n".join(f"## Changed answers: {name}\n\n{head}" + "\n".join(g) + "\n" for name, g in groups.items() if g)
 
 
 def _telling(rows: Mapping[tuple[str, str | None], Mapping[str, dict[str, Any]]]) -> list[str]:
@@ -97,7 +114,7 @@ def _sample(
 
 def _image(run: Path, name: str) -> dict[str, Any] | None:
     """The stored copy of an image as a data address, with its lines; None where the run kept none."""
-    path = run / FOLDER / f"{name}.json"
+    path = run / IMAGES / f"{name}.json"
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The first words of the page, each a function of the figures: how far one can go down, and what changes silently."""
+"""The top of the page: what the runs say, how far one can go down, and what differs between them."""
 
 from __future__ import annotations
 
@@ -6,58 +6,24 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from selector.evaluation.findings import Row, sentences
+
 Summary = dict[str, Any]
-Row = dict[str, Any]
 
 
-def findings(runs: Mapping[str, Summary]) -> str:
+def overview(runs: Mapping[str, Summary]) -> str:
     """A short list a run and task, and a table of the smallest budgets without measurable loss."""
     parts = []
     for name, summary in runs.items():
         lines = []
         for task in summary["tasks"]:
             rows = [row for row in summary["rows"] if row["task"] == task]
-            said = _said(rows)
+            said = sentences(rows)
             lines += [f"<b>{escape(task)}.</b> {escape(' '.join(said))}"] if said else []
         title = f"<h3>{escape(name)}</h3>" if len(runs) > 1 else ""
         items = "".join(f"<li>{line}</li>" for line in lines)
         parts.append(f"{title}<ul class='findings'>{items}</ul>{_smallest(name, summary)}")
     return "".join(parts)
-
-
-def _said(rows: list[Row]) -> list[str]:
-    full = next((r for r in rows if r["selector"] == "full" and not r["keep"]), None)
-    if full is None or full["accuracy"] is None:
-        return []
-    blind = next((r for r in rows if r["selector"] == "blind" and not r["keep"]), None)
-    low, high = full["accuracy_interval"]
-    line = f"Unpruned, the model is right on {100 * full['accuracy']:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
-    line += f" of {full['samples']} questions"
-    line += (
-        f"; without the image on {100 * blind['accuracy']:.0f}%." if blind and blind["accuracy"] is not None else "."
-    )
-    lines = [line]
-    silent = max(
-        (r for r in rows if r["versus_full"] and abs(r["versus_full"]["difference"]) <= 0.02),
-        key=lambda r: (1 - r["agreement"], -r["tokens"]),
-        default=None,
-    )
-    if silent is not None and silent["agreement"] < 1:
-        flips, gap = silent["flips"], 100 * silent["versus_full"]["difference"]
-        lines.append(
-            f"Silent change: {silent['selector']} at keep {silent['keep']} has the unpruned accuracy to within 2 "
-            f"points ({gap:+.0f}), and yet {100 * (1 - silent['agreement']):.0f}% of its answers are others "
-            f"({flips['right_to_wrong']} broken, {flips['wrong_to_right']} mended, "
-            f"{flips['wrong_to_wrong']} wrong in other words)."
-        )
-    needed = [r["versus_full"]["samples_for_a_point"] for r in rows if r["versus_full"]]
-    needed = sorted(n for n in needed if n)
-    if needed:
-        lines.append(
-            f"To see a difference of one point from the unpruned model, these rows would need {needed[0]:,} to "
-            f"{needed[-1]:,} samples; there are {full['samples']}."
-        )
-    return lines
 
 
 def _smallest(name: str, summary: Summary) -> str:
@@ -73,7 +39,7 @@ def _smallest(name: str, summary: Summary) -> str:
         for task in tasks:
             own = [r for r in summary["rows"] if (r["task"], r["selector"]) == (task, selector) and r["versus_full"]]
             row = _last_good(own)
-            cells.append(f"<td>{escape(_cell(row)) if row else 'none tried'}</td>")
+            cells.append(f"<td>{escape(_cell(row)) if row else 'none of those tried'}</td>")
         body.append(f'<tr><th scope="row">{escape(selector)}</th>{"".join(cells)}</tr>')
     caption = (
         "Fewest tokens without measurable loss of accuracy (difference to the unpruned model, 95% interval holds 0)"
