@@ -71,9 +71,7 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", help="best.ckpt or last.ckpt of a run")
     parser.add_argument("folder", help="where to, such as checkpoints/my-selector")
     parser.add_argument("--command", help="how the run was started, for the card")
-    parser.add_argument(
-        "--accuracy", help="a Markdown file for the end of the card: results on tasks"
-    )
+    parser.add_argument("--accuracy", help="a Markdown file for the end of the card: results on tasks")
     options = parser.parse_args(arguments)
     from training.export import export
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from selector.evaluation.tasks import charts, documents, scenes
 from training.testbed.card import card
 from training.testbed.evaluate import wilson
-from training.testbed.join import Round, embed, tower_features
+from training.testbed.join import Round, embed
 from training.testbed.lessons import collate, facts, shortened
 from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
 from training.testbed.model import build_model, reader_config
@@ -25,7 +25,7 @@ from training.testbed.reader import Grade
 from training.testbed.state import Log, schedule, stage_seconds
 from training.testbed.symbols import CHARACTERS, INDEX, cut, cut_labels, page_labels
 from training.testbed.tiles import batch
-from training.testbed.tower import Phase, tower_config
+from training.testbed.tower import Phase, feature_layer, tower_config
 from training.testbed.vocabulary import BOS, EOS, IMAGE_ID, PAD, build_processor, build_tokenizer, conversation, recital
 
 SIZES = {"192x192": (1, 4), "192x96": (1, 4), "96x192": (1, 4)}
@@ -126,7 +126,9 @@ def test_training_packs_as_the_model_does():
     ids, _, _ = collate(lessons)
     processor = build_processor()
     inputs = processor.image_processor([one.image for one in lessons], return_tensors="pt")
-    ours = embed(model, lessons, ids)
+    pixels = torch.cat([torch.from_numpy(cut(one.image)) for one in lessons])
+    with torch.no_grad():
+        ours = embed(model, lessons, ids, feature_layer(model.model.vision_tower, pixels)[:, 1:])
     with torch.no_grad():
         packed = model.get_image_features(**inputs, return_dict=True).pooler_output
     for row, ours_row, one in zip(packed, ours, lessons, strict=True):
@@ -150,7 +152,7 @@ def test_tower_features_are_those_of_the_feature_layer():
     model, _ = tiny_model()
     pixels = torch.randn(2, 3, 96, 96)
     expected = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[1][:, 1:]
-    torch.testing.assert_close(tower_features(model, pixels), expected.detach())
+    torch.testing.assert_close(feature_layer(model.model.vision_tower, pixels)[:, 1:], expected)
 
 
 def test_wilson_interval_against_published_values():
@@ -178,7 +180,9 @@ def test_every_stage_runs_and_resumes(tmp_path: Path):
             work=tmp_path / "work",
             tower=TowerPlan(16, 2, 2, 3, 1, [Phase(tower_steps, 1e-3, 1e-4, {"scenes": 0.3, "documents": 0.3})]),
             reader=ReaderPlan(16, 1, 2, 16, 1, [grade]),
-            join=JoinPlan({"scenes": 0.5}, 2, 2, 1e-3, 1, [Round([grade]), Round([grade], last=0.5)]),
+            join=JoinPlan(
+                {"scenes": 0.5}, 2, 2, 1e-3, 1, [Round([grade]), Round([grade], last=0.5, parts=2, tower=0.5)]
+            ),
             evaluation=EvaluationPlan(3, 0, 2),
             until=until,
         )

@@ -1,7 +1,8 @@
 """Stage 3, the join: tower and reader become one LLaVA-NeXT.
 
 First the projector is fitted so that a patch's projected feature is the reader's embedding of the symbol under it, then
-projector and language model are tuned together on pixels; the tower stays frozen. Both use the lessons of the reader.
+projector and language model are tuned together on pixels, with the tower frozen at first and learning too in the end.
+Both use the lessons of the reader.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from random import Random
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -20,18 +22,21 @@ from training.testbed.lessons import Lesson, collate
 from training.testbed.reader import Grade, Reader, answer_loss
 from training.testbed.state import Log, load_state, process_rank, save_state, schedule, sum_gradients
 from training.testbed.symbols import GRID, TILE, cut
+from training.testbed.tower import DenseTower, dense_loss, feature_layer
 
 
 @dataclass(frozen=True)
 class Round:
     """Lessons over which the rate goes down once, from each grade's own to `last` times that.
 
-    A step averages `parts` batches; as many processes under torchrun share them.
+    A step averages `parts` batches; as many processes under torchrun share them. `tower`: the tower's rate as a share
+    of the others'; where it is not 0, the tower learns from the answers and goes on learning densely.
     """
 
     grades: list[Grade]
     last: float = 0.05
     parts: int = 1
+    tower: float = 0.0
 
 
 def transplant(model: LlavaNextForConditionalGeneration, tower: CLIPVisionModel, reader: Reader) -> None:
@@ -42,19 +47,6 @@ def transplant(model: LlavaNextForConditionalGeneration, tower: CLIPVisionModel,
     with torch.no_grad():
         model.model.image_newline.copy_(reader.newline)
     model.model.vision_tower.requires_grad_(False)
-
-
-def tower_features(
-    model: LlavaNextForConditionalGeneration, pixels: Float[Tensor, "T 3 H W"]
-) -> Float[Tensor, "T N D"]:
-    """What LLaVA-NeXT takes from its tower: the last layer but one, without CLS."""
-    tower = model.model.vision_tower
-    *layers, _ = tower.encoder.layers
-    with torch.no_grad():
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-        for layer in layers:
-            hidden = layer(hidden, attention_mask=None)
-    return hidden[:, 1:]
 
 
 def pack(projected: Float[Tensor, "T N D"], newline: Float[Tensor, " D"], columns: int) -> Float[Tensor, "S D"]:
@@ -85,11 +77,13 @@ def fit_projector(
         pixels, labels = (
             torch.from_numpy(part) for part in tiles.batch(Random(f"projector/{seed}/{step}"), batch, shares)
         )
+        with torch.no_grad():
+            features = feature_layer(model.model.vision_tower, pixels)[:, 1:]
         classes, centres = labels.flatten(2).unbind(1)
         wanted = table[classes] + centres[..., None] * reader.centre.detach()
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, steps, rate, 10)
-        projected = projector(tower_features(model, pixels))
+        projected = projector(features)
         weight = torch.where(classes > 0, 1.0, 0.3)
         error = (((projected - wanted) / scale) ** 2).mean(-1)
         loss = (error * weight).sum() / weight.sum()
@@ -101,20 +95,56 @@ def fit_projector(
             log(step + 1, loss=loss.item(), symbols=(nearest == classes)[classes > 0].float().mean().item())
 
 
-def embed(model: LlavaNextForConditionalGeneration, lessons: list[Lesson], ids: Tensor) -> Float[Tensor, "B L D"]:
+def embed(
+    model: LlavaNextForConditionalGeneration, lessons: list[Lesson], ids: Tensor, features: Float[Tensor, "T N D"]
+) -> Float[Tensor, "B L D"]:
     """Text embeddings with the packed, projected features of the pages' kept slots in the places of the image
-    tokens."""
-    images = [one.image for one in lessons if one.image is not None]
-    if len(images) < len(lessons):
-        raise ValueError(f"lessons must all be drawn (draw=True), got {len(lessons) - len(images)} without an image")
-    cuts = [torch.from_numpy(cut(image)) for image in images]
-    projected = model.model.multi_modal_projector(tower_features(model, torch.cat(cuts)))
+    tokens; `features` are those of all tiles of all pages."""
+    projected = model.model.multi_modal_projector(features)
     visual = []
-    for one, image, features in zip(lessons, images, projected.split([len(part) for part in cuts]), strict=True):
-        packed = pack(features, model.model.image_newline, image.width // TILE)
+    for one, part in zip(lessons, projected.split([len(one.tiles) for one in lessons]), strict=True):
+        packed = pack(part, model.model.image_newline, pictures(one).width // TILE)
         visual.append(packed[torch.from_numpy(one.kept)])
     embedded = model.model.language_model.embed_tokens(ids)
     return embedded.masked_scatter((ids == model.config.image_token_id)[..., None], torch.cat(visual))
+
+
+def pictures(lesson: Lesson) -> Image.Image:
+    if lesson.image is None:
+        raise ValueError("lessons must be drawn (draw=True), got one without an image")
+    return lesson.image
+
+
+def lesson_loss(
+    model: LlavaNextForConditionalGeneration, dense: DenseTower, lessons: list[Lesson], learns: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of the answers and, where the tower `learns`, of its patches; with the scores of both."""
+    pixels = torch.cat([torch.from_numpy(cut(pictures(one))) for one in lessons])
+    with torch.set_grad_enabled(learns):
+        features = feature_layer(model.model.vision_tower, pixels)[:, 1:]
+    ids, labels, positions = collate(lessons)
+    embedded = embed(model, lessons, ids, features)
+    loss, scores = answer_loss(model.model.language_model, embedded, labels, positions, [one.kind for one in lessons])
+    scores |= {"length": float(ids.shape[1]), "loss": loss.item()}
+    if learns:
+        seen = torch.cat([torch.from_numpy(one.tiles) for one in lessons])
+        patches, told = dense_loss(*dense.tell(features), seen, objects=1.5, centres=4.0)
+        loss, scores = loss + patches, scores | told
+    return loss, scores
+
+
+def optimizer_of(
+    model: LlavaNextForConditionalGeneration, dense: DenseTower, rate: float, tower: float
+) -> torch.optim.AdamW:
+    """Of projector and language model and, where its share of the rate is not 0, of the tower and its heads."""
+    eyes = [*model.model.vision_tower.parameters(), *dense.norm.parameters(), *dense.classes.parameters()]
+    eyes += dense.centre.parameters()
+    for parameter in eyes:
+        parameter.requires_grad_(tower > 0)
+    known = {id(parameter) for parameter in eyes}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    groups = [{"params": others, "share": 1.0}] + ([{"params": eyes, "share": tower}] if tower else [])
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=0.02, betas=(0.9, 0.95))
 
 
 def tune(
@@ -126,35 +156,39 @@ def tune(
     seed: int,
     every: int = 20,
 ) -> None:
-    """Projector and language model together, each grade for `at_most` steps; in every round the rate goes down anew."""
+    """Projector and language model together, each grade for `at_most` steps; in every round optimizer and rate begin
+    anew."""
     rank, world = process_rank()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rounds[0].grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
     path, log, start = work / "join.pt", Log(work / "log.jsonl", "join"), 0
+    dense = DenseTower(model.model.vision_tower.config)
+    dense.load_state_dict(load_state(work / "tower.pt")["model"])  # pyright: ignore[reportOptionalSubscript]
     if state := load_state(path):
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        dense.load_state_dict(state["heads"], strict=False)
         start = state["step"]
     plan = []
     for one in rounds:
         steps = [grade for grade in one.grades for _ in range(grade.at_most)]
         plan += [(one, grade, within, len(steps)) for within, grade in enumerate(steps)]
+    optimizer: torch.optim.AdamW | None = None
     for step in range(start, len(plan)):
         one, now, within, length = plan[step]
         if one.parts % world:
             raise ValueError(f"parts must be a multiple of the number of processes, {world}, got {one}")
+        if optimizer is None or within == 0:
+            optimizer = optimizer_of(model, dense, now.rate, one.tower)
+            if state and step == start and within:
+                optimizer.load_state_dict(state["optimizer"])
         for group in optimizer.param_groups:
-            group["lr"] = schedule(within, length, now.rate, warmup, one.last)
+            group["lr"] = group["share"] * schedule(within, length, now.rate, warmup, one.last)
         optimizer.zero_grad()
         values: dict[str, float] = {}
         for part in range(rank, one.parts, world):
             rng = Random(f"join/{seed}/{step}/{part}")
             lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
-            ids, labels, positions = collate(lessons)
-            kinds = [one.kind for one in lessons]
-            loss, scores = answer_loss(model.model.language_model, embed(model, lessons, ids), labels, positions, kinds)
+            loss, values = lesson_loss(model, dense, lessons, learns=one.tower > 0)
             (loss / one.parts).backward()
-            values = {"length": ids.shape[1], "loss": loss.item(), **scores}
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         sum_gradients(trained)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -163,4 +197,6 @@ def tune(
         if (step + 1) % every == 0:
             log(step + 1, **values)
         if (step + 1) % 50 == 0 or step + 1 == len(plan):
-            save_state(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            heads = {name: value for name, value in dense.state_dict().items() if not name.startswith("tower.")}
+            parts = {"model": model.state_dict(), "heads": heads, "optimizer": optimizer.state_dict()}
+            save_state(path, step=step + 1, **parts)

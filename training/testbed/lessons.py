@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from selector.evaluation.tasks.drawing import COLOURS, SHAPES
 from selector.evaluation.tasks.sample import Draft, Marks, Turn
 from selector.evaluation.tasks.scenes import plural
-from training.testbed.symbols import CLASSES, page_labels
+from training.testbed.symbols import CLASSES, cut_labels, page_labels
 from training.testbed.vocabulary import IMAGE_ID, PAD, conversation, recital
 
 NEWLINE = len(CLASSES)
@@ -30,7 +30,7 @@ NEWLINE = len(CLASSES)
 @dataclass(frozen=True)
 class Lesson:
     """`symbols` [2, slots]: class and centre flag of every visual slot in `kept` (packed order); `positions` of
-    all tokens."""
+    all tokens; `tiles` [tiles, 2, 12, 12]: what lies under every patch."""
 
     kind: str
     ids: list[int]
@@ -38,6 +38,7 @@ class Lesson:
     positions: list[int]
     symbols: np.ndarray
     kept: np.ndarray
+    tiles: np.ndarray
     image: Image.Image | None
 
 
@@ -135,7 +136,9 @@ def lesson(
     whole[start : start + len(stays)] = stays
     positions, kept = np.flatnonzero(whole).tolist(), np.flatnonzero(stays)
     shorter = [ids[i] for i in positions], [labels[i] for i in positions]
-    return Lesson(kind, *shorter, positions, symbols[:, kept], kept, draft.draw() if draw else None)
+    return Lesson(
+        kind, *shorter, positions, symbols[:, kept], kept, cut_labels(first, full), draft.draw() if draw else None
+    )
 
 
 def collate(lessons: list[Lesson]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"], Int[Tensor, "B L"]]:

@@ -36,6 +36,15 @@ def tower_config(width: int, layers: int, heads: int) -> CLIPVisionConfig:
     )
 
 
+def feature_layer(tower: CLIPVisionModel, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B S D"]:
+    """CLS and patches where LLaVA-NeXT takes them: behind the last layer but one."""
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    *layers, _ = tower.encoder.layers
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=None)
+    return hidden
+
+
 class DenseTower(nn.Module):
     """The tower with its training heads."""
 
@@ -53,14 +62,49 @@ class DenseTower(nn.Module):
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"], Float[Tensor, "B C"] | None]:
         """Logits of the classes and of being a centre for every patch; with `whole`, of the classes in the tile (the
         last layer is left out otherwise)."""
-        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels))
-        *layers, last = self.tower.encoder.layers
-        for layer in layers:
-            hidden = layer(hidden, attention_mask=None)
-        patches = self.norm(hidden[:, 1:])
-        pooled = self.tower.post_layernorm(last(hidden, attention_mask=None)[:, 0]) if whole else None
-        present = None if pooled is None else self.present(pooled)
-        return self.classes(patches), self.centre(patches)[..., 0], present
+        hidden = feature_layer(self.tower, pixels)
+        classes, centre = self.tell(hidden[:, 1:])
+        if not whole:
+            return classes, centre, None
+        last = self.tower.encoder.layers[-1](hidden, attention_mask=None)
+        return classes, centre, self.present(self.tower.post_layernorm(last[:, 0]))
+
+    def tell(self, features: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+        """What the two heads say of the patches' features."""
+        patches = self.norm(features)
+        return self.classes(patches), self.centre(patches)[..., 0]
+
+
+def dense_loss(
+    classes: Float[Tensor, "B N C"],
+    centre: Float[Tensor, "B N"],
+    labels: Int[Tensor, "B 2 R C2"],
+    objects: float,
+    centres: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of every patch, and the shares of characters, object patches, centres and background told rightly.
+
+    `objects` weighs the classes of objects against those of characters, `centres` the rare centres against other
+    patches.
+    """
+    target, middle = labels[:, 0].flatten(1), labels[:, 1].flatten(1)
+    weight = torch.ones(len(CLASSES))
+    weight[0] = 0.4
+    weight[1 + len(CHARACTERS) :] = objects
+    dense = F.cross_entropy(classes.flatten(0, 1), target.flatten(), weight=weight)
+    in_objects = (target > len(CHARACTERS)).float()
+    where = F.binary_cross_entropy_with_logits(
+        centre, middle.float(), weight=0.1 + in_objects, pos_weight=torch.tensor(centres)
+    )
+    right = classes.argmax(-1) == target
+    character = (target > 0) & (target <= len(CHARACTERS))
+    scores = {
+        "characters": right[character].float().mean().item(),
+        "objects": right[target > len(CHARACTERS)].float().mean().item(),
+        "background": right[target == 0].float().mean().item(),
+        "centres": ((centre > 0) == (middle > 0))[in_objects > 0].float().mean().item(),
+    }
+    return dense + where, scores
 
 
 def losses(
@@ -71,33 +115,12 @@ def losses(
     centres: float,
     whole: bool = True,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The training loss, and the shares of characters, object patches, centres and background told rightly.
-
-    `objects` weighs the classes of objects against those of characters, `centres` the rare centres against other
-    patches. Without `whole`, the last layer and its CLS token are left out.
-    """
+    """The training loss and the scores of `dense_loss`; with `whole`, the last layer's CLS token learns too."""
     classes, centre, present = model(pixels, whole)
-    target, middle = labels[:, 0].flatten(1), labels[:, 1].flatten(1)
-    weight = torch.ones(len(CLASSES))
-    weight[0] = 0.4
-    weight[1 + len(CHARACTERS) :] = objects
-    dense = F.cross_entropy(classes.flatten(0, 1), target.flatten(), weight=weight)
-    in_objects = (target > len(CHARACTERS)).float()
-    where = F.binary_cross_entropy_with_logits(
-        centre, middle.float(), weight=0.1 + in_objects, pos_weight=torch.tensor(centres)
-    )
-    loss = dense + where
+    loss, scores = dense_loss(classes, centre, labels, objects, centres)
     if present is not None:
-        seen = torch.zeros_like(present).scatter_(1, target, 1.0)
+        seen = torch.zeros_like(present).scatter_(1, labels[:, 0].flatten(1), 1.0)
         loss = loss + 0.2 * F.binary_cross_entropy_with_logits(present, seen)
-    right = classes.argmax(-1) == target
-    character = (target > 0) & (target <= len(CHARACTERS))
-    scores = {
-        "characters": right[character].float().mean().item(),
-        "objects": right[target > len(CHARACTERS)].float().mean().item(),
-        "background": right[target == 0].float().mean().item(),
-        "centres": ((centre > 0) == (middle > 0))[in_objects > 0].float().mean().item(),
-    }
     return loss, scores
 
 
