@@ -32,9 +32,7 @@ def grained(values: Tensor) -> Tensor:
 def unit(rows: Float[Tensor, "*G M C"]) -> Float[Tensor, "*G M C"]:
     """Rows of length one; a row of zeros stays as it is, and then its cosine with anything is 0."""
     rows = precise(rows)
-    tiny = torch.finfo(rows.dtype).tiny
-    rows = rows / rows.abs().amax(-1, keepdim=True).clamp(min=tiny)  # now the length lies between 1 and sqrt(C)
-    return torch.nn.functional.normalize(rows, dim=-1, eps=tiny)
+    return torch.nn.functional.normalize(rows, dim=-1, eps=torch.finfo(rows.dtype).tiny)
 
 
 def within_unit(rows: Float[Tensor, "G M C"]) -> Float[Tensor, "G M C"]:

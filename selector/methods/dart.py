@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import grained, greedy, unit, within_unit
+from selector.greedy import grained, greedy, precise, unit
 from selector.groups import Groups, ranks
 from selector.tokens import VisualTokens
 
@@ -36,7 +36,8 @@ class DART(GreedySelector):
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
         table = groups.gather(tokens.read("features", self))
-        norm = grained(within_unit(table).norm(dim=-1))
+        norm = precise(table).norm(dim=-1)
+        norm = grained(norm / norm.amax(1, keepdim=True).clamp(min=torch.finfo(norm.dtype).tiny))
         first = ranks(norm, groups.mask).argsort(dim=1)[:, : self.pivots]  # the pivots, longest first
         rows = unit(table)
         pivot = rows.gather(1, first[..., None].expand(-1, -1, rows.shape[2]))

@@ -23,6 +23,8 @@ from selector.tokens import VisualTokens
 class GumbelSelector(ScoreSelector):
     """Three Transformer layers over the features of a tile and a two-way keep/drop head.
 
+    `logits` is one graph for ``torch.compile``; the choices around it depend on data and are not.
+
     Args:
         dim: D, width of the encoder features it reads.
         num_patches: N, patches a tile (learned positions).

@@ -41,9 +41,11 @@ class Random(ScoreSelector):
 
 def fingerprint(features: Float[Tensor, "I L D"], groups: Groups) -> Int[Tensor, "I"]:
     """A number that tells images apart by the means of their tokens."""
-    mean = precise(features).sum(1) / groups.size.clamp(min=1)[:, None]
-    spread = ((precise(features) - mean[:, None]).square() * groups.mask[..., None]).sum((1, 2))
-    spread = (spread / (groups.size.clamp(min=1) * features.shape[2])).sqrt().clamp(min=1e-12)
+    features, wide = features.float(), precise(features[:0]).dtype  # half precision would overflow when squared
+    number_of = groups.size.clamp(min=1)
+    mean = features.sum(1, dtype=wide) / number_of[:, None]
+    square = features.square().sum((1, 2), dtype=wide) / number_of - mean.square().sum(1)
+    spread = (square.clamp(min=0) / features.shape[2]).sqrt().clamp(min=1e-12)
     blocks = torch.stack([block.mean(1) for block in mean.tensor_split(min(BLOCKS, mean.shape[1]), dim=1)], 1)
     level = (blocks / spread[:, None] * STEPS).round().clamp(-1e9, 1e9).long()
     number = torch.zeros_like(level[:, 0])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from visual_tokens import D, N, anyres, only, ragged, single
 
 from selector import Budget, GumbelSelector, TokenSelector, VisualTokens, available_selectors, load_selector
@@ -299,3 +302,47 @@ def test_adaptive_budgets_ask_for_scores(name):
     elif isinstance(method, GreedySelector):
         with pytest.raises(ValueError, match="chooses sets of a size"):
             method(anyres(), Budget("threshold:0"))
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(out):
+            if isinstance(value, torch.Tensor) and value.is_contiguous():  # an expanded view takes no memory
+                self.entries = max(self.entries, value.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["farthest-point", "pivoted-qr", "dart", "cdpruner", "divprune", "visionzip", "prumerge", "merge:selector=norm"],
+)
+def test_memory_grows_with_tokens_times_channels_and_kept(name):
+    """Nothing of the size of all pairs, unless the rule needs it (scope, and the first matching of tome, vispruner)."""
+    n, dim, count = 1600, 8, 10
+    tokens = single(torch.randn(1, n, dim))
+    method = load_selector(name)
+    with Largest() as seen:
+        assert method.select(tokens, Budget(count)).keep.sum() == count
+    assert seen.entries <= n * max(256, dim * count, 33)
+    assert seen.entries < n * n / 4
+
+
+def test_the_learned_scorer_compiles_to_one_graph():
+    """In a process of its own: type checking of annotations does not compile."""
+    code = """
+import torch
+from selector import GumbelSelector
+torch.manual_seed(0)
+selector = GumbelSelector(dim=6, num_patches=9, width=8, heads=2).eval()
+features = torch.randn(2, 9, 6)
+with torch.no_grad():
+    compiled = torch.compile(selector.logits, backend="aot_eager", fullgraph=True)(features)
+    torch.testing.assert_close(compiled, selector.logits(features))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from visual_tokens import anyres, ragged, single
 
 from selector import Budget, GumbelSelector, LoFi, Norm, Random, SVDPrune, Uniform, VisualTokens, load_selector
+from selector.grid import bands, cells, places
 from selector.groups import Groups
 from selector.methods.cdpruner import CDPruner
 from selector.methods.cls_attention import CLSAttention
@@ -239,6 +240,31 @@ def test_grid_pool_is_average_pooling(side):
         image = features.view(2, 6, 6, 5).permute(0, 3, 1, 2)
         want = torch.nn.functional.avg_pool2d(image, 6 // side).flatten(2).mT
         torch.testing.assert_close(got, want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 20), width=st.integers(1, 20), share=st.floats(0.001, 1))
+def test_cells_are_as_many_as_asked_for_and_even(height, width, share):
+    tokens = VisualTokens.from_features(torch.zeros(1, height * width, 1), (height, width))
+    count = torch.tensor([max(1, int(share * height * width))])
+    sides = torch.tensor([height]), torch.tensor([width])
+    parts = cells(places(tokens), tokens, count, bands(count, *sides))
+    assert int(parts.centre.sum()) == int(count)
+    sizes = torch.bincount(parts.cell.flatten())
+    assert len(sizes) == int(count)
+    assert int(sizes.min()) > 0
+    assert int(sizes.max()) <= (height * width / int(count)) ** 0.5 * 4 + 4 * int(sizes.min())
+    assert parts.cell[parts.centre].tolist() == list(range(int(count)))  # one centre a cell
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(3, 40))
+def test_pooling_plans_for_its_newlines(count):
+    """What the budget keeps is what was planned: whole bands, not a plan cut short or filled up."""
+    tokens, method = anyres(), GridPool()
+    keep = method(tokens, Budget(count))
+    centre = method._plan(tokens, Budget(count))[1].centre
+    assert int((keep & tokens.is_patch & ~centre).sum()) + int((centre & ~keep).sum()) <= 2
 
 
 def test_pooling_pays_for_newlines_and_shares_between_the_views():
