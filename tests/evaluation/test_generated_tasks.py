@@ -116,6 +116,14 @@ def test_scene_answers_follow_from_the_objects():
                 assert len(turn.boxes) == int(turn.answer)
             elif words[:2] == ["what", "color"]:
                 assert [colour for colour, shape in labels if shape == words[-1]] == [turn.answer]
+            elif words[:2] == ["what", "is"]:
+                boxes = dict(page.marks) if len(dict(page.marks)) == len(page.marks) else {}
+                (known, box) = next((name, box) for name, box in page.marks if name.split()[1] == words[-1])
+                assert known.split()[1] == words[-1]
+                if turn.answer in boxes:
+                    other = boxes[turn.answer]
+                    assert (other[2] < box[0]) if words[2] == "left" else (other[0] > box[2])
+                    assert abs(other[1] - box[1]) < 48
             elif words[:2] == ["what", "shape"]:
                 assert [shape for colour, shape in labels if colour == words[-2]] == [turn.answer]
             else:

@@ -31,8 +31,8 @@ print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:
 ## What it reaches
 
 Greedy `generate` on {samples} held-out questions a task (stream "test", seed {seed}); in brackets the 95% Wilson
-interval. Right: exact match of the whole answer with all visual tokens. Base view: with the downscaled view alone, so
-how much needs no detail. Blind: the same questions without an image.
+interval. Right: exact match of the whole answer with all visual tokens. Base view: with the downscaled view alone (the
+first quarter of the questions), so how much needs no detail. Blind: the same questions without an image.
 
 | task | right | ANLS | base view | blind |
 |---|---|---|---|---|

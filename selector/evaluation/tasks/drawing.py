@@ -137,6 +137,33 @@ def textured(rng: Random, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+@cache
+def _photo() -> np.ndarray:
+    """The photograph that matplotlib ships (a portrait of Grace Hopper, public domain), [height, width, 3]."""
+    with Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg") as photo:
+        return np.asarray(photo.convert("RGB"), dtype=np.float32)
+
+
+def photographic(rng: Random, size: tuple[int, int]) -> Image.Image:
+    """A part of a photograph in any scale and tint, its contrast lowered to the range of the other backgrounds."""
+    photo = _photo()
+    scale = rng.uniform(0.5, 2.0)
+    width, height = min(int(size[0] * scale), photo.shape[1]), min(int(size[1] * scale), photo.shape[0])
+    x, y = rng.randint(0, photo.shape[1] - width), rng.randint(0, photo.shape[0] - height)
+    part = photo[y : y + height, x : x + width]
+    part = part[:, ::-1] if rng.random() < 0.5 else part
+    tinted = part * (95 / 255) + np.array(any_colour(rng, 40, 100))
+    return Image.fromarray(tinted.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+
+def background(rng: Random, size: tuple[int, int]) -> Image.Image:
+    """Plain, of soft blocks, or photographic; darker than white and lighter than the shapes' deep colours."""
+    kind = rng.choice(("plain", "textured", "textured", "photographic"))
+    if kind == "plain":
+        return Image.new("RGB", size, any_colour(rng, 70, 165))
+    return textured(rng, size) if kind == "textured" else photographic(rng, size)
+
+
 def distractor(draw: ImageDraw.ImageDraw, rng: Random, box: tuple[int, int, int, int], ink: RGB, paper: RGB) -> None:
     """Something that is neither blank nor text: a bar code, a filled band, a hatched block or a stamp."""
     x0, y0, x1, y1 = box

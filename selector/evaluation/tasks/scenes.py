@@ -1,9 +1,9 @@
-"""Generated scenes: coloured shapes on textured backgrounds, with questions on counts, colours, shapes and presence.
+"""Generated scenes: coloured shapes on plain, textured and photographic backgrounds.
 
-Four kinds of questions, asked equally often: "how many circles are there?", "what color is the circle?" and "what shape
-is the red thing?" (only where one object fits), "is there a red thing?" (half of them answered "no"). Evidence:
-the boxes of the
-objects concerned, none for a zero or a "no". Objects keep inside 48-px cells, so that no 96-px tile cuts one.
+Five kinds of questions, asked equally often: "how many circles are there?", "what color is the circle?" and "what shape
+is the red thing?" (only where one object fits), "what is left of the circle?" (its neighbour in the same row, "red
+square"), "is there a red thing?" (half of them answered "no"). Evidence: the boxes of the objects concerned, none for a
+zero or a "no". Objects keep inside 48-px cells, so that no 96-px tile cuts one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from selector.evaluation.tasks.drawing import COLOURS, SHAPES, add_noise, held_out, shape, textured
+from selector.evaluation.tasks.drawing import COLOURS, SHAPES, add_noise, background, held_out, shape
 from selector.evaluation.tasks.sample import Box, Draft, Page, Sample, Turn
 
 CELL = 48
@@ -97,6 +97,11 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
     lone = [colour for colour, found in by_colour.items() if len(found) == 1]
     for colour in rng.sample(lone, min(2, len(lone))):
         chosen.append(Turn(f"what shape is the {colour} thing?", by_colour[colour][0].shape, _boxes(by_colour[colour])))
+    beside = [pair for pair in zip(things, things[1:], strict=False) if pair[0].y // CELL == pair[1].y // CELL]
+    for left, right in rng.sample(beside, min(2, len(beside))):
+        side, known, asked = rng.choice((("left", right, left), ("right", left, right)))
+        if len(by_shape[known.shape]) == 1:
+            chosen.append(Turn(f"what is {side} of the {known.shape}?", asked.label, _boxes([known, asked])))
     for answer, pool in (
         ("yes", [c for c in by_colour if by_colour[c]]),
         ("no", [c for c in by_colour if not by_colour[c]]),
@@ -109,7 +114,7 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
 
 
 def draw_page(rng: Random, size: tuple[int, int], things: list[Thing]) -> Image.Image:
-    image = textured(rng, size)
+    image = background(rng, size)
     draw = ImageDraw.Draw(image)
     for thing in things:
         shape(draw, rng, thing.shape, thing.colour, thing.x, thing.y, thing.radius)
@@ -142,17 +147,22 @@ def page(split: str, seed: int, index: int, size: tuple[int, int] | None = None)
     return draft(Random(f"scenes/{split}/{seed}/{index}"), size, split=split).page()
 
 
+def kind_of(question: str) -> str:
+    """The kind of a question: its second word, or "beside"."""
+    words = question.split()
+    return "beside" if words[:2] == ["what", "is"] else words[1]
+
+
 def transcript(page_marks: tuple[tuple[str, Box], ...]) -> str:
     """The objects in reading order: "red circle, blue square"."""
     return ", ".join(label for label, _ in page_marks)
 
 
 def samples(count: int, seed: int) -> Iterator[Sample]:
-    """Held-out questions, one a scene, the four kinds equally often where the scene allows them."""
+    """Held-out questions, one a scene, the five kinds equally often where the scene allows them."""
     for index in range(count):
         shown = page("test", seed, index)
         rng = Random(f"scenes/question/{seed}/{index}")
-        kinds = sorted({turn.question.split()[1] for turn in shown.turns})
-        kind = rng.choice(kinds)
-        turn = rng.choice([turn for turn in shown.turns if turn.question.split()[1] == kind])
+        kind = rng.choice(sorted({kind_of(turn.question) for turn in shown.turns}))
+        turn = rng.choice([turn for turn in shown.turns if kind_of(turn.question) == kind])
         yield Sample(f"scenes-{seed}-{index}", shown.image, turn.question, turn.answer, turn.boxes)
