@@ -66,8 +66,8 @@ class Groups:
             raise ValueError(f"keep={budget.keep!r} is adaptive and needs scores: this selector chooses sets of a size")
         size, count = self.size, budget.counts(tokens)
         total = torch.zeros_like(count).index_add(0, self.image, size)
-        share = (count.clamp(max=total) * 1.0 / total.clamp(min=1))[self.image]  # a tile's part of its image's budget
-        return torch.minimum((share * size - 1e-4).ceil().long().clamp(min=1), size)
+        total, count = total[self.image].clamp(min=1), torch.minimum(count, total)[self.image]
+        return (count * size + total - 1) // total  # a tile's part of its image's budget, rounded up
 
 
 def ranks(scores: Float[Tensor, "G M"], mask: Bool[Tensor, "G M"]) -> Int[Tensor, "G M"]:

@@ -42,7 +42,7 @@ def rows() -> Iterator[tuple[str, ...]]:
     for name, cls in available_selectors().items():
         rule = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
         acts = f"{cls.acts} the LM" + (", merges" if cls.merges else "")
-        needs = ", ".join(sorted(cls.needs)) or "nothing"
+        needs = "as its parts" if cls.paper == "composition" else ", ".join(sorted(cls.needs)) or "nothing"
         yield name, cls.paper, "yes" if cls.learned else "no", needs, acts, cls.cost, rule
 
 
