@@ -10,8 +10,8 @@ With S tokens, width D, hidden width m of the MLP, query width q = heads · head
 
 A prefill of S tokens has C = S; a decoded token has S = 1 and C = what is in the cache, itself included. Tests hold
 the formulas against ``torch.utils.flop_counter``. A selector is counted by that counter itself, and its decompositions,
-which torch does not count, by Golub & Van Loan (4th ed., sections 5 and 8): eigenvalues of n × n 4/3·n³, with vectors
-9·n³; QR of n × k 4·n·k²; SVD of n × k with vectors 14·n·k² + 8·k³ (n ≥ k).
+which torch does not count, by Golub & Van Loan (4th ed., sections 5 and 8): eigenvectors of n × n 9·n³ (the counter
+cannot tell eigenvalues alone from these); QR of n × k 4·n·k²; SVD of n × k with vectors 14·n·k² + 8·k³ (n ≥ k).
 """
 
 from __future__ import annotations
@@ -64,20 +64,17 @@ def counted_flops(work: Callable[[], Any]) -> int:
     """What a call multiplies, by torch's own counter; decompositions by the formulas above."""
     aten = torch.ops.aten
     formulas = {
-        aten._linalg_eigh.default: _eigh,
-        aten.linalg_qr.default: lambda shape, *_, **__: (
-            math.prod(shape[:-2]) * 4 * max(shape[-2:]) * min(shape[-2:]) ** 2
-        ),
-        aten._linalg_svd.default: _svd,
+        aten._linalg_eigh: _eigh,
+        aten.linalg_qr: lambda shape, *_, **__: math.prod(shape[:-2]) * 4 * max(shape[-2:]) * min(shape[-2:]) ** 2,
+        aten._linalg_svd: _svd,
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
     return counter.get_total_flops()
 
 
-def _eigh(shape: Any, uplo: str = "L", compute_v: bool = True, **_: Any) -> int:
-    cube = math.prod(shape[:-2]) * shape[-1] ** 3
-    return 9 * cube if compute_v else 4 * cube // 3
+def _eigh(shape: Any, *_: Any, **__: Any) -> int:
+    return math.prod(shape[:-2]) * 9 * shape[-1] ** 3
 
 
 def _svd(shape: Any, *_: Any, **__: Any) -> int:

@@ -17,12 +17,12 @@ from torch import Tensor
 from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.evaluation.answering import Answer, answer, forced, prepare, without_image
-from selector.evaluation.consistency import Spectrum, answer_nll, divergences, spectrum, spectrum_shift
+from selector.evaluation.consistency import Spectrum, spectrum, spectrum_shift
 from selector.evaluation.cost import synchronize
 from selector.evaluation.errors import UsageError
 from selector.evaluation.evidence import Canvas, evidence, model_canvas
 from selector.evaluation.flops import cache_bytes, counted_flops, language_flops, tower_flops
-from selector.evaluation.metrics import anls, exact_match, flip
+from selector.evaluation.scoring import answer_record
 from selector.evaluation.tasks.sample import Sample
 from selector.models import Encoded, encode
 from selector.plug import Positions, Pruned, prune_inputs
@@ -111,7 +111,6 @@ class Measured:
         self.whole = prune_inputs(model, self.inputs, None, encoded=self.encoded)
         asked = bench.answers and sample.question is not None
         self.full = bench.answer(self.whole.inputs) if asked else None
-        self.full_nll = self.full.nll if self.full else None
         self.full_spectrum = self._internals(self.whole, None)[0]
         self.canvas: Canvas | None = None
         if self.encoded and (sample.boxes or hasattr(model.config, "image_grid_pinpoints")):
@@ -213,37 +212,13 @@ class Measured:
 
     def _answers(self, inputs: Mapping[str, Any], said: Answer | None, logits: Tensor | None) -> dict[str, Any]:
         full = self.full
-        if full is None or said is None or self.full_nll is None:
+        if full is None or said is None:
             return {}
-        agrees = said.text == full.text
-        found: dict[str, Any] = {
-            "question": self.sample.question,
-            "target": self.sample.answer,
-            "answer": said.text,
-            "full_answer": full.text,
-            "agrees": agrees,
-            "prefill_ms": 1e3 * said.prefill_seconds,
-            "decode_ms": None if said.decode_seconds is None else 1e3 * said.decode_seconds,
-            "peak_bytes": said.peak_bytes,
-        }
-        if self.sample.answer is not None:
-            target = self.sample.answer
-            right, full_right = (exact_match(a.text, target) for a in (said, full))
-            found |= {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, agrees)}
-            found |= {"anls": anls(said.text, target), "full_anls": anls(full.text, target)}
         if self._same(said):
             read = said.logits
         else:
             read = logits if logits is not None else forced(self.bench.model, inputs, full.ids).logits
-        kl, js = divergences(full.logits[:1], said.logits[:1])
-        forced_kl, forced_js = divergences(full.logits, read)
-        return found | {
-            "first_token_kl": kl,
-            "first_token_js": js,
-            "forced_kl": forced_kl,
-            "forced_js": forced_js,
-            "nll_shift": answer_nll(read, full.ids) - self.full_nll,
-        }
+        return answer_record(self.sample, said, full, read)
 
 
 def pack(kept: Bool[Tensor, "T N"]) -> str:

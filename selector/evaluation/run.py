@@ -10,22 +10,18 @@ those of one process (times apart).
 
 from __future__ import annotations
 
-import inspect
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.evaluation import records
 from selector.evaluation.errors import UsageError
-from selector.evaluation.identity import code, fingerprint, identity
 from selector.evaluation.images import FIRST, store_image
 from selector.evaluation.measure import BLIND, FULL, Bench, Measured, Row
+from selector.evaluation.settings import common_settings, environment, row_settings, scored_by_anls, written
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
 from selector.plug import Positions
@@ -92,9 +88,9 @@ def compare(
     held = records.lock(out, shard)
     rows = [Row(FULL)] + ([Row(BLIND)] if answers else [])
     rows += [Row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
-    common = _common_settings(model, processor, seed, answers, max_new_tokens) | {"layer": layer, "repeats": repeats}
+    common = common_settings(model, processor, seed, answers, max_new_tokens) | {"layer": layer, "repeats": repeats}
     files = {
-        task.name: [records.Records(out, common | _row_settings(row, task, positions), shard) for row in rows]
+        task.name: [records.Records(out, common | row_settings(row, task, positions), shard) for row in rows]
         for task in tasks
     }
     if fresh:
@@ -109,13 +105,13 @@ def compare(
         "baseline": baseline,
         "layer": layer,
         "repeats": repeats,
-        "environment": _environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
+        "environment": environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
         "fingerprint": common["model"],
         "max_new_tokens": max_new_tokens,
         "tasks": {task.name: {"fingerprint": task.fingerprint, "anls": scored_by_anls(task)} for task in tasks},
         "unreadable": {},
         "rows": [
-            {"task": task.name, "label": row.label, "keep": _keep(row.budget), "key": file.key}
+            {"task": task.name, "label": row.label, "keep": written(row.budget), "key": file.key}
             for task in tasks
             for row, file in zip(rows, files[task.name], strict=True)
         ],
@@ -153,11 +149,6 @@ def shard_range(shard: records.Shard, total: int) -> tuple[int, int, int]:
     return shard[0], total, shard[1]
 
 
-def scored_by_anls(task: Task) -> bool:
-    """Whether the module that makes a task's samples says ``ANLS = True``."""
-    return bool(getattr(inspect.getmodule(task.samples), "ANLS", False))
-
-
 def _records(
     bench: Bench, index: int, sample: Sample, rows: Sequence[Row], files: Sequence[records.Records]
 ) -> Iterator[tuple[Row, dict[str, Any], Measured | None]]:
@@ -172,66 +163,3 @@ def _records(
         record = {"id": sample.id, "index": index} | measured.record(row)
         file.append(record)
         yield row, record, measured
-
-
-def _keep(budget: Budget | None) -> str | None:
-    """How the table writes a budget: what stays, and scope and newlines where they are not the usual ones."""
-    if budget is None:
-        return None
-    unusual = [budget.scope] if budget.scope != "image" else []
-    return " ".join(
-        [str(budget), *unusual, *([f"newlines={budget.newlines}"] if budget.newlines != "kept_rows" else [])]
-    )
-
-
-def _environment(model: Any) -> dict[str, Any]:
-    """What the figures were measured with and on, in words for the report."""
-    import transformers
-
-    cuda = model.device.type == "cuda"
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(model.device) if cuda else f"{model.device.type} ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def _common_settings(model: Any, processor: Any, seed: int, answers: bool, max_new_tokens: int) -> dict[str, Any]:
-    import transformers
-
-    config = model.config.to_dict()
-    return {
-        "format": records.FORMAT,
-        "code": code(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": fingerprint(model),
-        "config": records.key_of(
-            {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
-        ),
-        "dtype": str(model.dtype),
-        "device": model.device.type,
-        "attention": str(getattr(model.config, "_attn_implementation", None)),
-        "processor": type(processor.image_processor).__name__,
-        "processing": records.key_of(
-            {"image": processor.image_processor.to_json_string(), "chat": str(processor.chat_template)}
-        ),
-        "seed": seed,
-        "generation": {"greedy": True, "max_new_tokens": max_new_tokens} if answers else None,
-    }
-
-
-def _row_settings(row: Row, task: Task, positions: Positions) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"reference": row.label}
-    if row.selector is not None and row.budget is not None:
-        chosen = {
-            "selector": identity(row.selector),
-            "keep": row.budget.keep,
-            "scope": row.budget.scope,
-            "newlines": row.budget.newlines,
-            "positions": positions,
-        }
-    return {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint} | chosen

@@ -61,6 +61,5 @@ def test_decompositions_by_hand():
     square, tall = torch.randn(2, 5, 5), torch.randn(7, 3)
     square = square @ square.mT
     assert counted_flops(lambda: torch.linalg.eigh(square)) == 2 * 9 * 125
-    assert counted_flops(lambda: torch.linalg.eigvalsh(square)) == 2 * 4 * 125 // 3
     assert counted_flops(lambda: torch.linalg.qr(tall)) == 4 * 7 * 9
     assert counted_flops(lambda: torch.linalg.svd(tall, full_matrices=False)) == 14 * 7 * 9 + 8 * 27

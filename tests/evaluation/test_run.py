@@ -15,7 +15,8 @@ from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, select_toke
 from selector.evaluation import records
 from selector.evaluation.answering import answer, forced, prepare, without_image
 from selector.evaluation.errors import UsageError
-from selector.evaluation.run import compare, scored_by_anls
+from selector.evaluation.run import compare
+from selector.evaluation.settings import scored_by_anls
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
 from selector.plug import prune_inputs
