@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from random import Random
 
 from PIL import Image, ImageDraw
@@ -97,7 +98,7 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
     lone = [colour for colour, found in by_colour.items() if len(found) == 1]
     for colour in rng.sample(lone, min(2, len(lone))):
         chosen.append(Turn(f"what shape is the {colour} thing?", by_colour[colour][0].shape, _boxes(by_colour[colour])))
-    beside = [pair for pair in zip(things, things[1:], strict=False) if pair[0].y // CELL == pair[1].y // CELL]
+    beside = [pair for pair in pairwise(things) if pair[0].y // CELL == pair[1].y // CELL]
     for left, right in rng.sample(beside, min(2, len(beside))):
         side, known, asked = rng.choice((("left", right, left), ("right", left, right)))
         if len(by_shape[known.shape]) == 1:

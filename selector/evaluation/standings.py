@@ -1,0 +1,126 @@
+"""Standings: every selector against every other at equal measured tokens, from a run or from its distilled data.
+
+    python -m selector.evaluation.standings runs/standings --out configs/compare/standings.json
+    python -m selector.evaluation.standings configs/compare/standings.json
+
+The first line distils a run (what each row got right, sample by sample) into one small file, the second prints the
+table in Markdown. Two selectors meet once in every task and at every budget, on the same questions: the better one wins
+where an exact McNemar test over those questions gives p < 0.05, else they tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from selector.evaluation.errors import UsageError
+from selector.evaluation.records import write_json
+from selector.evaluation.report import read_run
+from selector.evaluation.statistics import mcnemar
+
+Data = dict[str, Any]
+
+
+def distil(run: Path) -> Data:
+    """What a run measured, as little of it as the standings need: ``right`` has a 1 or 0 for every sample."""
+    settings, tables = read_run(run)
+    rows = []
+    for (task, label, keep), found in tables.items():
+        answered = sorted((r for r in found if "correct" in r), key=lambda r: r["index"])
+        if not answered:
+            raise UsageError(f"standings need answers, {label} on {task} has none")
+        rows.append(
+            {
+                "task": task,
+                "selector": label,
+                "keep": keep,
+                "tokens": sum(r["tokens"] for r in answered) / len(answered),
+                "anls": round(sum(r["anls"] for r in answered) / len(answered), 4),
+                "right": "".join(str(int(r["correct"])) for r in answered),
+            }
+        )
+    return {"model": settings["model"], "seed": settings["seed"], "rows": rows}
+
+
+def standings(data: Data) -> list[dict[str, Any]]:
+    """A row a selector, the best first: share of the unpruned accuracy at every budget (mean over tasks), and meetings
+    won, tied and lost."""
+    right = {(row["task"], row["keep"], row["selector"]): row["right"] for row in data["rows"]}
+    tasks = list(dict.fromkeys(task for task, _, _ in right))
+    keeps = list(dict.fromkeys(keep for _, keep, _ in right if keep))
+    names = list(dict.fromkeys(name for _, keep, name in right if keep))
+    found = {name: {"selector": name, "won": 0, "tied": 0, "lost": 0} for name in names}
+    for task in tasks:
+        for keep in keeps:
+            for a, b in combinations(names, 2):
+                _meet(found[a], found[b], right[task, keep, a], right[task, keep, b])
+    for name in names:
+        for keep in keeps:
+            kept = [_share(right[task, keep, name]) / _share(right[task, None, "full"]) for task in tasks]
+            found[name][keep] = sum(kept) / len(kept)
+    return sorted(found.values(), key=lambda row: (row["lost"] - row["won"], row["selector"]))
+
+
+def _meet(ours: dict[str, Any], theirs: dict[str, Any], a: str, b: str) -> None:
+    if len(a) != len(b):
+        raise UsageError(
+            f"standings need equal samples, {ours['selector']} has {len(a)}, {theirs['selector']} {len(b)}"
+        )
+    pairs = list(zip(a, b, strict=True))
+    only_a, only_b = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    if mcnemar(only_a, only_b) >= 0.05:
+        ours["tied"] += 1
+        theirs["tied"] += 1
+        return
+    winner, loser = (ours, theirs) if only_a > only_b else (theirs, ours)
+    winner["won"] += 1
+    loser["lost"] += 1
+
+
+def _share(right: str) -> float:
+    return right.count("1") / len(right)
+
+
+def markdown(data: Data) -> str:
+    """The standings as a Markdown table, with what they were measured on above."""
+    rows = standings(data)
+    keeps = [name for name in rows[0] if name not in ("selector", "won", "tied", "lost")]
+    full = [f"{r['task']} {100 * _share(r['right']):.0f}" for r in data["rows"] if r["selector"] == "full"]
+    samples = len(data["rows"][0]["right"])
+    lines = [
+        f"{Path(data['model']).name}, {samples} questions a task; unpruned, right %: {', '.join(full)}. At each budget "
+        "the share of the unpruned accuracy, %, mean over the tasks; meetings over tasks and budgets.",
+        "",
+        "| selector | " + " | ".join(keeps) + " | won | tied | lost |",
+        "|---|" + "---|" * (len(keeps) + 3),
+    ]
+    for row in rows:
+        shares = " | ".join(f"{100 * row[keep]:.0f}" for keep in keeps)
+        lines.append(f"| {row['selector']} | {shares} | {row['won']} | {row['tied']} | {row['lost']} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m selector.evaluation.standings", description=__doc__)
+    parser.add_argument("source", type=Path, help="a folder that `selector compare` wrote, or distilled data (.json)")
+    parser.add_argument("--out", type=Path, help="write the distilled data here instead of printing the table")
+    options = parser.parse_args(argv)
+    try:
+        data = distil(options.source) if options.source.is_dir() else json.loads(options.source.read_text())
+    except (UsageError, OSError, json.JSONDecodeError) as error:
+        print(f"standings: error: {error}", file=sys.stderr)
+        return 2
+    if options.out:
+        write_json(options.out, data)
+    else:
+        print(markdown(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Standings: meetings counted by hand, and the errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from selector.evaluation.errors import UsageError
+from selector.evaluation.standings import main, markdown, standings
+
+
+def data(**right: str) -> dict:
+    rows = [{"task": "t", "selector": "full", "keep": None, "tokens": 9.0, "anls": 1.0, "right": "1" * 10}]
+    rows += [
+        {"task": "t", "selector": name, "keep": "4", "tokens": 4.0, "anls": 0.5, "right": hits}
+        for name, hits in right.items()
+    ]
+    return {"model": "checkpoints/m", "seed": 0, "rows": rows}
+
+
+def test_a_meeting_is_won_only_where_the_test_says_so():
+    # good and poor differ on 7 questions, all one way: p = 2 / 2^7; good and fair on 4: p = 2 / 2^4
+    found = {row["selector"]: row for row in standings(data(good="1111111100", fair="1111000000", poor="1000000000"))}
+    assert [found["good"][k] for k in ("won", "tied", "lost")] == [1, 1, 0]
+    assert [found["fair"][k] for k in ("won", "tied", "lost")] == [0, 2, 0]
+    assert [found["poor"][k] for k in ("won", "tied", "lost")] == [0, 1, 1]
+    assert found["good"]["4"] == pytest.approx(0.8)
+    assert list(found) == ["good", "fair", "poor"]
+
+
+def test_unequal_samples_are_refused():
+    with pytest.raises(UsageError, match="equal samples"):
+        standings(data(a="11", b="1"))
+
+
+def test_the_table_is_printed_from_the_data(tmp_path, capsys):
+    file = tmp_path / "standings.json"
+    file.write_text(json.dumps(data(good="1111111100", poor="1000000000")))
+    assert main([str(file)]) == 0
+    assert capsys.readouterr().out.strip() == markdown(json.loads(file.read_text()))
+    assert "| good | 80 | 1 | 0 | 0 |" in markdown(json.loads(file.read_text()))
+    assert main([str(tmp_path / "none.json")]) == 2
