@@ -9,3 +9,7 @@ class UsageError(ValueError):
 
 class UnreadableImage(UsageError):
     """An image file that cannot be decoded."""
+
+
+class MissingData(UsageError):
+    """A task needs a folder that nobody named: where other tasks are left, it is left out, aloud."""

@@ -255,3 +255,13 @@ def test_real_receipts():
         for turn in draft.turns:
             assert turn.answer.isprintable()
     assert len(receipts.fingerprint()) == 16
+
+
+def test_compare_goes_on_without_receipts_and_says_so(monkeypatch, capsys):
+    from selector.evaluation.commands.compare import _tasks
+
+    monkeypatch.delenv("SELECTOR_DATA", raising=False)
+    assert [task.name for task in _tasks(["receipts", "scenes"], False)] == ["scenes"]
+    assert "receipts is left out: receipts need real scans: set SELECTOR_DATA" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="whose data is there"):
+        _tasks(["receipts"], False)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from selector.evaluation import loading
 from selector.evaluation.commands.common import load_all, positive, whole
 from selector.evaluation.commands.printing import print_report
-from selector.evaluation.errors import UsageError
+from selector.evaluation.errors import MissingData, UsageError
 from selector.evaluation.records import Shard
 from selector.evaluation.run import Step, compare, sample_count, shard_range
 from selector.evaluation.tasks import Task, load_task
@@ -24,7 +24,7 @@ from selector.evaluation.tasks import Task, load_task
 def run(settings: dict[str, Any]) -> int:
     samples = _samples(settings["samples"])
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
-    tasks = [load_task(spec, settings["skip_unreadable"]) for spec in _distinct("tasks", settings["tasks"])]
+    tasks = _tasks(_distinct("tasks", settings["tasks"]), settings["skip_unreadable"])
     seed = whole("seed", settings["seed"])
     limit = positive("max_new_tokens", settings["max_new_tokens"])
     positions = loading.check_positions(settings["positions"])
@@ -98,6 +98,21 @@ def _seen(right: dict[str, list[bool]], shares: list[float]) -> str:
     if shares:
         parts.append(f"kept {100 * sum(shares) / len(shares):.0f}%")
     return " · ".join(parts)
+
+
+def _tasks(specs: list[str], skip_unreadable: bool) -> list[Task]:
+    """The tasks whose data is there; the others are named, and are an error where none is left."""
+    found: list[Task] = []
+    missing: list[str] = []
+    for spec in specs:
+        try:
+            found.append(load_task(spec, skip_unreadable))
+        except MissingData as error:
+            missing.append(str(error))
+            print(f"selector compare: {spec} is left out: {error}", file=sys.stderr)
+    if not found:
+        raise UsageError(f"tasks must hold one whose data is there: {'; '.join(missing)}")
+    return found
 
 
 def _samples(value: Any) -> int | None:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageFont
 
-from selector.evaluation.errors import UsageError
+from selector.evaluation.errors import MissingData, UsageError
 from selector.evaluation.tasks.sample import Box, Draft, Marks, Page, Sample, Turn
 
 ANLS = True
@@ -124,7 +124,7 @@ def folder(data: Path | None) -> Path:
     """
     named = data or os.environ.get(VARIABLE)
     if not named:
-        raise UsageError(
+        raise MissingData(
             f"receipts need real scans: set {VARIABLE} to the folder that holds documents/ (it is not set)"
         )
     documents = Path(named) / "documents"
