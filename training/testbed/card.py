@@ -50,15 +50,16 @@ python -m training.testbed --config configs/testbed/tiny.yaml --out checkpoints/
 ```
 
 The settings used lie beside this card (`made-with.yaml`), as does `results.json`. Machine: a 2-core x86-64 CPU (AVX2,
-no AMX), fp32, one thread a stage, shared with other work. Wall time of the stages in seconds: {seconds}. Tower and
-reader do not depend on each other and ran at the same time.
+no AMX), fp32, shared with other work; one thread a stage, two processes where the YAML says `parts: 2`. Wall time of
+the stages in seconds: {seconds}. Tower and reader do not depend on each other and can run at the same time.
 
 1. tower: a CLIP vision model learns densely what lies under every 8-px patch (character, or colour and shape, and
    objects' centres). The last layer's CLS token tells which of these occur in the tile.
 2. reader: a Llama learns alone to answer from symbolic pages (one symbol a patch, packed as LLaVA-NeXT packs them),
    by a curriculum. Its lessons leave out most background slots, at unchanged positions.
 3. projector: fitted so that a patch's feature becomes the embedding of its symbol. join: projector and language model
-   tuned on pixels, tower frozen; most lessons leave out background slots, the last are whole pages.
+   tuned on pixels; in one round the tower learns too. Most lessons leave out background slots, the last are whole
+   pages.
 
 {notes}
 
