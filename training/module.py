@@ -19,6 +19,7 @@ Shapes: B tiles, N patches, D encoder width; masks are 1 where a token is kept.
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal, get_args
 
 import torch
@@ -120,6 +121,13 @@ class SelectorModule(LightningModule):
         self.log_dict({"train/loss": loss.detach(), "train/temperature": tau})
         self.log_dict(logs, prog_bar=True)
         return loss
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        self._began = time.monotonic()
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        patches = len(batch) * self.encoder.grid[0] * self.encoder.grid[1]
+        self.log("train/tokens_per_s", patches / (time.monotonic() - self._began), prog_bar=True)
 
     def _sampled_budget(
         self, features: Float[Tensor, "B N D"], tau: float, at_random: bool, generator: torch.Generator
