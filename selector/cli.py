@@ -145,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _show(add("show", "a PNG of what each selector keeps of an image"))
     _bench(add("bench", "selection time against the prefill and against a full SVD, measured in one run"))
     listing = add("list", "the selectors: name, paper, whether trained, what they need, what they rank")
+    listing.add_argument("--markdown", action="store_true", help="the table of the README, without checkpoints")
     listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     report = add("report", "the table and the page (HTML, Markdown) of one or several runs, from their records alone")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders that `selector compare` wrote: runs/compare")

@@ -221,6 +221,13 @@ def test_list(call):
         assert word in out
 
 
+def test_list_as_the_table_of_the_readme(call):
+    code, out, _ = call("list", "--markdown")
+    assert code == 0
+    assert out.startswith("| name |")
+    assert out.strip() in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

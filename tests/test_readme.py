@@ -50,7 +50,7 @@ def test_every_selector_is_in_the_table():
     from selector import available_selectors
     from selector.evaluation.commands.list import markdown
 
-    assert markdown() in TEXT, "python -m selector.evaluation.commands.list prints the table"
+    assert markdown() in TEXT, "selector list --markdown prints the table"
     for name, cls in available_selectors().items():
         row = next((line for line in TEXT.splitlines() if line.startswith(f"| `{name}`")), "")
         assert cls.paper in row, name

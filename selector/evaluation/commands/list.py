@@ -1,7 +1,4 @@
-"""`selector list`: the shipped methods, and the checkpoints within reach; as a README table with ``--markdown``.
-
-``python -m selector.evaluation.commands.list`` prints the README table too.
-"""
+"""`selector list`: the shipped methods, and the checkpoints within reach; as the README's table with ``--markdown``."""
 
 from __future__ import annotations
 
@@ -60,7 +57,3 @@ def _checkpoints() -> Iterator[tuple[str, str]]:
         class_path = json.loads(config.read_text(encoding="utf-8")).get("class_path")
         if class_path:
             yield f"checkpoints/{config.parent.name}", class_path
-
-
-if __name__ == "__main__":
-    print(markdown())
