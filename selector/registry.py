@@ -47,12 +47,14 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         return spec
     if isinstance(spec, Mapping):
         return build(str(spec.get("class_path", "")), dict(spec.get("init_args") or {}), allow, untrained=False)
-    if isinstance(spec, Path) or Path(spec).is_dir():
+    if not isinstance(spec, (str, Path)) or not str(spec):
+        raise ValueError(f"selector must be a name, a folder or a mapping, got {spec!r}")
+    if isinstance(spec, Path) or (Path(spec).is_dir() and spec not in _names()):
         return TokenSelector.from_pretrained(spec, allow=allow)
     name, _, arguments = spec.partition(":")
     if name == "hf":
         return TokenSelector.from_pretrained(arguments, allow=allow)
-    if Path(name).is_dir() and name not in _names():
+    if name and Path(name).is_dir() and name not in _names():
         given = _arguments(spec, arguments)
         if set(given) - {"merge"}:
             raise ValueError(f"selector {spec!r}: a checkpoint has its arguments, it takes merge=nearest alone")
@@ -121,7 +123,20 @@ def _construct(
         signature.bind(**arguments)
     except TypeError as error:
         raise ValueError(f"init_args of {cls.__name__}: {error}; it takes {signature}") from error
+    for argument in arguments.keys() & signature.parameters.keys():
+        _check_plain(cls, argument, signature.parameters[argument].annotation, arguments[argument])
     return _merging(cls(**arguments), merge)
+
+
+def _check_plain(cls: type[TokenSelector], argument: str, annotation: Any, value: Any) -> None:
+    """Refuses a value of the wrong type where a number, a truth value or a text is asked for: no "maybe" for a bool."""
+    annotation = getattr(annotation, "__name__", str(annotation))
+    wanted = set(annotation.split(" | "))
+    if not wanted <= {"bool", "int", "float", "str", "None"}:
+        return  # the class itself knows
+    given = "None" if value is None else type(value).__name__
+    if given not in wanted and not (given == "int" and "float" in wanted):
+        raise ValueError(f"init_args of {cls.__name__}: {argument} must be {annotation}, got {value!r}")
 
 
 def _merging(selector: TokenSelector, how: str | None) -> TokenSelector:
@@ -148,9 +163,11 @@ def _arguments(spec: str, text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"selector {spec!r}: {part!r} is not of the form argument=value")
-        inner = value.strip()
+        key, inner = key.strip(), value.strip()
+        if key in arguments:
+            raise ValueError(f"selector {spec!r}: {key} is given twice")
         nested = inner.startswith("(") and inner.endswith(")")
-        arguments[key.strip()] = inner[1:-1] if nested else yaml.safe_load(value)
+        arguments[key] = inner[1:-1] if nested else yaml.safe_load(value)
     return arguments
 
 

@@ -87,6 +87,13 @@ def test_dispatch_checks_the_class_asked_for(checkpoint):
         ),
         ("random:sede=3", "init_args of Random.*sede"),
         ("random:seed", "not of the form argument=value"),
+        ("random:seed=1,seed=2", "seed is given twice"),
+        ("random:seed=1.5", "init_args of Random: seed must be int, got 1.5"),
+        ("norm:largest=maybe", "init_args of Norm: largest must be bool, got 'maybe'"),
+        ("svd-prune:rank=true", r"init_args of SVDPrune: rank must be int \| None, got True"),
+        ("svd-prune:energy=high", "init_args of SVDPrune: energy must be float, got 'high'"),
+        ("", "selector must be a name, a folder or a mapping, got ''"),
+        (":seed=1", "unknown selector ''"),
         ({"class_path": "os.path.join"}, "is not from selector"),
         ({"class_path": "selector.methods.nothing.X"}, "cannot be imported"),
         ({"class_path": "selector.budget.Budget", "init_args": {"keep": 1}}, "is not a TokenSelector"),
@@ -95,6 +102,12 @@ def test_dispatch_checks_the_class_asked_for(checkpoint):
 def test_bad_specs(spec, message):
     with pytest.raises(ValueError, match=message):
         load_selector(spec)
+
+
+def test_a_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "random").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_selector("random").seed == load_selector("random:seed=0").seed == 0
 
 
 def edit(folder, **changes):

@@ -6,6 +6,8 @@ image. Not fixed by a text we could read, hence an argument: one matrix an image
 
 from __future__ import annotations
 
+from typing import get_args
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,10 +33,14 @@ class LRCP(ScoreSelector):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank must be >= 1, got {rank}")
+        if matrix not in get_args(Scope):
+            raise ValueError(f"matrix must be 'image' or 'tile', got {matrix!r}")
         self.rank = rank
         self.matrix: Scope = matrix
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         groups = Groups.of(tokens, self.matrix)
         table = groups.gather(tokens.read("features", self))
+        if self.rank >= table.shape[2]:
+            raise ValueError(f"rank must be below the width of the features, {table.shape[2]}, got {self.rank}")
         return groups.scatter(residual_norms(table, self.rank, mask=groups.mask), tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -352,6 +353,19 @@ def test_compositions_are_written_the_same_everywhere(tmp_path):
 def test_bad_arguments_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
         load_selector(spec)
+
+
+def test_lrcp_refuses_a_rank_that_leaves_no_residual():
+    tokens = VisualTokens.from_features(torch.randn(1, 9, 4))
+    load_selector("lrcp:rank=3").score(tokens)
+    with pytest.raises(ValueError, match="rank must be below the width of the features, 4, got 4"):
+        load_selector("lrcp:rank=4").score(tokens)
+
+
+def test_lrcp_names_a_wrong_matrix():
+    unchecked = inspect.unwrap(LRCP.__init__)  # as users run it: the type checker of the tests would speak first
+    with pytest.raises(ValueError, match="matrix must be 'image' or 'tile', got 'page'"):
+        unchecked(LRCP(), matrix="page")
 
 
 def build(seed=0):
