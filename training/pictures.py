@@ -1,0 +1,65 @@
+"""Pictures while training: what the selector keeps of a few images, to TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+
+
+class KeptPictures(Callback):
+    """After every validation, a strip an image: all tokens, then those that the selector keeps.
+
+    Args:
+        model: checkpoint folder or hub name of the LLaVA-NeXT whose tower the selector is trained on.
+        images: image files; none takes a generated document and a scene.
+        keep: the budget, see `Budget`.
+    """
+
+    def __init__(self, model: str, images: list[str] | None = None, keep: int | float | str = 0.25) -> None:
+        super().__init__()
+        self.model, self.images, self.keep = model, images or [], keep
+        self._loaded: tuple[Any, Any] | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        strips = self.strips(pl_module.selector)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("val/kept", strips, step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                for number, strip in enumerate(strips):
+                    pixels = np.asarray(strip.convert("RGB"))
+                    logger.experiment.add_image(f"val/kept/{number}", pixels, trainer.global_step, dataformats="HWC")
+
+    def strips(self, selector: Any) -> list[Image.Image]:
+        """The pictures themselves, one an image."""
+        from selector.evaluation.gallery import kept_picture
+
+        model, processor = self._vlm()
+        was_training = selector.training
+        selector.eval()
+        found = [kept_picture(model, processor, image, {"learned": selector}, self.keep) for image in self._shown()]
+        selector.train(was_training)
+        return found
+
+    def _shown(self) -> list[Image.Image]:
+        from selector.evaluation.tasks import documents, scenes
+        from selector.evaluation.tasks.folder import open_image
+
+        if self.images:
+            return [open_image(Path(name)) for name in self.images]
+        return [task.page("test", 0, 0).image for task in (documents, scenes)]
+
+    def _vlm(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            from transformers import AutoModelForImageTextToText, AutoProcessor
+
+            model = AutoModelForImageTextToText.from_pretrained(self.model).eval()
+            self._loaded = model, AutoProcessor.from_pretrained(self.model, backend="pil")
+        return self._loaded
