@@ -31,7 +31,7 @@ def test_it_was_trained_on_the_shipped_tower(encoder):
 
 
 def test_its_card_shows_a_ranking_that_beats_random_where_enough_is_kept():
-    """At 10% of the tokens no informed ranking does on this tower, leverage included; the card shows that too."""
+    """Not at 10% of the tokens: what is hardest to rebuild represents little else. The card shows that too."""
     seen = json.loads((SELECTOR / "config.json").read_text())["metadata"]["validation"]
     card = (SELECTOR / "README.md").read_text()
     for share in (50, 25, 10):
