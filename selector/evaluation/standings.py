@@ -48,8 +48,8 @@ def distil(run: Path) -> Data:
 
 
 def standings(data: Data) -> list[dict[str, Any]]:
-    """A row a selector, the best first: share of the unpruned accuracy at every budget (mean over tasks), and meetings
-    won, tied and lost."""
+    """A row a selector, the best first: its accuracy at every budget as a share of the unpruned model's (each a mean over
+    tasks), and meetings won, tied and lost."""
     right = {(row["task"], row["keep"], row["selector"]): row["right"] for row in data["rows"]}
     tasks = list(dict.fromkeys(task for task, _, _ in right))
     keeps = list(dict.fromkeys(keep for _, keep, _ in right if keep))
@@ -61,8 +61,8 @@ def standings(data: Data) -> list[dict[str, Any]]:
                 _meet(found[a], found[b], right[task, keep, a], right[task, keep, b])
     for name in names:
         for keep in keeps:
-            kept = [_share(right[task, keep, name]) / _share(right[task, None, "full"]) for task in tasks]
-            found[name][keep] = sum(kept) / len(kept)
+            full = sum(_share(right[task, None, "full"]) for task in tasks)
+            found[name][keep] = sum(_share(right[task, keep, name]) for task in tasks) / full
     return sorted(found.values(), key=lambda row: (row["lost"] - row["won"], row["selector"]))
 
 
@@ -94,7 +94,7 @@ def markdown(data: Data) -> str:
     samples = len(data["rows"][0]["right"])
     lines = [
         f"{Path(data['model']).name}, {samples} questions a task; unpruned, right %: {', '.join(full)}. At each budget "
-        "the share of the unpruned accuracy, %, mean over the tasks; meetings over tasks and budgets.",
+        "mean accuracy over the tasks, as % of the unpruned model's; meetings over tasks and budgets.",
         "",
         "| selector | " + " | ".join(keeps) + " | won | tied | lost |",
         "|---|" + "---|" * (len(keeps) + 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +42,9 @@ def test_the_table_is_printed_from_the_data(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == markdown(json.loads(file.read_text()))
     assert "| good | 80 | 1 | 0 | 0 |" in markdown(json.loads(file.read_text()))
     assert main([str(tmp_path / "none.json")]) == 2
+
+
+def test_the_table_of_the_readme_is_that_of_the_data():
+    root = Path(__file__).parents[2]
+    shown = markdown(json.loads((root / "configs/compare/standings.json").read_text()))
+    assert shown in (root / "README.md").read_text()
