@@ -48,7 +48,7 @@ def distil(run: Path) -> Data:
 
 
 def standings(data: Data) -> list[dict[str, Any]]:
-    """A row a selector, the best first: its accuracy at every budget as a share of the unpruned model's (each a mean over
+    """A row a selector, the best first: its accuracy at every budget as a share of the unpruned one (each a mean over
     tasks), and meetings won, tied and lost."""
     right = {(row["task"], row["keep"], row["selector"]): row["right"] for row in data["rows"]}
     tasks = list(dict.fromkeys(task for task, _, _ in right))
