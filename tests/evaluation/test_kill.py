@@ -20,6 +20,11 @@ OPTIONS = shlex.split(
 )
 
 
+def _interruptible() -> None:
+    """A test run started in the background ignores Ctrl-C, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     from conftest import build_model
@@ -45,6 +50,7 @@ def start(model):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=_interruptible,
             )
         )
         return running[-1]
