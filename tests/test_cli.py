@@ -79,11 +79,11 @@ def test_tiny_yaml_equals_the_defaults():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_is_valid(path):
     from selector.evaluation import loading
-    from selector.evaluation.tasks import load_task
+    from selector.evaluation.commands.compare import _tasks
 
     settings = cli._settings("compare", {"config": str(path)})
     loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
-    assert all(load_task(task).fingerprint for task in settings["tasks"])
+    assert _tasks(settings["tasks"], False)  # a task whose data is not here is left out
     names = [s for s in settings["selectors"] if "/" not in s]
     assert len(loading.load_selectors(names, loading.find_device("cpu"))) == len(names)
 
