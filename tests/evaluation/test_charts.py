@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from selector.evaluation.tasks import charts
+from selector.evaluation.tasks import chart_layout, charts
 from selector.evaluation.tasks.drawing import COLOURS
 from selector.evaluation.tasks.sample import Box, Draft
 
@@ -65,7 +65,7 @@ def test_train_and_test_share_no_value_and_no_layout():
         assert not train & test
     assert len(seen["train"][0]) > 60
     assert len(seen["test"][0]) > 20
-    assert {made.kind for made in seen["test"][1]} == set(charts.KINDS)
+    assert {made.kind for made in seen["test"][1]} == set(chart_layout.KINDS)
 
 
 def test_boxes_lie_inside_and_no_two_glyphs_share_a_patch():

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from selector.evaluation.errors import UsageError
-from selector.evaluation.tasks import receipts
+from selector.evaluation.tasks import glyphs, receipts, scans
 
 SHOPS = (
     "ALPHA MART",
@@ -36,7 +36,7 @@ ROWS = (
     ("ROUNDING", "0.10"),
     ("THANK YOU",),
 )
-REAL = os.environ.get(receipts.VARIABLE)
+REAL = os.environ.get(scans.VARIABLE)
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +84,20 @@ def drafts(data, count=30):
 
 
 def test_a_missing_folder_is_named(monkeypatch, tmp_path):
-    monkeypatch.delenv(receipts.VARIABLE, raising=False)
+    monkeypatch.delenv(scans.VARIABLE, raising=False)
     with pytest.raises(UsageError, match="SELECTOR_DATA"):
         receipts.draft(Random(0))
-    monkeypatch.setenv(receipts.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(scans.VARIABLE, str(tmp_path))
     with pytest.raises(UsageError, match=tmp_path.name):
-        receipts.fingerprint()
+        scans.fingerprint()
 
 
 def test_glyphs_are_found(written):
     data, truth = written
-    assert [r.monospaced for r in receipts.receipts(data)] == [False, True] * 4
-    for receipt in receipts.receipts(data):
+    assert [r.monospaced for r in scans.receipts(data)] == [False, True] * 4
+    for receipt in scans.receipts(data):
         for index, text in enumerate(receipt.texts):
-            cells = receipts.glyphs(receipt, index)
+            cells = glyphs.glyphs(receipt, index)
             centres = (cells[:, :2] + cells[:, 2:]) / 2
             inked = [i for i, c in enumerate(text) if c.isalnum()]  # as written: capitals and digits stand on the line
             expected = np.array(truth[receipt.file.name, index])
@@ -110,13 +110,13 @@ def test_cells_cover_far_words():
     columns = np.zeros(100)
     for start in (2, 12, 70, 80, 90):  # "AB  CDE", five letters 8 wide, 10 apart, and a wide gap
         columns[start : start + 8] = 1
-    borders = receipts.fit(columns, np.ones(6), np.array([False, False, True, False, False, False]))
+    borders = glyphs.fit(columns, np.ones(6), np.array([False, False, True, False, False, False]))
     middles = (borders[:-1] + borders[1:]) / 2
     assert np.abs(middles[[0, 1, 3, 4, 5]] - [6, 16, 74, 84, 94]).max() < 3
 
 
 def test_more_characters_than_columns():
-    borders = receipts.fit(np.ones(3), np.ones(8), np.zeros(8, dtype=bool))
+    borders = glyphs.fit(np.ones(3), np.ones(8), np.zeros(8, dtype=bool))
     assert len(borders) == 9
     assert (np.diff(borders) >= 0).all()
     assert borders[-1] == 3
@@ -147,7 +147,7 @@ def test_questions(written):
 
 def test_a_word_seen_twice_is_not_asked_for(written):
     data, _ = written
-    receipt = receipts.receipts(data)[1]
+    receipt = scans.receipts(data)[1]
     rounding = [i for i, text in enumerate(receipt.texts) if text == "ROUNDING"]
     assert sum(question.word == "ROUNDING" for question in receipt.questions) == 2
     everything = receipts.Window(receipt, 0.0, 0.0, 1.0, (420, 330))
@@ -165,7 +165,7 @@ def test_marks_lie_on_ink(written):
         image = np.asarray(draft.draw().convert("L"))
         assert len(draft.marks) >= 10
         for character, (x0, y0, x1, y1) in draft.marks:
-            assert character in receipts.GLYPHS
+            assert character in scans.GLYPHS
             assert 0 <= x0 < x1 <= draft.size[0]
             assert 0 <= y0 < y1 <= draft.size[1]
             if character.isalnum():
@@ -181,7 +181,7 @@ def test_characters_are_of_a_readable_width(written):
 
 def test_everything_is_whole_lines(written):
     data, _ = written
-    texts = {text for receipt in receipts.receipts(data) for text in receipt.texts}
+    texts = {text for receipt in scans.receipts(data) for text in receipt.texts}
     for draft in drafts(data, 10):
         prompt, answer = draft.everything
         assert prompt == "read the page."
@@ -223,9 +223,9 @@ def test_samples(written):
 
 def test_companies_are_split(written):
     data, _ = written
-    splits = {receipt.group: receipt.split for receipt in receipts.receipts(data)}
+    splits = {receipt.group: receipt.split for receipt in scans.receipts(data)}
     assert set(splits.values()) == {"train", "test"}
-    held_out = {text for r in receipts.receipts(data) if r.split == "test" for text in r.texts[:1]}
+    held_out = {text for r in scans.receipts(data) if r.split == "test" for text in r.texts[:1]}
     for index in range(40):
         draft = receipts.draft(Random(index), (192, 192), split="train", data=data)
         assert not held_out & set(draft.everything[1].split(", "))
@@ -237,14 +237,14 @@ def test_shops_of_a_chain_share_a_group():
         return {"qa": asked, "text": [{"t": line} for line in lines]}
 
     known = {"MRDIY"}
-    assert receipts._group(row("X", company="MR. D.I.Y. (KUCHAI) SDN BHD"), known) == "MRDIY"
-    assert receipts._group(row("WELCOME", "MR D.I.Y. (M)"), known) == "MRDIY"
-    assert receipts._group(row("CORNER SHOP", "12.30"), known) == "CORNE"
+    assert scans._group(row("X", company="MR. D.I.Y. (KUCHAI) SDN BHD"), known) == "MRDIY"
+    assert scans._group(row("WELCOME", "MR D.I.Y. (M)"), known) == "MRDIY"
+    assert scans._group(row("CORNER SHOP", "12.30"), known) == "CORNE"
 
 
 @pytest.mark.skipif(not REAL, reason="SELECTOR_DATA names no folder of real receipts")
 def test_real_receipts():
-    found = receipts.receipts()
+    found = scans.receipts()
     assert len(found) == 300
     groups = {split: {r.group for r in found if r.split == split} for split in ("train", "test")}
     assert not groups["train"] & groups["test"]
@@ -254,7 +254,7 @@ def test_real_receipts():
         assert draft.draw().size == draft.size
         for turn in draft.turns:
             assert turn.answer.isprintable()
-    assert len(receipts.fingerprint()) == 16
+    assert len(scans.fingerprint()) == 16
 
 
 def test_compare_goes_on_without_receipts_and_says_so(monkeypatch, capsys):

@@ -52,8 +52,9 @@ def load_task(spec: str, skip_unreadable: bool = False) -> Task:
         close = difflib.get_close_matches(spec, GENERATED, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH{hint}")
-    samples = generator(spec).samples
-    return Task(spec, samples, None, _probe(samples))
+    module = generator(spec)
+    data = module.fingerprint() if hasattr(module, "fingerprint") else ""
+    return Task(spec, module.samples, None, _probe(module.samples, data))
 
 
 def generator(name: str) -> ModuleType:
@@ -63,9 +64,12 @@ def generator(name: str) -> ModuleType:
     return import_module(f"selector.evaluation.tasks.{name}")
 
 
-def _probe(samples: Callable[[int, int], Iterator[Sample]], count: int = 4) -> str:
-    """A fingerprint of a generator: of what it makes, so that a changed generator never meets old records."""
-    digest = hashlib.sha256()
+def _probe(samples: Callable[[int, int], Iterator[Sample]], data: str, count: int = 4) -> str:
+    """A fingerprint of a generator: of what it makes, so that a changed generator never meets old records.
+
+    `data` is the fingerprint of the files behind it, if it has any.
+    """
+    digest = hashlib.sha256(data.encode())
     for sample in samples(count, 0):
         digest.update(repr((sample.id, sample.image.size, sample.question, sample.answer, sample.boxes)).encode())
         digest.update(sample.image.convert("RGB").tobytes())
