@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from selector.evaluation.errors import UsageError
-from selector.evaluation.tasks import glyphs, receipts, scans
+from selector.evaluation.tasks import glyphs, receipts, scans, scramble
 
 SHOPS = (
     "ALPHA MART",
@@ -83,6 +83,22 @@ def drafts(data, count=30):
             yield receipts.draft(Random(f"{split}{index}"), split=split, data=data)
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """Nothing is scrambled."""
+    monkeypatch.setattr(receipts, "SCRAMBLED", 0.0)
+
+
+def pattern(text):
+    return "".join("A" if c.isalpha() else "0" if c.isdigit() else c for c in text)
+
+
+def scrambled(data):
+    """Every receipt, with all lines scrambled."""
+    for receipt in scans.receipts(data):
+        yield scramble.scramble(Random(receipt.file.name), receipt, list(range(len(receipt.texts))))
+
+
 def test_a_missing_folder_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv(scans.VARIABLE, raising=False)
     with pytest.raises(UsageError, match="SELECTOR_DATA"):
@@ -135,7 +151,7 @@ def test_answers_stand_in_their_boxes(written):
     assert kinds == {"what", "read"}
 
 
-def test_questions(written):
+def test_questions(written, plain):
     data, _ = written
     asked = {(turn.question, turn.answer) for draft in drafts(data, 60) for turn in draft.turns}
     assert ("what is beside DATE?", "04/05/2018") in asked
@@ -179,7 +195,7 @@ def test_characters_are_of_a_readable_width(written):
         assert 7.5 < np.median(widths) < 12
 
 
-def test_everything_is_whole_lines(written):
+def test_everything_is_whole_lines(written, plain):
     data, _ = written
     texts = {text for receipt in scans.receipts(data) for text in receipt.texts}
     for draft in drafts(data, 10):
@@ -210,6 +226,74 @@ def test_counts(written, monkeypatch):
         receipts.draft(Random(0), split="all", data=data)
 
 
+def test_scrambled_texts_keep_their_pattern(written):
+    data, _ = written
+    changed = total = 0
+    for new in scrambled(data):
+        old = new.receipt.texts
+        assert [pattern(text) for text in new.texts] == [pattern(text) for text in old]
+        assert new.questions == tuple(scans.questions(new.texts, new.receipt.pairs))
+        assert {q.lines for q in new.questions if q.text.startswith("what")} == {
+            q.lines for q in new.receipt.questions if q.text.startswith("what")
+        }
+        shown = "".join(old)
+        assert set("".join(new.texts)) <= set(shown)
+        changed += sum(one != two for one, two in zip(shown, "".join(new.texts), strict=True))
+        total += sum(c.isalnum() for c in shown)
+    assert changed > total / 2
+
+
+def test_only_what_was_scrambled_is_drawn_anew(written):
+    data, _ = written
+    for new in scrambled(data):
+        grey = scans.pixels(new.receipt.file)
+        drawn = new.draw(0, 0, grey.shape[1], grey.shape[0])
+        same = np.ones(grey.shape, dtype=bool)
+        for index, place in new.moves:
+            y0, y1 = new.receipt.boxes[index, [1, 3]].astype(int)
+            start, end = glyphs.line(new.receipt, index).borders[place : place + 2].astype(int)
+            same[y0 - 3 : y1 + 4, start - 2 : end + 2] = False
+        assert (drawn == grey)[same].all()
+        assert (drawn != grey).any()
+        part = new.draw(50, 40, 200, 160)
+        assert (part == drawn[40:160, 50:200]).all()
+
+
+def test_what_is_written_anew_can_be_read(written):
+    """A scrambled character's pixels are, where it now stands, those of its donor."""
+    data, truth = written
+    for new in list(scrambled(data))[:2]:  # one of each face
+        drawn = new.draw(0, 0, *(int(side) for side in new.receipt.shape)).astype(float)
+        grey = scans.pixels(new.receipt.file).astype(float)
+        alike = []
+        for (index, place), donor in new.moves.items():
+            assert new.texts[index][place] == donor.character
+            assert donor.character in new.receipt.texts[donor.line]
+            x0, y0, x1, y1 = donor.box
+            x, y = truth[new.receipt.file.name, index][place]
+            patch, best = grey[y0:y1, x0:x1], -1.0
+            for top in range(round(y) - (y1 - y0) // 2 - 3, round(y) - (y1 - y0) // 2 + 4):
+                for left in range(round(x) - (x1 - x0) // 2 - 3, round(x) - (x1 - x0) // 2 + 4):
+                    there = drawn[top : top + y1 - y0, left : left + x1 - x0]
+                    best = max(best, float(np.corrcoef(there.ravel(), patch.ravel())[0, 1]))
+            alike.append(best)
+        assert np.quantile(alike, 0.1) > 0.8
+
+
+def test_only_windows_for_training_are_scrambled(written, monkeypatch):
+    data, _ = written
+    known = {text for receipt in scans.receipts(data) for text in receipt.texts}
+
+    def unknown(split):
+        pages = [receipts.draft(Random(f"{split}{index}"), split=split, data=data) for index in range(30)]
+        return np.mean([not set(draft.everything[1].split(", ")) <= known for draft in pages])
+
+    assert unknown("test") == 0
+    assert 0.4 < unknown("train") < 1
+    monkeypatch.setattr(receipts, "SCRAMBLED", 0.0)
+    assert unknown("train") == 0
+
+
 def test_samples(written):
     data, _ = written
     few, more = (list(receipts.samples(count, 1, data)) for count in (4, 6))
@@ -221,7 +305,7 @@ def test_samples(written):
     assert len({s.id for s in more}) == 6
 
 
-def test_companies_are_split(written):
+def test_companies_are_split(written, plain):
     data, _ = written
     splits = {receipt.group: receipt.split for receipt in scans.receipts(data)}
     assert set(splits.values()) == {"train", "test"}

@@ -6,6 +6,7 @@ dynamic programming: cell borders fall on light columns, blanks hold no ink.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -17,12 +18,38 @@ GOOD = 0.4
 """Cost a character below which a fit of glyphs is not improved further."""
 
 
-@cache
+@dataclass(frozen=True, eq=False)
+class Line:
+    """What was found of a line, in the receipt's pixels.
+
+    Attributes:
+        cells: of its characters (len(text), 4); as wide as a character of this line on average.
+        borders: columns between the characters (len(text) + 1,), as they are written.
+        rows: first and last (exclusive) that hold its ink.
+        paper: its level of grey.
+        ink: its level of grey.
+        local: level of grey of the paper about each character (len(text),).
+    """
+
+    cells: np.ndarray
+    borders: np.ndarray
+    rows: tuple[int, int]
+    paper: float
+    ink: float
+    local: np.ndarray
+
+
 def glyphs(receipt: Receipt, index: int) -> np.ndarray:
     """Cells of a line's characters (len(text), 4), in the receipt's pixels.
 
     A cell has the line's mean width about the middle of its ink, stands on the line and is as high as a capital.
     """
+    return line(receipt, index).cells
+
+
+@cache
+def line(receipt: Receipt, index: int) -> Line:
+    """Fits the characters to the ink."""
     text, grey = receipt.texts[index], pixels(receipt.file)
     x0, y0, x1, y1 = receipt.boxes[index]
     slack = receipt.advances[index] * 0.25
@@ -49,7 +76,10 @@ def glyphs(receipt: Receipt, index: int) -> np.ndarray:
     x = np.array(centres)
     rise = float(np.quantile(heights, 0.8)) / 2 if heights else (y1 - y0) / 2
     y = _baseline(np.array(feet), x) - rise if feet else np.full(len(x), (y0 + y1) / 2)
-    return np.stack([x - half, y - rise, x + half, y + rise], 1)
+    cells = np.stack([x - half, y - rise, x + half, y + rise], 1)
+    light, reach = np.where(area > (paper + ink) / 2, area, np.nan), int(8 * half) + 2
+    local = [np.nanmedian(light[:, max(int(c) - reach, 0) : int(c) + reach]) for c in x - left]
+    return Line(cells, left + borders, (top, top + len(dark)), float(paper), float(ink), np.array(local))
 
 
 def _rows(dark: np.ndarray) -> tuple[int, int]:

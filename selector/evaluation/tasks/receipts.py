@@ -2,6 +2,7 @@
 
 A window shows a part of a scan so that a character is 9 to 10 px wide. It asks for the value beside a word and for a
 whole line, only where both lie wholly inside. Scans and their split: `scans`; the boxes of single characters: `glyphs`.
+Most windows for training are scrambled, so that they must be read and cannot be remembered: `scramble`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from random import Random
@@ -21,6 +22,7 @@ from selector.evaluation.errors import UsageError
 from selector.evaluation.tasks.glyphs import glyphs
 from selector.evaluation.tasks.sample import Box, Draft, Marks, Page, Sample, Turn
 from selector.evaluation.tasks.scans import GLYPHS, KINDS, Question, Receipt, pixels, receipts
+from selector.evaluation.tasks.scramble import Scrambled, scramble
 
 ANLS = True
 """Answers are also scored by ANLS: a text read from a scan may be nearly right."""
@@ -30,19 +32,33 @@ ADVANCE = (9.0, 10.0)
 """Width of a character on the page, in pixels."""
 LEGIBLE = (7.0, 14.0)
 """What is too small or too large to be read; no window holds such a line."""
+SCRAMBLED = 0.7
+"""Share of the windows for training that are scrambled."""
 TRIES = 1000
 _WORD = re.compile(r"[A-Z0-9]+")
 
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a receipt from `left`, `top` on, shown `scale` times as large on a page of `size`."""
+    """The part of a receipt from `left`, `top` on, shown `scale` times as large on a page of `size`.
+
+    `scrambled` says what the receipt reads there, if not what was scanned.
+    """
 
     receipt: Receipt
     left: float
     top: float
     scale: float
     size: tuple[int, int]
+    scrambled: Scrambled | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.scrambled or self.receipt).texts
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return (self.scrambled or self.receipt).questions
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
         """From the receipt's pixels (..., 4) to the page's."""
@@ -116,12 +132,11 @@ def _reading_order(boxes: np.ndarray, indices: list[int]) -> list[int]:
 
 def _turns(window: Window, order: list[int]) -> tuple[Turn, ...]:
     """The questions of a window, by the place of their answers: `order` are the whole lines."""
-    receipt = window.receipt
     words: Counter[str] = Counter()
     for index in np.flatnonzero(window.visible()):  # a word in a line that is cut may be seen too
-        words.update(_WORD.findall(receipt.texts[index]))
+        words.update(_WORD.findall(window.texts[index]))
     place = {index: rank for rank, index in enumerate(order)}
-    asked = [q for q in receipt.questions if place.keys() >= set(q.lines) and words[q.word] == 1]
+    asked = [q for q in window.questions if place.keys() >= set(q.lines) and words[q.word] == 1]
     return tuple(_turn(window, question) for question in sorted(asked, key=lambda q: place[q.lines[-1]]))
 
 
@@ -139,7 +154,7 @@ def _marks(window: Window) -> Marks:
         quarter = (cells[:, 2:] - cells[:, :2]) / 4  # a little may be missing: cells are wider than most ink
         inside = np.minimum(cells[:, :2] + quarter, window.size - cells[:, 2:] + quarter).min(1) >= 0
         cells = np.concatenate([cells[:, :2].clip(0), np.minimum(cells[:, 2:], window.size)], 1)
-        for character, cell, here in zip(window.receipt.texts[index], cells.tolist(), inside, strict=True):
+        for character, cell, here in zip(window.texts[index], cells.tolist(), inside, strict=True):
             if here and character in GLYPHS:
                 found.append((character, tuple(cell)))
     return tuple(found)
@@ -161,7 +176,8 @@ def _draw(window: Window, seed: int | None) -> Image.Image:
     start = np.array([window.left, window.top])
     low, high = np.floor(start).astype(int) - 3, np.ceil(start + extent).astype(int) + 3
     (left, top), (right, bottom) = low.clip(0), np.minimum(high, grey.shape[::-1])
-    area = grey[top:bottom, left:right]
+    new = window.scrambled
+    area = new.draw(int(left), int(top), int(right), int(bottom)) if new else grey[top:bottom, left:right]
     margins = ((top - low[1], high[1] - bottom), (left - low[0], high[0] - right))
     area = np.pad(area, margins, constant_values=int(np.median(area)))
     (x0, y0), (x1, y1) = start - low, start - low + extent
@@ -199,10 +215,12 @@ def draft(
         lines = np.flatnonzero(window.whole()).tolist() if window else []
         if not (window and fewest <= len(lines) <= most and window.legible(lines)):
             continue
+        if split == "train" and rng.random() < SCRAMBLED:
+            window = replace(window, scrambled=scramble(rng, window.receipt, np.flatnonzero(window.visible()).tolist()))
         order = _reading_order(window.receipt.boxes, lines)
         turns = _turns(window, order)
         if turns:
-            everything = READ, _transcript([window.receipt.texts[index] for index in order])
+            everything = READ, _transcript([window.texts[index] for index in order])
             seed = rng.getrandbits(32) if split == "train" else None
             return Draft(size, turns, _marks(window), everything, partial(_draw, window, seed))
     raise UsageError(

@@ -48,7 +48,8 @@ class Question:
 class Receipt:
     """An annotated scan.
 
-    `shape` (width, height), `boxes` (lines, 4) and `advances` (lines, the width of a character) are in its pixels.
+    `shape` (width, height), `boxes` (lines, 4) and `advances` (lines, the width of a character) are in its pixels;
+    `pairs` are lines that stand side by side.
     """
 
     file: Path
@@ -56,6 +57,7 @@ class Receipt:
     shape: np.ndarray
     boxes: np.ndarray
     advances: np.ndarray
+    pairs: tuple[tuple[int, int], ...]
     questions: tuple[Question, ...]
     monospaced: bool
     group: str
@@ -128,6 +130,7 @@ def _receipt(documents: Path, row: dict[str, Any], companies: set[str]) -> Recei
     lengths = np.array([len(text) for text in texts])
     long = lengths > 3
     metric = np.array([character_widths(text, False).sum() for text in texts])
+    pairs = tuple(_pairs(boxes, texts))
     spreads = [_spread(widths[long] / measure[long]) for measure in (lengths, metric)]
     return Receipt(
         documents / "images" / row["image"],
@@ -135,7 +138,8 @@ def _receipt(documents: Path, row: dict[str, Any], companies: set[str]) -> Recei
         np.array(row["size"], dtype=np.float64),
         boxes,
         widths / lengths,
-        tuple(_questions(texts, _pairs(boxes, texts))),
+        pairs,
+        tuple(questions(texts, pairs)),
         spreads[0] <= spreads[1],
         _group(row, companies),
     )
@@ -161,7 +165,7 @@ def _pairs(boxes: np.ndarray, texts: tuple[str, ...]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _questions(texts: tuple[str, ...], pairs: list[tuple[int, int]]) -> Iterator[Question]:
+def questions(texts: tuple[str, ...], pairs: tuple[tuple[int, int], ...]) -> Iterator[Question]:
     """All a receipt may be asked, wherever the window lies."""
     for index, text in enumerate(texts):
         inner, first = _ROW.fullmatch(text), _FIRST.fullmatch(text)
