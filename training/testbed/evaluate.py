@@ -50,7 +50,7 @@ def answers(model: Any, processor: Any, samples: list[Sample], batch: int, way: 
         inputs = processor(text=prompts, return_tensors="pt", padding=True, **images)
         cut = select_tokens(model, BaseView(), keep=1) if way == "base" else nullcontext()
         with torch.no_grad(), cut:
-            out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         found += processor.batch_decode(new, skip_special_tokens=True)
     return [text.strip() for text in found]

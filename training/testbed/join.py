@@ -7,6 +7,7 @@ Both use the lessons of the reader.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaNextForConditionalGeneration, PreTrainedTokenizerFast
 
 from training.testbed import tiles
-from training.testbed.lessons import Lesson, collate
-from training.testbed.reader import Grade, Reader, answer_loss
+from training.testbed.lessons import Lesson, by_length, collate
+from training.testbed.muon import Muon, matrices_apart
+from training.testbed.reader import Grade, Reader, answer_loss, shares_right
 from training.testbed.state import Log, load_state, process_rank, save_state, schedule, sum_gradients
 from training.testbed.symbols import GRID, TILE, cut
 from training.testbed.tower import DenseTower, dense_loss, feature_layer
@@ -115,36 +117,41 @@ def pictures(lesson: Lesson) -> Image.Image:
     return lesson.image
 
 
-def lesson_loss(
-    model: LlavaNextForConditionalGeneration, dense: DenseTower, lessons: list[Lesson], learns: bool
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of the answers and, where the tower `learns`, of its patches; with the scores of both."""
-    pixels = torch.cat([torch.from_numpy(cut(pictures(one))) for one in lessons])
-    with torch.set_grad_enabled(learns):
-        features = feature_layer(model.model.vision_tower, pixels)[:, 1:]
-    ids, labels, positions = collate(lessons)
-    embedded = embed(model, lessons, ids, features)
-    loss, scores = answer_loss(model.model.language_model, embedded, labels, positions, [one.kind for one in lessons])
-    scores |= {"length": float(ids.shape[1]), "loss": loss.item()}
-    if learns:
-        seen = torch.cat([torch.from_numpy(one.tiles) for one in lessons])
-        patches, told = dense_loss(*dense.tell(features), seen, objects=1.5, centres=4.0)
-        loss, scores = loss + patches, scores | told
-    return loss, scores
+def learn(
+    model: LlavaNextForConditionalGeneration, dense: DenseTower, lessons: list[Lesson], learns: bool, weight: float
+) -> dict[str, float]:
+    """Adds `weight` times the gradients of the lessons' loss, that of the answers and, where the tower `learns`, of
+    its patches; the scores of both."""
+    tiles_of_all = sum(len(one.tiles) for one in lessons)
+    values, hits = {"loss": 0.0, "length": float(max(len(one.ids) for one in lessons))}, Counter()
+    for part, share in by_length(lessons):
+        pixels = torch.cat([torch.from_numpy(cut(pictures(one))) for one in part])
+        with torch.set_grad_enabled(learns):
+            features = feature_layer(model.model.vision_tower, pixels)[:, 1:]
+        ids, labels, positions = collate(part)
+        embedded = embed(model, part, ids, features)
+        loss, told = answer_loss(model.model.language_model, embedded, labels, positions, [one.kind for one in part])
+        loss = share * loss
+        values["loss"], hits = values["loss"] + loss.item(), hits + told
+        if learns:
+            seen = torch.cat([torch.from_numpy(one.tiles) for one in part])
+            patches, scores = dense_loss(*dense.tell(features), seen, objects=1.5, centres=4.0)
+            loss, values = loss + patches * len(seen) / tiles_of_all, values | scores
+        (loss * weight).backward()
+    return values | shares_right(hits)
 
 
-def optimizer_of(
-    model: LlavaNextForConditionalGeneration, dense: DenseTower, rate: float, tower: float
-) -> torch.optim.AdamW:
+def optimizer_of(model: LlavaNextForConditionalGeneration, dense: DenseTower, rate: float, tower: float) -> Muon:
     """Of projector and language model and, where its share of the rate is not 0, of the tower and its heads."""
-    eyes = [*model.model.vision_tower.parameters(), *dense.norm.parameters(), *dense.classes.parameters()]
-    eyes += dense.centre.parameters()
-    for parameter in eyes:
+    eyes = [(f"tower.{name}", p) for name, p in model.model.vision_tower.named_parameters()]
+    eyes += [(name, p) for name, p in dense.named_parameters() if name.startswith(("norm.", "classes.", "centre."))]
+    for _, parameter in eyes:
         parameter.requires_grad_(tower > 0)
-    known = {id(parameter) for parameter in eyes}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    groups = [{"params": others, "share": 1.0}] + ([{"params": eyes, "share": tower}] if tower else [])
-    return torch.optim.AdamW(groups, lr=rate, weight_decay=0.02, betas=(0.9, 0.95))
+    known = {id(parameter) for _, parameter in eyes}
+    others = matrices_apart((name, p) for name, p in model.named_parameters() if id(p) not in known)
+    groups = [group | {"share": 1.0} for group in others]
+    groups += [group | {"share": tower} for group in matrices_apart(eyes)] if tower else []
+    return Muon(groups, rate, weight_decay=0.02, betas=(0.9, 0.95))
 
 
 def tune(
@@ -170,7 +177,7 @@ def tune(
     for one in rounds:
         steps = [grade for grade in one.grades for _ in range(grade.at_most)]
         plan += [(one, grade, within, len(steps)) for within, grade in enumerate(steps)]
-    optimizer: torch.optim.AdamW | None = None
+    optimizer: Muon | None = None
     for step in range(start, len(plan)):
         one, now, within, length = plan[step]
         if one.parts % world:
@@ -186,8 +193,7 @@ def tune(
         for part in range(rank, one.parts, world):
             rng = Random(f"join/{seed}/{step}/{part}")
             lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
-            loss, values = lesson_loss(model, dense, lessons, learns=one.tower > 0)
-            (loss / one.parts).backward()
+            values = learn(model, dense, lessons, learns=one.tower > 0, weight=1 / one.parts)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         sum_gradients(trained)
         nn.utils.clip_grad_norm_(trained, 1.0)

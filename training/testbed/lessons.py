@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from selector.evaluation.tasks.drawing import COLOURS, SHAPES
 from selector.evaluation.tasks.sample import Draft, Marks, Turn
-from selector.evaluation.tasks.scenes import plural
+from selector.evaluation.tasks.scenes import kind_of, plural
 from training.testbed.symbols import CLASSES, cut_labels, page_labels
 from training.testbed.vocabulary import IMAGE_ID, PAD, conversation, recital
 
@@ -53,6 +53,8 @@ def pack_symbols(base: np.ndarray | None, full: np.ndarray) -> np.ndarray:
 _SHORT = (
     ("what is the value of ", ""),
     ("what is beside ", "beside "),
+    ("what is left of the ", "left "),
+    ("what is right of the ", "right "),
     ("what is ", ""),
     ("which is ", ""),
     ("what color is ", "color "),
@@ -76,7 +78,7 @@ def facts(task: str, turns: Sequence[Turn], marks: Marks) -> list[tuple[str, str
     if task != "scenes":
         return [(shortened(turn.question), turn.answer) for turn in turns]
     things = [label.split() for label, _ in marks]
-    found = []
+    found = [(shortened(turn.question), turn.answer) for turn in turns if kind_of(turn.question) == "beside"]
     for shape in SHAPES:
         colours = [colour for colour, kind in things if kind == shape]
         found.append((f"{plural(shape)}?", str(len(colours))))
@@ -139,6 +141,18 @@ def lesson(
     return Lesson(
         kind, *shorter, positions, symbols[:, kept], kept, cut_labels(first, full), draft.draw() if draw else None
     )
+
+
+def by_length(lessons: Sequence[Lesson], groups: int = 3) -> list[tuple[list[Lesson], float]]:
+    """The lessons in groups of like length, each with its share of all answer tokens: half the padding of one batch.
+
+    The losses of the groups, each weighted by its share, add up to the loss of all lessons at once.
+    """
+    ranked = sorted(lessons, key=lambda one: len(one.ids))
+    size = -(-len(ranked) // groups)
+    parts = [ranked[start : start + size] for start in range(0, len(ranked), size)]
+    asked = [sum(label != -100 for one in part for label in one.labels) for part in parts]
+    return [(part, count / sum(asked)) for part, count in zip(parts, asked, strict=True)]
 
 
 def collate(lessons: list[Lesson]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"], Int[Tensor, "B L"]]:

@@ -9,6 +9,7 @@ real sizes with their base tile; a stage ends when the running accuracy on quest
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -20,10 +21,14 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from selector.evaluation.tasks import generator
-from training.testbed.lessons import Lesson, collate, lesson
+from training.testbed.lessons import Lesson, by_length, collate, lesson
+from training.testbed.muon import Muon, matrices_apart
 from training.testbed.state import Log, load_state, save_state
 from training.testbed.symbols import CHARACTERS, CLASSES
 from training.testbed.vocabulary import IMAGE_ID
+
+Hits = Counter[tuple[str, bool]]
+"""How many answer tokens of each kind of lesson were told rightly (True) and wrongly (False)."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,8 @@ def answer_loss(
     labels: Int[Tensor, "B L"],
     positions: Int[Tensor, "B L"],
     kinds: list[str],
-) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy over the answers, and the share of answer tokens told rightly by kind of lesson."""
+) -> tuple[Tensor, Hits]:
+    """Cross-entropy over the answers, and how many of their tokens were told rightly."""
     # the mask of ones matters: without one, positions with gaps would be read as several packed sequences
     mask = torch.ones_like(positions)
     out = language(inputs_embeds=embedded, position_ids=positions, attention_mask=mask, use_cache=False)
@@ -116,11 +121,12 @@ def answer_loss(
     loss = F.cross_entropy(logits, target[asked])
     right = logits.argmax(-1) == target[asked]
     of_row = torch.arange(len(kinds))[:, None].expand_as(target)[asked]
-    scores = {}
-    for kind in sorted(set(kinds)):
-        rows = torch.tensor([name == kind for name in kinds])[of_row]
-        scores[kind] = right[rows].float().mean().item()
-    return loss, scores
+    return loss, Counter((kinds[row], hit) for row, hit in zip(of_row.tolist(), right.tolist(), strict=True))
+
+
+def shares_right(hits: Hits) -> dict[str, float]:
+    """The share of answer tokens told rightly by kind of lesson."""
+    return {kind: hits[kind, True] / (hits[kind, True] + hits[kind, False]) for kind in sorted({k for k, _ in hits})}
 
 
 def train_reader(
@@ -135,7 +141,7 @@ def train_reader(
     """Goes through the grades (going on from the state under `work`) and returns the reader."""
     torch.manual_seed(seed)
     reader = Reader(config, tokenizer)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
+    optimizer = Muon(matrices_apart(reader.named_parameters()), grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
     path, log = work / "reader.pt", Log(work / "log.jsonl", "reader")
     step, grade, within, running = 0, 0, 0, 0.0
     if state := load_state(path):
@@ -148,20 +154,23 @@ def train_reader(
         lessons = [now.lesson(rng, tokenizer) for _ in range(now.batch)]
         for group in optimizer.param_groups:
             group["lr"] = now.rate * min(1.0, (step + 1) / warmup)
-        ids, labels, positions = collate(lessons)
-        symbols = torch.cat([torch.from_numpy(one.symbols) for one in lessons], dim=1)
-        loss, scores = answer_loss(
-            reader.language, reader.embed(ids, symbols), labels, positions, [one.kind for one in lessons]
-        )
         optimizer.zero_grad()
-        loss.backward()
+        total, hits = 0.0, Counter()
+        for part, share in by_length(lessons):
+            ids, labels, positions = collate(part)
+            symbols = torch.cat([torch.from_numpy(one.symbols) for one in part], dim=1)
+            embedded = reader.embed(ids, symbols)
+            loss, told = answer_loss(reader.language, embedded, labels, positions, [one.kind for one in part])
+            (loss * share).backward()
+            total, hits = total + share * loss.item(), hits + told
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
+        scores = shares_right(hits)
         asked = [value for name, value in scores.items() if name.endswith("asked")]
         step, within = step + 1, within + 1
         running = 0.95 * running + 0.05 * (sum(asked) / len(asked) if asked else running)
         if step % every == 0:
-            log(step, grade=grade, length=ids.shape[1], loss=loss.item(), running=running, **scores)
+            log(step, grade=grade, length=max(len(one.ids) for one in lessons), loss=total, running=running, **scores)
         done = running >= now.until or within >= now.at_most
         if done:
             grade, within, running = grade + 1, 0, 0.0

@@ -19,24 +19,31 @@ Labelled = tuple[np.ndarray, np.ndarray]
 
 
 def text_tile(rng: Random) -> Labelled:
-    """Up to six lines of random characters, each with its own font, size and offset, slightly turned."""
+    """Up to six lines of random characters, each with its own font, size and offset, slightly turned.
+
+    Half of the tiles begin anywhere, not only near the patches' centres, and a fifth of the lines are in small letters:
+    so are scans, whose transcripts have capitals only.
+    """
     ink, paper = ink_and_paper(rng)
     image = Image.new("RGB", (TILE, TILE), paper)
     draw = ImageDraw.Draw(image)
     marks = []
     blank = rng.choice((0.1, 0.3))
     signs = rng.random() < 0.5
+    across, down = (rng.randint(0, 7), rng.randint(0, 7)) if rng.random() < 0.5 else (0, 0)
     row = rng.randint(0, 1)
     while row < GRID:
-        advance = rng.choice((8, 8, 8, 9, 10, 11))
-        x, y = PATCH // 2 + rng.randint(-2, 2), PATCH * row + PATCH // 2 + rng.randint(-2, 2)
+        advance = rng.choice((8, 8, 9, 10, 11))
+        x, y = across + PATCH // 2 + rng.randint(-2, 2), down + PATCH * row + PATCH // 2 + rng.randint(-2, 2)
         known = CHARACTERS if signs else CHARACTERS[:37]
-        text = "".join(" " if rng.random() < blank else rng.choice(known) for _ in range(TILE // advance))
-        write(draw, text, x, y, font_of(any_face(rng), advance, rng), ink, advance)
+        text = "".join(" " if rng.random() < blank else rng.choice(known) for _ in range((TILE - x) // advance + 1))
+        shown = text.lower() if rng.random() < 0.2 else text
+        write(draw, shown, x, y, font_of(any_face(rng), advance, rng), ink, advance)
         if rng.random() < 0.2:
             line = (0, y + advance - 1, TILE, y + advance - 1)
             draw.line(line, fill=tuple((a + b) // 2 for a, b in zip(ink, paper, strict=True)))
-        marks += [(c, clip(glyph_box(x + advance * i, y), image.size)) for i, c in enumerate(text) if c != " "]
+        if y < TILE - 1:
+            marks += [(c, clip(glyph_box(x + advance * i, y), image.size)) for i, c in enumerate(text) if c != " "]
         row += 2 if advance < 10 else 3
     image = image.rotate(rng.uniform(-0.5, 0.5), Image.Resampling.BICUBIC, fillcolor=paper)
     labels = label_grid(tuple(marks), image.size, (GRID, GRID))
@@ -58,7 +65,7 @@ def page_tiles(rng: Random, task: str) -> list[Labelled]:
 def batch(rng: Random, count: int, shares: dict[str, float]) -> Labelled:
     """`count` tiles [count, 3, 96, 96] and labels [count, 2, 12, 12]; those that are no task's `shares` are text.
 
-    Of a page up to two tiles and, except in documents, the base tile are taken.
+    Of a page up to two tiles are taken, of text the fullest ones, else with the base tile.
     """
     found: list[Labelled] = []
     wanted = 0.0
@@ -66,8 +73,10 @@ def batch(rng: Random, count: int, shares: dict[str, float]) -> Labelled:
         wanted += count * share
         while len(found) < round(wanted):
             base, *tiles = page_tiles(rng, task)
-            part = rng.sample(tiles, min(2, len(tiles)))
-            found += part if task in ("documents", "receipts") else [base, *part]
+            if task in ("documents", "receipts"):
+                found += sorted(tiles, key=lambda tile: -np.count_nonzero(tile[1][0]))[:2]
+            else:
+                found += [base, *rng.sample(tiles, min(2, len(tiles)))]
         found = found[: round(wanted)]
     found += [text_tile(rng) for _ in range(count - len(found))]
     return np.stack([t for t, _ in found]), np.stack([y for _, y in found])

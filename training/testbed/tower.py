@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from training.testbed import tiles
+from training.testbed.muon import Muon, matrices_apart
 from training.testbed.state import Log, load_state, process_rank, save_state, schedule, sum_gradients
 from training.testbed.symbols import CHARACTERS, CLASSES, PATCH, TILE
 
@@ -162,7 +163,8 @@ def train_tower(
     torch.manual_seed(seed)
     rank, world = process_rank()
     model = DenseTower(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phases[0].rate, weight_decay=0.02, betas=(0.9, 0.98))
+    model.tower.set_attn_implementation("eager")  # on CPUs faster than sdpa for so few patches
+    optimizer = Muon(matrices_apart(model.named_parameters()), phases[0].rate, weight_decay=0.02, betas=(0.9, 0.98))
     path, log, start = work / "tower.pt", Log(work / "log.jsonl", "tower"), 0
     if state := load_state(path):
         model.load_state_dict(state["model"])

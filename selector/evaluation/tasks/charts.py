@@ -1,9 +1,10 @@
 """Generated charts: standing and lying bars, lines with markers and pies, with their values printed beside them.
 
 Four kinds of questions, asked equally often: "what is the value of JAN?", "which is largest?", "which is smallest?" and
-"what color is JAN?" (not of a line, whose markers are all alike). Evidence: name and value; the bar, marker or
-slice (and its swatch) with its name; bar or swatch with name. No values tie, and the largest and the smallest stand out
-by a patch in length or a fifth in angle. Values and layouts of the held-out stream never occur in training.
+"what color is JAN?" (not of a line, whose markers are all alike). A comparison's answer tells every value before it
+names one, "JAN 12, FEB 45: FEB", so that a guess is worth nothing. Evidence: name and value; all names and values; bar
+or swatch with name. No values tie, and the largest and the smallest stand out by a patch in length or a fifth in angle.
+Values and layouts of the held-out stream never occur in training.
 
 Under standing bars and markers the values stand in a row of text of their own, each two patch rows below its name;
 lying bars carry theirs behind their ends; a pie has a legend of rows "swatch NAME VALUE".
@@ -43,12 +44,17 @@ def marks(made: Layout, shown: tuple[Category, ...]) -> tuple[tuple[str, Box], .
     return tuple(found)
 
 
+def transcript(shown: tuple[Category, ...]) -> str:
+    """Names and values in reading order: "JAN 12, FEB 45"."""
+    return ", ".join(f"{one.name} {one.value}" for one in shown)
+
+
 def turns(rng: Random, made: Layout, shown: tuple[Category, ...]) -> tuple[Turn, ...]:
     """The largest, the smallest, up to two values and two colours, in random order."""
     found = []
+    told, places = transcript(shown), tuple(box for one in shown for box in (one.name_box, one.value_box))
     for word, choose in (("largest", max), ("smallest", min)):
-        one = choose(shown, key=lambda c: c.value)
-        found.append((f"which is {word}?", one.name, (one.name_box, *one.areas, *one.swatch)))
+        found.append((f"which is {word}?", f"{told}: {choose(shown, key=lambda c: c.value).name}", places))
     for one in rng.sample(shown, min(2, len(shown))):
         found.append((f"what is the value of {one.name}?", str(one.value), (one.name_box, one.value_box)))
     for one in rng.sample(shown, min(2, len(shown))) if made.kind != "line" else ():
@@ -131,9 +137,8 @@ def draft(
     size = size or rng.choice(list(SIZES))
     made = layout(rng, size, rng.randint(*(count or SIZES[size])), split)
     shown = categories(rng, made, split)
-    aloud = ", ".join(f"{one.name} {one.value}" for one in shown)
     seed = rng.getrandbits(64)
-    everything = ("read the page.", aloud)
+    everything = ("read the page.", transcript(shown))
     return Draft(size, turns(rng, made, shown), marks(made, shown), everything, partial(_drawn, seed, made, shown))
 
 

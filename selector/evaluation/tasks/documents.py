@@ -3,8 +3,10 @@
 A page carries 2 to 8 entries `KEY: VALUE` in one of many fonts, sizes and colours, slightly turned, between ruled
 lines, boxes, bar codes and stamps that are neither blank nor text. Each key occurs once. Four kinds of questions: "what
 is TOTAL?" (one place), "which is larger, TAX or TOTAL?" (two places), "how many lines are there?" (the whole page) and
-"is there a DATE?" (half of them answered "no"). Evidence: the boxes of the values, keys or lines concerned, none for
-a "no". Values and layouts of the held-out stream never occur in training (see `drawing.held_out`).
+"is there a DATE?" (half of them answered "no"). A comparison's answer shows both values before it names the larger,
+"41, 1022: TOTAL", so that neither a guess nor one of the two places is enough. Evidence: the boxes of the values, keys
+or lines concerned, none for a "no". Values and layouts of the held-out stream never occur in training (see
+`drawing.held_out`).
 """
 
 from __future__ import annotations
@@ -172,7 +174,8 @@ def turns(rng: Random, page: Layout) -> tuple[Turn, ...]:
             a, b = rng.sample(sorted(numbers), 2)
             if numbers[a] != numbers[b]:
                 more = max(a, b, key=lambda name: numbers[name])
-                found.append(Turn(f"which is larger, {a} or {b}?", more, (value[a], value[b])))
+                answer = f"{numbers[a]}, {numbers[b]}: {more}"
+                found.append(Turn(f"which is larger, {a} or {b}?", answer, (value[a], value[b])))
     found.append(Turn("how many lines are there?", str(len(lines)), tuple(key.values())))
     there, absent = rng.choice(lines).key, rng.choice([name for name in KEYS if name not in key])
     found.append(Turn(f"is there a {there}?", "yes", (key[there],)))

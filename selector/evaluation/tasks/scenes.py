@@ -1,13 +1,14 @@
 """Generated scenes: coloured shapes on plain, textured and photographic backgrounds.
 
 Five kinds of questions, asked equally often: "how many circles are there?", "what color is the circle?" and "what shape
-is the red thing?" (only where one object fits), "what is left of the circle?" (its neighbour in the same row, "red
+is the red thing?" (only where one object fits), "what is left of the blue circle?" (its neighbour in the same row, "red
 square"), "is there a red thing?" (half of them answered "no"). Evidence: the boxes of the objects concerned, none for a
 zero or a "no". Objects keep inside 48-px cells, so that no 96-px tile cuts one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -99,10 +100,11 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
     for colour in rng.sample(lone, min(2, len(lone))):
         chosen.append(Turn(f"what shape is the {colour} thing?", by_colour[colour][0].shape, _boxes(by_colour[colour])))
     beside = [pair for pair in pairwise(things) if pair[0].y // CELL == pair[1].y // CELL]
-    for left, right in rng.sample(beside, min(2, len(beside))):
-        side, known, asked = rng.choice((("left", right, left), ("right", left, right)))
-        if len(by_shape[known.shape]) == 1:
-            chosen.append(Turn(f"what is {side} of the {known.shape}?", asked.label, _boxes([known, asked])))
+    labels = Counter(thing.label for thing in things)
+    related = [("left", right, left) for left, right in beside] + [("right", left, right) for left, right in beside]
+    related = [(side, known, asked) for side, known, asked in related if labels[known.label] == 1]
+    for side, known, asked in rng.sample(related, min(2, len(related))):
+        chosen.append(Turn(f"what is {side} of the {known.label}?", asked.label, _boxes([known, asked])))
     for answer, pool in (
         ("yes", [c for c in by_colour if by_colour[c]]),
         ("no", [c for c in by_colour if not by_colour[c]]),
