@@ -131,7 +131,8 @@ def test_the_answer_stands_in_its_boxes():
             subject = turn.question.removesuffix("?").split()[-1]
             kind = charts.question_kind(turn.question)
             if kind == "value":
-                assert inside == subject + turn.answer
+                assert inside == turn.answer.replace(" ", "")
+                assert turn.answer == f"{subject} {pairs[subject].value}"
             elif kind == "color":
                 assert inside == subject
                 assert turn.answer == pairs[subject].colour

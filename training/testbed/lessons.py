@@ -114,10 +114,11 @@ def lesson(
 ) -> Lesson:
     """One lesson on a page of `task`.
 
-    `aloud`: the share of lessons that tell everything. `drill`: the share that asks all `facts` of the page, one right
-    behind the other; with `hues`, in scenes those by colour only. `blanks`: the share of background slots that stay;
-    the others are left out of the sequence while all positions stay as on the whole page, which makes lessons several
-    times cheaper. `hint`: see `conversation`. `draw`: with the image too.
+    `aloud`: the share of lessons that tell everything. `drill`: the share that asks all `facts` of the page, one
+    right behind the other; with `hues`, in scenes those by colour only. `blanks`: the mean share of background slots
+    that stay (each lesson has its own, between its root and its square); the others are left out of the sequence
+    while all positions stay as on the whole page, which makes lessons several times cheaper. `hint`: see
+    `conversation`. `draw`: with the image too.
     """
     way = rng.random()
     tells, drills = way < aloud, way > 1 - drill
@@ -132,7 +133,8 @@ def lesson(
         ids, labels = conversation(tokenizer, exchanges, symbols.shape[1], hint)
     kind = f"{task}_{'all' if tells else 'drill' if drills else 'asked'}"
     empty = (symbols[0] == 0) | (symbols[0] == NEWLINE)
-    stays = ~empty | (np.random.default_rng(rng.getrandbits(64)).random(symbols.shape[1]) < blanks)
+    share = blanks ** rng.uniform(0.5, 2.0)
+    stays = ~empty | (np.random.default_rng(rng.getrandbits(64)).random(symbols.shape[1]) < share)
     start = ids.index(IMAGE_ID)
     whole = np.ones(len(ids), bool)
     whole[start : start + len(stays)] = stays

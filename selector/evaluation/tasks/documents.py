@@ -1,12 +1,12 @@
 """Generated documents: forms, ruled tables, two-column pages and labels stuck on textured backgrounds.
 
 A page carries 2 to 8 entries `KEY: VALUE` in one of many fonts, sizes and colours, slightly turned, between ruled
-lines, boxes, bar codes and stamps that are neither blank nor text. Each key occurs once. Four kinds of questions: "what
-is TOTAL?" (one place), "which is larger, TAX or TOTAL?" (two places), "how many lines are there?" (the whole page) and
-"is there a DATE?" (half of them answered "no"). A comparison's answer shows both values before it names the larger,
-"41, 1022: TOTAL", so that neither a guess nor one of the two places is enough. Evidence: the boxes of the values, keys
-or lines concerned, none for a "no". Values and layouts of the held-out stream never occur in training (see
-`drawing.held_out`).
+lines, boxes, bar codes and stamps that are neither blank nor text. Each key occurs once. Four kinds of questions:
+"what is TOTAL?" (one place), "which is larger, TAX or TOTAL?" (two places), "how many lines are there?" (the whole
+page) and "is there a DATE?" (half of them answered "no"). Answers show what they rest on, "TOTAL 1022" and "TAX 41,
+TOTAL 1022: TOTAL", so that of a comparison neither a guess nor one of the two places is enough. Evidence: the boxes
+of the values, keys or lines concerned, none for a "no". Values and layouts of the held-out stream never occur in
+training (see `drawing.held_out`).
 """
 
 from __future__ import annotations
@@ -167,14 +167,14 @@ def turns(rng: Random, page: Layout) -> tuple[Turn, ...]:
     lines = page.lines
     key = {line.key: page.box(line.key + ":", line.key_x, line.y) for line in lines}
     value = {line.key: page.box(line.value, line.value_x, line.y) for line in lines}
-    found = [Turn(f"what is {line.key}?", line.value, (value[line.key],)) for line in lines]
+    found = [Turn(f"what is {line.key}?", f"{line.key} {line.value}", (value[line.key],)) for line in lines]
     numbers = {line.key: int(line.value) for line in lines if line.value.isdecimal()}
     for _ in range(2):
         if len(numbers) > 1:
             a, b = rng.sample(sorted(numbers), 2)
             if numbers[a] != numbers[b]:
                 more = max(a, b, key=lambda name: numbers[name])
-                answer = f"{numbers[a]}, {numbers[b]}: {more}"
+                answer = f"{a} {numbers[a]}, {b} {numbers[b]}: {more}"
                 found.append(Turn(f"which is larger, {a} or {b}?", answer, (value[a], value[b])))
     found.append(Turn("how many lines are there?", str(len(lines)), tuple(key.values())))
     there, absent = rng.choice(lines).key, rng.choice([name for name in KEYS if name not in key])
