@@ -4,8 +4,7 @@ A row of the dataset is one image, already cut into the encoder's pixel tiles ``
 `batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every tile
 is one training example. With `cache_features` the tiles are encoded once and batches hold features ``[T, N, D]``.
 
-A folder is split by a hash of each file's name, so that the split does not change when files are added or moved; a task
-`folder:PATH?held_out=SHARE` shows the images that a `val_share` of at least SHARE kept from training.
+How a folder is split: `training.image_folder`.
 """
 
 from __future__ import annotations
@@ -15,17 +14,15 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from selector.evaluation.tasks.folder import split_place
 from training.cache import FeatureCache
 from training.encoders import Preprocess, VisionEncoder
+from training.image_folder import ImageFile, credits, even_sample, list_images, split_by_hash
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 Generated = Literal["documents", "scenes", "charts", "mixed"]
 MIXED = ("documents", "scenes", "charts")
 
@@ -36,6 +33,9 @@ class ImageModule(LightningDataModule):
     Args:
         images: folder of images, searched recursively; None generates pages instead.
         val_share: share of the folder's images held out for validation (and for `test`).
+        train_images: at most so many of the folder's other images to train on, evenly from the folders that hold them
+            and always the same; None takes all.
+        val_images: the same of the held-out images in validation; `test` takes all of them.
         skip_unreadable: leave out files that cannot be decoded, and say how many, instead of stopping at the first;
             costs one pass over the folder.
         generated: what to draw without a folder: pages of text, scenes of shapes, charts, or all in turn.
@@ -51,6 +51,8 @@ class ImageModule(LightningDataModule):
         self,
         images: str | None = None,
         val_share: float = 0.1,
+        train_images: int | None = None,
+        val_images: int | None = None,
         skip_unreadable: bool = False,
         generated: Generated = "mixed",
         generated_train: int = 1200,
@@ -69,25 +71,40 @@ class ImageModule(LightningDataModule):
             ("generated_train", generated_train),
             ("generated_val", generated_val),
             ("batch_size", batch_size),
+            ("train_images", train_images),
+            ("val_images", val_images),
         ):
-            if number < 1:
+            if number is not None and number < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {number}")
+        if images is None and (train_images or val_images):
+            raise ValueError("data.images must be a folder where data.train_images or data.val_images is given")
         self.images, self.val_share, self.skip_unreadable = images, val_share, skip_unreadable
+        self.train_images, self.val_images = train_images, val_images
         self.generated, self.generated_train, self.generated_val = generated, generated_train, generated_val
         self.batch_size, self.workers, self.cache_features, self.seed = batch_size, workers, cache_features, seed
         self._sets: dict[str, Dataset[Tensor]] = {}
         self._paths: list[Path] | None = None
+        self._credits: str | None = None
 
     def describe(self) -> str:
         """For the model card."""
         if self.images is None:
             return f"{self.generated_train} generated pages ({self.generated}), seed {self.seed}"
-        return f"{len(self._split('train'))} images of the folder {Path(self.images).name!r}"
+        train, val, test = (len(self._split(split)) for split in ("train", "val", "test"))
+        held_out = f"{test} more held out, {val} of them for validation"
+        return f"{train} images of the folder {Path(self.images).name!r} ({held_out})"
+
+    def credits(self) -> str:
+        """For the model card: sources and licences of the images trained on, in Markdown; empty without any."""
+        if self._credits is None:
+            self._credits = credits(self.images, self._split("train")) if self.images else ""
+        return self._credits
 
     def setup(self, stage: str) -> None:
         """Lists (and with `cache_features` encodes) what the stage needs; errors in the data surface here."""
         assert self.trainer is not None  # for the type checker: Lightning sets it before
         encoder = cast("VisionEncoder", self.trainer.lightning_module.encoder)
+        self.credits()  # a file that cannot be read is better found before training than at its first checkpoint
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in wanted:
             if split not in self._sets:
@@ -96,7 +113,7 @@ class ImageModule(LightningDataModule):
     def _dataset(self, split: str, encoder: VisionEncoder) -> Dataset[Tensor]:
         load: Sequence[Callable[[], Image.Image]]
         if self.images is not None:
-            load = [_File(path) for path in self._split(split)]
+            load = [ImageFile(path) for path in self._split(split)]
         else:
             count = self.generated_train if split == "train" else self.generated_val
             load = [_Page(self.generated, split, self.seed, index) for index in range(count)]
@@ -108,8 +125,10 @@ class ImageModule(LightningDataModule):
             return []
         if self._paths is None:
             self._paths = list_images(self.images, self.skip_unreadable)
-        train, val = split_by_hash(self._paths, self.val_share)
-        return train if split == "train" else val
+        train, held_out = split_by_hash(self._paths, self.val_share)
+        if split == "train":
+            return even_sample(train, self.train_images)
+        return even_sample(held_out, self.val_images if split == "val" else None)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None  # for the type checker
@@ -149,23 +168,6 @@ class TileDataset(Dataset[Tensor]):
         return self.preprocess(self.load[index]())
 
 
-class _File:
-    """One image of a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __call__(self) -> Image.Image:
-        try:
-            with Image.open(self.path) as image:
-                return image.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"image {self.path} cannot be read ({error}); "
-                "remove it or pass --data.skip_unreadable true to leave such files out"
-            ) from error
-
-
 class _Page:
     """One generated page; validation pages come from another seed, test pages from the test stream."""
 
@@ -178,43 +180,3 @@ class _Page:
 
         kind = MIXED[self.index % len(MIXED)] if self.kind == "mixed" else self.kind
         return generator(kind).page("test" if self.split == "test" else "train", self.seed, self.index).image
-
-
-def list_images(folder: str | Path, skip_unreadable: bool = False) -> list[Path]:
-    """Image files below a folder, sorted.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: it holds no image.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.images must be a folder of images, got {str(folder)!r}, which is none")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    if skip_unreadable:
-        readable = [path for path in paths if _is_readable(path)]
-        rank_zero_info(f"data.skip_unreadable: left out {len(paths) - len(readable)} of {len(paths)} files of {root}")
-        paths = readable
-    if not paths:
-        raise ValueError(f"data.images must hold images ({' '.join(EXTENSIONS)}), found none below {str(folder)!r}")
-    return paths
-
-
-def split_by_hash(paths: Sequence[Path], val_share: float) -> tuple[list[Path], list[Path]]:
-    """(training, validation) by a hash of the file names; each side gets at least one image."""
-    if len(paths) < 2:
-        raise ValueError(f"data.images needs at least 2 images, one of them for validation, got {len(paths)}")
-    place = {path: split_place(path.name) for path in paths}
-    ordered = sorted(paths, key=lambda path: place[path])
-    held_out = {path for path in paths if place[path] < val_share} or {ordered[0]}
-    if len(held_out) == len(paths):
-        held_out.discard(ordered[-1])
-    return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        _File(path)()
-    except ValueError:
-        return False
-    return True

@@ -46,6 +46,8 @@ def export(
     metadata["torch"] = str(torch.__version__)
     config = _run_config(Path(checkpoint))
     card = model_card(selector.init_args, metadata, command, config is not None, Path(folder).name)
+    if about.get("credits"):
+        card += f"\n## The images it was trained on\n\n{about['credits']}\n"
     if accuracy is not None:
         card += f"\n## On tasks\n\n{Path(accuracy).read_text().strip()}\n"
     written = selector.save_pretrained(folder, card=card, metadata=metadata)

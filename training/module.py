@@ -267,6 +267,7 @@ class SelectorModule(LightningModule):
             "init_args": self.selector.init_args,
             "encoder": {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint()},
             "data": data.describe() if isinstance(data, ImageModule) else "unknown",
+            "credits": data.credits() if isinstance(data, ImageModule) else "",
             "objective": self.objective,
             "steps": self.global_step,
             "validation": dict(self.last_validation),

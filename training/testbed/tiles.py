@@ -19,10 +19,9 @@ Labelled = tuple[np.ndarray, np.ndarray]
 
 
 def text_tile(rng: Random) -> Labelled:
-    """Up to six lines of random characters, each with its own font, size and offset, slightly turned.
+    """Five to eight lines of random characters, each with its own font, size and offset, slightly turned.
 
-    Half of the tiles begin anywhere, not only near the patches' centres, and a fifth of the lines are in small letters:
-    so are scans, whose transcripts have capitals only.
+    A fifth of the lines are in small letters: so are scans, whose transcripts have capitals only.
     """
     ink, paper = ink_and_paper(rng)
     image = Image.new("RGB", (TILE, TILE), paper)
@@ -30,11 +29,10 @@ def text_tile(rng: Random) -> Labelled:
     marks = []
     blank = rng.choice((0.1, 0.3))
     signs = rng.random() < 0.5
-    across, down = (rng.randint(0, 7), rng.randint(0, 7)) if rng.random() < 0.5 else (0, 0)
-    row = rng.randint(0, 1)
-    while row < GRID:
+    y = rng.randint(2, PATCH + 1)
+    while y < TILE - 1:
         advance = rng.choice((8, 8, 9, 10, 11))
-        x, y = across + PATCH // 2 + rng.randint(-2, 2), down + PATCH * row + PATCH // 2 + rng.randint(-2, 2)
+        x = rng.randint(0, PATCH)
         known = CHARACTERS if signs else CHARACTERS[:37]
         text = "".join(" " if rng.random() < blank else rng.choice(known) for _ in range((TILE - x) // advance + 1))
         shown = text.lower() if rng.random() < 0.2 else text
@@ -42,9 +40,8 @@ def text_tile(rng: Random) -> Labelled:
         if rng.random() < 0.2:
             line = (0, y + advance - 1, TILE, y + advance - 1)
             draw.line(line, fill=tuple((a + b) // 2 for a, b in zip(ink, paper, strict=True)))
-        if y < TILE - 1:
-            marks += [(c, clip(glyph_box(x + advance * i, y), image.size)) for i, c in enumerate(text) if c != " "]
-        row += 2 if advance < 10 else 3
+        marks += [(c, clip(glyph_box(x + advance * i, y), image.size)) for i, c in enumerate(text) if c != " "]
+        y += round(advance * rng.uniform(1.35, 2.0))
     image = image.rotate(rng.uniform(-0.5, 0.5), Image.Resampling.BICUBIC, fillcolor=paper)
     labels = label_grid(tuple(marks), image.size, (GRID, GRID))
     pixels = np.asarray(add_noise(image, rng)).astype(np.float32) / 127.5 - 1

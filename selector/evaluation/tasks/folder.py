@@ -4,7 +4,8 @@ One JSON object a line: ``image`` (file name) and, all optional, ``qa`` [{q, a, 
 boxes are [x0, y0, x1, y1] in pixels of the stored image, and other fields are ignored. One sample an image: with
 questions, one of them, drawn by the seed, and its boxes; without, no question, and the boxes of the objects.
 The seed also shuffles the images, so that a limited count covers the folder. ``folder:PATH?held_out=0.25`` shows only
-the images that `selector-train` with ``--data.val_share 0.25`` (or more) did not train on.
+the images that `selector-train` with ``--data.val_share 0.25`` (or more) did not train on, and
+``folder:PATH?boxes=true`` only images and questions with boxes; ``&`` joins the two.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
+from urllib.parse import parse_qsl
 
 from PIL import Image
 
@@ -27,19 +29,21 @@ ANNOTATIONS = "annotations.jsonl"
 
 def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
     """The task of a folder. Every line is checked here, before anything runs; an image is opened in its turn."""
-    path, share = _held_out(name, path)
+    path, share, boxed = _filters(name, path)
     folder = Path(path)
     if not path or not folder.is_dir():
         raise UsageError(f"task {name!r}: PATH must be a folder with {ANNOTATIONS} and images, got {path!r}")
     if not (folder / ANNOTATIONS).is_file():
         raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} is missing")
     rows = [
-        (number, row) for number, row in _rows(folder / ANNOTATIONS) if split_place(Path(row["image"]).name) < share
+        (number, shown)
+        for number, row in annotations(folder / ANNOTATIONS)
+        if split_place(Path(row["image"]).name) < share and (shown := _with_boxes(row) if boxed else row)
     ]
     if not rows:
-        raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} names no image (of the held-out share)")
+        raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} names no image (held out, or with boxes, where asked)")
     files = [_find(folder, row["image"], number) for number, row in rows]
-    digest = hashlib.sha256((folder / ANNOTATIONS).read_bytes())
+    digest = hashlib.sha256((folder / ANNOTATIONS).read_bytes() + b"boxes" * boxed)
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     unreadable: list[str] = []
@@ -61,19 +65,37 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
     return Task(name, samples, len(rows), digest.hexdigest()[:16], unreadable)
 
 
-def _held_out(name: str, path: str) -> tuple[str, float]:
-    """The folder and the share of images to show, 1 where none is named."""
+def _filters(name: str, path: str) -> tuple[str, float, bool]:
+    """The folder, the share of images to show (1 where none is named), and whether only those with boxes."""
     folder, mark, query = path.rpartition("?")
     if not mark:
-        return path, 1.0
-    key, _, value = query.partition("=")
+        return path, 1.0, False
+    share, boxed = 1.0, False
+    for key, value in parse_qsl(query, keep_blank_values=True) or [(query, "")]:
+        if key == "held_out" and _is_share(value):
+            share = float(value)
+        elif key == "boxes" and value == "true":
+            boxed = True
+        else:
+            raise UsageError(
+                f"task {name!r}: behind ? stand held_out=SHARE with a share in (0, 1) and boxes=true, got {query!r}"
+            )
+    return folder, share, boxed
+
+
+def _is_share(text: str) -> bool:
     try:
-        share = float(value)
+        return 0 < float(text) < 1
     except ValueError:
-        share = 0.0
-    if key != "held_out" or not 0 < share < 1:
-        raise UsageError(f"task {name!r}: behind ? stands held_out=SHARE with a share in (0, 1), got {query!r}")
-    return folder, share
+        return False
+
+
+def _with_boxes(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row with those of its questions that have boxes (its objects, where there is no question); None: no box."""
+    if row.get("qa"):
+        turns = [turn for turn in row["qa"] if turn.get("boxes")]
+        return row | {"qa": turns} if turns else None
+    return row if row.get("objects") else None
 
 
 def split_place(file: str) -> float:
@@ -106,7 +128,8 @@ def _boxes(boxes: Any) -> tuple[Box, ...]:
     return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and rows of an ``annotations.jsonl``, checked."""
     seen: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
