@@ -4,6 +4,7 @@ resumes."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -18,10 +19,10 @@ from selector.evaluation.tasks import charts, documents, scenes
 from training.testbed.card import card
 from training.testbed.evaluate import wilson
 from training.testbed.join import Round, embed
-from training.testbed.lessons import collate, facts, shortened
+from training.testbed.lessons import Lesson, by_length, collate, facts, shortened
 from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
 from training.testbed.model import build_model, reader_config
-from training.testbed.reader import Grade
+from training.testbed.reader import Grade, Reader, answer_loss
 from training.testbed.state import Log, schedule, stage_seconds
 from training.testbed.symbols import CHARACTERS, INDEX, cut, cut_labels, page_labels
 from training.testbed.tiles import batch
@@ -146,6 +147,28 @@ def test_left_out_background_keeps_symbols_and_positions():
     np.testing.assert_array_equal(short.symbols, whole.symbols[:, short.kept])
     inked = (whole.symbols[0] > 0) & (whole.symbols[0] < whole.symbols[0].max())
     assert set(np.flatnonzero(inked)) <= set(short.kept)
+
+
+def test_groups_of_like_length_have_the_loss_and_gradients_of_all():
+    tokenizer = build_tokenizer()
+    grade = Grade(shares=SHARES, batch=5, rate=1e-3, until=1.1, at_most=1, pages=PAGES, drill=0.5, blanks=0.1)
+    lessons = [grade.lesson(Random(f"groups/{i}"), tokenizer) for i in range(5)]
+    torch.manual_seed(0)
+    reader = Reader(reader_config(tokenizer, 32, 1, 2, 48), tokenizer)
+
+    def told(part: list[Lesson]) -> tuple[torch.Tensor, Counter]:
+        ids, labels, positions = collate(part)
+        symbols = torch.cat([torch.from_numpy(one.symbols) for one in part], dim=1)
+        return answer_loss(reader.language, reader.embed(ids, symbols), labels, positions, [one.kind for one in part])
+
+    whole, hits = told(lessons)
+    groups = by_length(lessons, 2)
+    assert [len(part) for part, _ in groups] == [3, 2]
+    assert max(len(one.ids) for one in groups[0][0]) <= min(len(one.ids) for one in groups[1][0])
+    parts = [(told(part), share) for part, share in groups]
+    torch.testing.assert_close(sum(loss * share for (loss, _), share in parts), whole)
+    assert sum((found for (_, found), _ in parts), Counter()) == hits
+    assert sum(hits.values()) == sum(label != -100 for one in lessons for label in one.labels)
 
 
 def test_tower_features_are_those_of_the_feature_layer():
