@@ -128,21 +128,54 @@ def test_unknown_task():
 
 
 def test_held_out_images_are_those_that_training_left_out(tmp_path):
-    from training.data import split_by_hash
+    """Trained on all of a folder, measured on each of its parts."""
+    from training.data import ImageModule
 
-    names = [f"photo{i}.png" for i in range(30)]
-    (tmp_path / "images").mkdir()
-    for name in names:
-        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
-    (tmp_path / "annotations.jsonl").write_text("\n".join(json.dumps({"image": name}) for name in names))
-    shown = {sample.id for sample in load_task(f"folder:{tmp_path}?held_out=0.3").samples(99, 0)}
-    trained, left_out = split_by_hash([tmp_path / "images" / name for name in names], 0.3)
-    assert shown == {path.name for path in left_out}
-    assert shown.isdisjoint(path.name for path in trained)
-    assert 0 < len(shown) < 30
+    for part in ("photos", "scans"):
+        names = [f"{part}{i}.png" for i in range(30)]
+        (tmp_path / part / "images").mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (8, 8)).save(tmp_path / part / "images" / name)
+        write(tmp_path / part, [{"image": name} for name in names])
+    data = ImageModule(str(tmp_path), val_share=0.3, train_images=20, val_images=5)
+    shown = {
+        part: {sample.id for sample in load_task(f"folder:{tmp_path / part}?held_out=0.3").samples(99, 0)}
+        for part in ("photos", "scans")
+    }
+    assert shown["photos"] | shown["scans"] == {path.name for path in data._split("test")}
+    assert {path.name for path in data._split("val")} <= shown["photos"] | shown["scans"]
+    assert not (shown["photos"] | shown["scans"]) & {path.name for path in data._split("train")}
+    assert all(0 < len(names) < 30 for names in shown.values())
 
 
-@pytest.mark.parametrize("query", ["held_out=2", "held_out=x", "split=0.1", "held_out=0"])
+def test_only_images_and_questions_with_boxes(folder):
+    rows = [json.loads(line) for line in (folder / "annotations.jsonl").read_text().splitlines() if line]
+    rows[0]["qa"] += [{"q": "nowhere", "boxes": []}, {"q": "unsaid"}]
+    write(folder, rows)
+    task = load_task(f"folder:{folder}?boxes=true")
+    assert task.size == 2
+    for seed in range(12):
+        found = {sample.id: sample for sample in task.samples(9, seed)}
+        assert set(found) == {"0.png", "1.png"}
+        assert all(sample.boxes for sample in found.values())
+        assert found["0.png"].question in {"q0", "q1", "q2"}
+    assert task.fingerprint != load_task(f"folder:{folder}").fingerprint
+    shown, boxed = (
+        {sample.id for sample in load_task(f"folder:{folder}?held_out=0.3{more}").samples(9, 0)}
+        for more in ("", "&boxes=true")
+    )
+    assert boxed == shown & {"0.png", "1.png"} == {"0.png"}
+
+
+def test_no_image_with_boxes_is_an_error(folder):
+    write(folder, [{"image": "4.png"}])
+    with pytest.raises(UsageError, match=r"names no image .*with boxes"):
+        load_task(f"folder:{folder}?boxes=true")
+
+
+@pytest.mark.parametrize(
+    "query", ["held_out=2", "held_out=x", "split=0.1", "held_out=0", "boxes=no", "boxes", "", "held_out=0.1&x=1"]
+)
 def test_a_wrong_held_out_share_is_named(tmp_path, query):
     with pytest.raises(UsageError, match="held_out=SHARE"):
         load_task(f"folder:{tmp_path}?{query}")

@@ -198,12 +198,18 @@ def test_timm_on_a_folder_of_images(tmp_path, fit):
     images.mkdir()
     for index in range(6):
         Image.effect_noise((48, 32), 20 + 10 * index).convert("RGB").save(images / f"{index}.png")
+    rows = [json.dumps({"image": f"{index}.png", "source": "Noise", "licence": "CC0"}) for index in range(6)]
+    (images / "annotations.jsonl").write_text("\n".join(rows))
     arguments = [part for part in fit() if "--model.encoder" not in part]
     timm = ["--model.encoder=training.encoders.TimmEncoder", "--model.encoder.name=test_vit"]
     more = ["--model.encoder.pretrained=false", "--model.encoder.image_size=64", f"--data.images={images}"]
     ran = run([*arguments, *timm, *more, "--trainer.max_epochs=1", "--data.val_share=0.4"])
     assert ran.model.selector.num_patches == 16
     assert ran.trainer.global_step == 2
+    assert main(["export", str(checkpoint(tmp_path)), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| trained on | {ran.datamodule.describe()} |" in card
+    assert f"| Noise | CC0 | {len(ran.datamodule._split('train'))} |" in card
 
 
 def test_a_ranking_that_loses_to_random_is_an_error(tmp_path, fit, capsys, monkeypatch):

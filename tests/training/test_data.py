@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from training.data import ImageModule, TileDataset, _File, list_images, split_by_hash
+from training.data import ImageModule, TileDataset
+from training.image_folder import ImageFile, credits, even_sample, list_images, split_by_hash
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_a_missing_folder_names_the_argument(tmp_path):
 
 def test_an_unreadable_image_is_named(folder):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    rows = TileDataset([_File(path) for path in list_images(folder)], lambda image: torch.zeros(1, 3, 4, 4))
+    rows = TileDataset([ImageFile(path) for path in list_images(folder)], lambda image: torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"broken\.png cannot be read.*skip_unreadable"):
         [rows[index] for index in range(len(rows))]
 
@@ -64,7 +66,7 @@ def test_a_cut_off_image_is_named(folder):
     whole.save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"cut\.jpg cannot be read"):
-        _File(folder / "cut.jpg")()
+        ImageFile(folder / "cut.jpg")()
 
 
 def test_unreadable_images_are_left_out_and_counted_on_demand(folder, capsys, caplog):
@@ -76,11 +78,62 @@ def test_unreadable_images_are_left_out_and_counted_on_demand(folder, capsys, ca
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("val_share", 0.0), ("val_share", 1.0), ("batch_size", 0), ("generated_train", 0), ("generated_val", 0)],
+    [
+        *(("val_share", 0.0), ("val_share", 1.0), ("batch_size", 0), ("generated_train", 0), ("generated_val", 0)),
+        *(("train_images", 0), ("val_images", -1)),
+    ],
 )
 def test_bad_arguments_are_named(argument, value):
     with pytest.raises(ValueError, match=rf"data\.{argument} must be .* got {value!r}"):
         ImageModule(**{argument: value})
+
+
+def test_numbers_of_images_need_a_folder():
+    with pytest.raises(ValueError, match=r"data\.images must be a folder where .*data\.val_images is given"):
+        ImageModule(val_images=5)
+
+
+def test_an_even_sample_takes_from_every_folder_and_stays_when_files_are_added():
+    few, many = ([Path(name) / f"{index}.png" for index in range(count)] for name, count in (("few", 3), ("many", 40)))
+    sample = even_sample([*few, *many], 10)
+    assert set(few) <= set(sample)
+    assert len(sample) == 10
+    assert even_sample([*few, *many], 4)[2:] == [path for path in sample if path in even_sample(many, 2)]
+    assert set(even_sample(many, 5)) <= set(even_sample(many, 9))
+    assert even_sample(many, None) == many
+    assert even_sample(few, 99) == few
+
+
+def test_train_and_validation_images_are_sampled_within_their_side_of_the_split(folder):
+    data = ImageModule(str(folder), val_share=0.5, train_images=2, val_images=1)
+    train, held_out = split_by_hash(list_images(folder), 0.5)
+    assert data._split("train") == even_sample(train, 2)
+    assert data._split("val") == even_sample(held_out, 1)
+    assert data._split("test") == held_out
+    text = data.describe()
+    assert text == f"2 images of the folder {folder.name!r} ({len(held_out)} more held out, 1 of them for validation)"
+    assert len(ImageModule(str(folder), val_share=0.5)._split("val")) == len(held_out)
+
+
+def test_images_are_credited_as_their_annotations_say(tmp_path):
+    (tmp_path / "scans" / "images").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    scans = [tmp_path / "scans" / "images" / f"{index}.png" for index in range(3)]
+    rows = [{"image": path.name, "source": "Scans", "licence": "CC BY 4.0"} for path in scans]
+    rows[2]["attribution"] = "A. Photographer"
+    (tmp_path / "scans" / "annotations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "ATTRIBUTION.txt").write_text("Scans: by someone.\n")
+    (tmp_path / "scans" / "ATTRIBUTION.txt").write_text("Scans: by someone.\n")
+    text = credits(tmp_path, [scans[0], scans[2], tmp_path / "photos" / "0.png"])
+    assert "| Scans | CC BY 4.0 | 2 |" in text
+    assert "| not named | not named | 1 |" in text
+    assert "- 2.png, CC BY 4.0: A. Photographer" in text
+    assert text.count("> Scans: by someone.") == 1
+    assert "Photographer" not in credits(tmp_path, scans[:2])
+
+
+def test_images_without_annotations_have_no_credits(folder):
+    assert credits(folder, list_images(folder)) == ""
 
 
 def test_generated_splits_differ_and_repeat():

@@ -37,7 +37,7 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
         raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} is missing")
     rows = [
         (number, shown)
-        for number, row in annotations(folder / ANNOTATIONS)
+        for number, row in read_annotations(folder / ANNOTATIONS)
         if split_place(Path(row["image"]).name) < share and (shown := _with_boxes(row) if boxed else row)
     ]
     if not rows:
@@ -128,7 +128,7 @@ def _boxes(boxes: Any) -> tuple[Box, ...]:
     return tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
 
 
-def annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and rows of an ``annotations.jsonl``, checked."""
     seen: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
