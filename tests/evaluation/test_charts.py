@@ -135,8 +135,8 @@ def test_the_answer_stands_in_its_boxes():
                 assert turn.answer == f"{subject} {pairs[subject].value}"
             elif kind == "color":
                 assert inside == subject
-                assert turn.answer == pairs[subject].colour
-                assert sum(one.colour == turn.answer for one in shown) == 1
+                assert turn.answer == f"{subject} {pairs[subject].colour}"
+                assert sum(one.colour == pairs[subject].colour for one in shown) == 1
             else:
                 told, named = turn.answer.split(": ")
                 assert told == charts.transcript(shown)

@@ -166,6 +166,7 @@ def tune(
     """Projector and language model together, each grade for `at_most` steps; in every round optimizer and rate begin
     anew."""
     rank, world = process_rank()
+    model.model.vision_tower.set_attn_implementation("eager")  # on CPUs faster than sdpa for so few patches
     path, log, start = work / "join.pt", Log(work / "log.jsonl", "join"), 0
     dense = DenseTower(model.model.vision_tower.config)
     dense.load_state_dict(load_state(work / "tower.pt")["model"])  # pyright: ignore[reportOptionalSubscript]

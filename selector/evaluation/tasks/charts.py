@@ -1,10 +1,10 @@
 """Generated charts: standing and lying bars, lines with markers and pies, with their values printed beside them.
 
 Four kinds of questions, asked equally often: "what is the value of JAN?", "which is largest?", "which is smallest?"
-and "what color is JAN?" (not of a line, whose markers are all alike). Answers show what they rest on, "JAN 12" and
-"JAN 12, FEB 45: FEB", so that a guess is worth nothing. Evidence: name and value; all names and values; bar or swatch
-with name. No values tie, and the largest and the smallest stand out by a patch in length or a fifth in angle. Values
-and layouts of the held-out stream never occur in training.
+and "what color is JAN?" (not of a line, whose markers are all alike). Answers show what they rest on, "JAN 12", "JAN
+blue" and "JAN 12, FEB 45: FEB", so that a guess is worth nothing. Evidence: name and value; all names and values; bar
+or swatch with name. No values tie, and the largest and the smallest stand out by a patch in length or a fifth in
+angle. Values and layouts of the held-out stream never occur in training.
 
 Under standing bars and markers the values stand in a row of text of their own, each two patch rows below its name;
 lying bars carry theirs behind their ends; a pie has a legend of rows "swatch NAME VALUE".
@@ -58,7 +58,8 @@ def turns(rng: Random, made: Layout, shown: tuple[Category, ...]) -> tuple[Turn,
     for one in rng.sample(shown, min(2, len(shown))):
         found.append((f"what is the value of {one.name}?", f"{one.name} {one.value}", (one.name_box, one.value_box)))
     for one in rng.sample(shown, min(2, len(shown))) if made.kind != "line" else ():
-        found.append((f"what color is {one.name}?", one.colour, (one.name_box, *(one.swatch or one.areas))))
+        boxes = (one.name_box, *(one.swatch or one.areas))
+        found.append((f"what color is {one.name}?", f"{one.name} {one.colour}", boxes))
     rng.shuffle(found)
     return tuple(Turn(q, a, tuple(clip(box, made.size) for box in boxes)) for q, a, boxes in found)
 
