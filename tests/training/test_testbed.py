@@ -19,7 +19,7 @@ from selector.evaluation.tasks import charts, documents, scenes
 from training.testbed.card import card
 from training.testbed.evaluate import wilson
 from training.testbed.join import Round, embed
-from training.testbed.lessons import Lesson, by_length, collate, facts, shortened
+from training.testbed.lessons import Lesson, by_length, collate, comparisons, facts, shortened
 from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
 from training.testbed.model import build_model, reader_config
 from training.testbed.reader import Grade, Reader, answer_loss
@@ -288,3 +288,18 @@ def test_the_shipped_settings_are_those_of_the_config():
 def test_the_shipped_card_is_written_from_the_shipped_results():
     folder = Path(__file__).parents[2] / "checkpoints/llava-next-tiny"
     assert (folder / "README.md").read_text() == card(json.loads((folder / "results.json").read_text()))
+
+
+def test_a_comparison_without_a_page_is_right_and_asks_for_the_name_alone():
+    tokenizer = build_tokenizer()
+    one = comparisons(Random(3), tokenizer, ["documents", "charts"], 12)
+    turns = tokenizer.decode(one.ids).removeprefix("<s>").split("</s>")
+    named = tokenizer.decode([label for label in one.labels if label != -100]).split("</s>")
+    assert len(turns) == len(named) >= 13  # the last ones are empty
+    for turn, name in zip(turns[:-1], named[:-1], strict=True):
+        question, _, said = turn.partition(" ASSISTANT:")
+        told, _, answer = said.partition(": ")
+        values = {pair.split()[0]: int(pair.split()[1]) for pair in told.split(", ")}
+        choose = min if "smallest" in question else max
+        assert answer == name == choose(values, key=lambda key: values[key])
+    assert one.symbols.shape == (2, 0)

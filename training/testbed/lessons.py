@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from selector.evaluation.tasks import generator
 from selector.evaluation.tasks.drawing import COLOURS, SHAPES
 from selector.evaluation.tasks.sample import Draft, Marks, Turn
 from selector.evaluation.tasks.scenes import kind_of, plural
 from training.testbed.symbols import CLASSES, cut_labels, page_labels
-from training.testbed.vocabulary import IMAGE_ID, PAD, conversation, recital
+from training.testbed.vocabulary import BOS, IMAGE_ID, PAD, conversation, recital
 
 NEWLINE = len(CLASSES)
 """The symbol that ends a row of the packed page."""
@@ -143,6 +144,24 @@ def lesson(
     return Lesson(
         kind, *shorter, positions, symbols[:, kept], kept, cut_labels(first, full), draft.draw() if draw else None
     )
+
+
+def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence[str], count: int = 10) -> Lesson:
+    """A lesson without a page: `count` comparisons of numbers that the text itself tells, only the names asked for.
+
+    Reading is not what makes "which is larger" hard for a small language model: comparing is, and on a page there is
+    one such decision among forty tokens that are read.
+    """
+    ids, labels, found = [BOS], [-100], 0
+    while found < count:
+        for turn in generator(rng.choice(tasks)).draft(rng, split="train").turns:
+            told, _, name = turn.answer.partition(": ")
+            if name and turn.question.startswith("which"):
+                asked = tokenizer.encode(f"USER: {turn.question} ASSISTANT:{told}: ")
+                reply = tokenizer.encode(f"{name}</s>")
+                ids, labels, found = ids + asked + reply, labels + [-100] * len(asked) + reply, found + 1
+    nothing = np.zeros((2, 0), np.int64)
+    return Lesson("compared", ids, labels, list(range(len(ids))), nothing, nothing[0], np.zeros((0, 2, 12, 12)), None)
 
 
 def by_length(lessons: Sequence[Lesson], groups: int = 3) -> list[tuple[list[Lesson], float]]:

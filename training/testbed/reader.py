@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from selector.evaluation.tasks import generator
-from training.testbed.lessons import Lesson, by_length, collate, lesson
+from training.testbed.lessons import Lesson, by_length, collate, comparisons, lesson
 from training.testbed.muon import Muon, matrices_apart
 from training.testbed.state import Log, load_state, save_state
 from training.testbed.symbols import CHARACTERS, CLASSES
@@ -36,7 +36,8 @@ class Grade:
     """One stage of the curriculum: which pages, how many at once, and when it is learnt.
 
     `shares` says how often each task is drawn. `pages` may give a task smaller pages than its own: sizes "192x96"
-    (width, height) with the least and the largest number of lines or objects. The rest: see `lesson`.
+    (width, height) with the least and the largest number of lines or objects. `compared`: the share of lessons without
+    a page, see `comparisons`; for the reader alone. The rest: see `lesson`.
     """
 
     shares: dict[str, float]
@@ -52,8 +53,11 @@ class Grade:
     base: bool = True
     blanks: float = 1.0
     hint: bool = False
+    compared: float = 0.0
 
     def lesson(self, rng: Random, tokenizer: PreTrainedTokenizerFast, draw: bool = False) -> Lesson:
+        if rng.random() < self.compared:
+            return comparisons(rng, tokenizer, [task for task in self.shares if task in ("documents", "charts")])
         task = rng.choices(list(self.shares), list(self.shares.values()))[0]
         size, count = None, None
         if task in self.pages:
