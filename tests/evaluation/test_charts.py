@@ -168,7 +168,6 @@ def test_the_largest_really_is_the_largest():
         sizes = extent(made, shown, nearest(draft.draw()))
         answers = {turn.question: turn.answer.split(": ")[-1] for turn in draft.turns}
         assert shown[int(np.argmax(sizes))].name == answers["which is largest?"]
-        assert shown[int(np.argmin(sizes))].name == answers["which is smallest?"]
         assert max(shown, key=lambda one: one.value).name == answers["which is largest?"]
         # as long as the value says
         shares, claimed = np.array(sizes) / sum(sizes), np.array([one.value for one in shown])
@@ -182,8 +181,8 @@ def test_held_out_questions_are_mixed_and_hard_to_guess():
         kind = charts.question_kind(sample.question)
         kinds[kind] += 1
         answers[kind][sample.answer] += 1
-    assert min(kinds.values()) > 0.15 * 240
-    assert max(kinds.values()) < 0.35 * 240
+    assert min(kinds.values()) > 0.2 * 240
+    assert max(kinds.values()) < 0.45 * 240
     assert sum(max(counter.values()) for counter in answers.values()) < 0.2 * 240
 
 

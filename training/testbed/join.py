@@ -101,10 +101,11 @@ def embed(
     model: LlavaNextForConditionalGeneration, lessons: list[Lesson], ids: Tensor, features: Float[Tensor, "T N D"]
 ) -> Float[Tensor, "B L D"]:
     """Text embeddings with the packed, projected features of the pages' kept slots in the places of the image
-    tokens; `features` are those of all tiles of all pages."""
+    tokens; `features` are those of all tiles of all pages (a lesson may have no page)."""
     projected = model.model.multi_modal_projector(features)
-    visual = []
-    for one, part in zip(lessons, projected.split([len(one.tiles) for one in lessons]), strict=True):
+    shown = [one for one in lessons if len(one.tiles)]
+    visual = [projected[:0].flatten(0, 1)]
+    for one, part in zip(shown, projected.split([len(one.tiles) for one in shown]), strict=True):
         packed = pack(part, model.model.image_newline, pictures(one).width // TILE)
         visual.append(packed[torch.from_numpy(one.kept)])
     embedded = model.model.language_model.embed_tokens(ids)
@@ -125,15 +126,17 @@ def learn(
     tiles_of_all = sum(len(one.tiles) for one in lessons)
     values, hits = {"loss": 0.0, "length": float(max(len(one.ids) for one in lessons))}, Counter()
     for part, share in by_length(lessons):
-        pixels = torch.cat([torch.from_numpy(cut(pictures(one))) for one in part])
-        with torch.set_grad_enabled(learns):
-            features = feature_layer(model.model.vision_tower, pixels)[:, 1:]
+        pages = [torch.from_numpy(cut(pictures(one))) for one in part if len(one.tiles)]
+        features = torch.zeros(0, GRID * GRID, model.model.vision_tower.config.hidden_size)
+        if pages:
+            with torch.set_grad_enabled(learns):
+                features = feature_layer(model.model.vision_tower, torch.cat(pages))[:, 1:]
         ids, labels, positions = collate(part)
         embedded = embed(model, part, ids, features)
         loss, told = answer_loss(model.model.language_model, embedded, labels, positions, [one.kind for one in part])
         loss = share * loss
         values["loss"], hits = values["loss"] + loss.item(), hits + told
-        if learns:
+        if learns and pages:
             seen = torch.cat([torch.from_numpy(one.tiles) for one in part])
             patches, scores = dense_loss(*dense.tell(features), seen, objects=1.5, centres=4.0)
             loss, values = loss + patches * len(seen) / tiles_of_all, values | scores

@@ -21,7 +21,7 @@ from selector.evaluation.tasks import generator
 from selector.evaluation.tasks.drawing import COLOURS, SHAPES
 from selector.evaluation.tasks.sample import Draft, Marks, Turn
 from selector.evaluation.tasks.scenes import kind_of, plural
-from training.testbed.symbols import CLASSES, cut_labels, page_labels
+from training.testbed.symbols import CLASSES, GRID, cut_labels, page_labels
 from training.testbed.vocabulary import BOS, IMAGE_ID, PAD, conversation, recital
 
 NEWLINE = len(CLASSES)
@@ -161,7 +161,16 @@ def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence
                 reply = tokenizer.encode(f"{name}</s>")
                 ids, labels, found = ids + asked + reply, labels + [-100] * len(asked) + reply, found + 1
     nothing = np.zeros((2, 0), np.int64)
-    return Lesson("compared", ids, labels, list(range(len(ids))), nothing, nothing[0], np.zeros((0, 2, 12, 12)), None)
+    return Lesson(
+        "compared",
+        ids,
+        labels,
+        list(range(len(ids))),
+        nothing,
+        nothing[0],
+        np.zeros((0, 2, GRID, GRID), np.int64),
+        None,
+    )
 
 
 def by_length(lessons: Sequence[Lesson], groups: int = 3) -> list[tuple[list[Lesson], float]]:

@@ -37,7 +37,7 @@ class Grade:
 
     `shares` says how often each task is drawn. `pages` may give a task smaller pages than its own: sizes "192x96"
     (width, height) with the least and the largest number of lines or objects. `compared`: the share of lessons without
-    a page, see `comparisons`; for the reader alone. The rest: see `lesson`.
+    a page, see `comparisons`. The rest: see `lesson`.
     """
 
     shares: dict[str, float]

@@ -1,6 +1,6 @@
 """Generated charts: standing and lying bars, lines with markers and pies, with their values printed beside them.
 
-Four kinds of questions, asked equally often: "what is the value of JAN?", "which is largest?", "which is smallest?"
+Three kinds of questions, asked equally often: "what is the value of JAN?", "which is largest?", "which is smallest?"
 and "what color is JAN?" (not of a line, whose markers are all alike). Answers show what they rest on, "JAN 12", "JAN
 blue" and "JAN 12, FEB 45: FEB", so that a guess is worth nothing. Evidence: name and value; all names and values; bar
 or swatch with name. No values tie, and the largest and the smallest stand out by a patch in length or a fifth in
@@ -31,7 +31,7 @@ from selector.evaluation.tasks.drawing import (
 )
 from selector.evaluation.tasks.sample import Box, Draft, Page, Sample, Turn
 
-QUESTIONS = ("value", "largest", "smallest", "color")
+QUESTIONS = ("value", "largest", "color")
 
 
 def marks(made: Layout, shown: tuple[Category, ...]) -> tuple[tuple[str, Box], ...]:
@@ -50,11 +50,10 @@ def transcript(shown: tuple[Category, ...]) -> str:
 
 
 def turns(rng: Random, made: Layout, shown: tuple[Category, ...]) -> tuple[Turn, ...]:
-    """The largest, the smallest, up to two values and two colours, in random order."""
+    """The largest, up to two values and two colours, in random order."""
     found = []
     told, places = transcript(shown), tuple(box for one in shown for box in (one.name_box, one.value_box))
-    for word, choose in (("largest", max), ("smallest", min)):
-        found.append((f"which is {word}?", f"{told}: {choose(shown, key=lambda c: c.value).name}", places))
+    found.append(("which is largest?", f"{told}: {max(shown, key=lambda c: c.value).name}", places))
     for one in rng.sample(shown, min(2, len(shown))):
         found.append((f"what is the value of {one.name}?", f"{one.name} {one.value}", (one.name_box, one.value_box)))
     for one in rng.sample(shown, min(2, len(shown))) if made.kind != "line" else ():
@@ -160,7 +159,7 @@ def question_kind(question: str) -> str:
 
 
 def samples(count: int, seed: int) -> Iterator[Sample]:
-    """Held-out questions, one a page, the four kinds equally often where the page allows them."""
+    """Held-out questions, one a page, the three kinds equally often where the page allows them."""
     for index in range(count):
         shown = page("test", seed, index)
         rng = Random(f"charts/question/{seed}/{index}")
