@@ -40,12 +40,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "out": "runs/compare",
         "baseline": "random",
         "answers": True,
-        "max_new_tokens": 16,
+        "max_new_tokens": 48,
         "layer": 0,
         "repeats": 1,
         "skip_unreadable": False,
     },
-    "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 16, "scores": False},
+    "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 48, "scores": False},
     "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
 }
 LISTS = ("selectors", "allow", "keep", "tasks")

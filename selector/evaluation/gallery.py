@@ -48,7 +48,7 @@ def strips(
     budgets: Sequence[Budget],
     sample: Sample,
     *,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 48,
     positions: Positions = "original",
     scores: bool = False,
 ) -> Iterator[tuple[Image.Image, list[str]]]:

@@ -50,7 +50,7 @@ def compare(
     samples: int | None = 100,
     seed: int = 0,
     answers: bool = True,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 48,
     positions: Positions = "original",
     layer: int = 0,
     repeats: int = 1,

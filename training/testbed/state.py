@@ -4,6 +4,7 @@ processes that share the work of a step."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -28,7 +29,8 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 
 class Log:
-    """Appends one JSON object a line; prints it too. `seconds` goes on from the stage's last line when a stage is
+    """Appends one JSON object a line, without values that are not finite (the share of objects told rightly where a
+    batch has none); prints it too. `seconds` goes on from the stage's last line when a stage is
     resumed."""
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -37,7 +39,7 @@ class Log:
         self._start = time.monotonic() - stage_seconds(path).get(stage, 0.0)
 
     def __call__(self, step: int, **values: float) -> None:
-        rounded = {name: round(float(value), 4) for name, value in values.items()}
+        rounded = {name: round(float(value), 4) for name, value in values.items() if math.isfinite(value)}
         row = {"stage": self._stage, "step": step, "seconds": round(time.monotonic() - self._start, 1), **rounded}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
