@@ -112,6 +112,7 @@ def consistency_columns(summary: Summary) -> list[Column]:
         KEEP,
         SELECTOR,
         Column("same % [95%]", _agreement, lambda r: r["agreement"], SAME.note),
+        Column("evidence % [95%]", _kept, lambda r: r["evidence"], "share of the boxes kept, bootstrap interval"),
         BROKEN,
         MENDED,
         _flips("w→w", "wrong_to_wrong", "wrong before and after, in other words"),
@@ -174,6 +175,10 @@ def _accuracy(row: Row) -> str:
 
 def _agreement(row: Row) -> str:
     return _share(row, "agreement")
+
+
+def _kept(row: Row) -> str:
+    return _share(row, "evidence")
 
 
 def _selection(row: Row) -> str:
