@@ -91,14 +91,6 @@ def facts(task: str, turns: Sequence[Turn], marks: Marks) -> list[tuple[str, str
     return found
 
 
-def hue_facts(rng: Random, marks: Marks) -> list[tuple[str, str]]:
-    """The facts of a scene that are asked by colour, with as many absent colours as present ones."""
-    by_hue = [fact for fact in facts("scenes", (), marks) if fact[0].split()[0].removesuffix("?") in COLOURS]
-    absent = [fact for fact in by_hue if fact[1] == "no"]
-    present = [fact for fact in by_hue if fact[1] != "no"]
-    return present + rng.sample(absent, min(len(absent), sum(answer == "yes" for _, answer in present)))
-
-
 def lesson(
     rng: Random,
     tokenizer: PreTrainedTokenizerFast,
@@ -107,7 +99,6 @@ def lesson(
     turns: int,
     aloud: float,
     drill: float = 0.0,
-    hues: bool = False,
     base: bool = True,
     blanks: float = 1.0,
     hint: bool = False,
@@ -116,10 +107,9 @@ def lesson(
     """One lesson on a page of `task`.
 
     `aloud`: the share of lessons that tell everything. `drill`: the share that asks all `facts` of the page, one
-    right behind the other; with `hues`, in scenes those by colour only. `blanks`: the mean share of background slots
-    that stay (each lesson has its own, between its root and its square); the others are left out of the sequence
-    while all positions stay as on the whole page, which makes lessons several times cheaper. `hint`: see
-    `conversation`. `draw`: with the image too.
+    right behind the other. `blanks`: the mean share of background slots that stay (each lesson has its own, between
+    its root and its square); the others are left out of the sequence while all positions stay as on the whole page,
+    which makes lessons several times cheaper. `hint`: see `conversation`. `draw`: with the image too.
     """
     way = rng.random()
     tells, drills = way < aloud, way > 1 - drill
@@ -128,7 +118,7 @@ def lesson(
     first, full = page_labels(draft.marks, draft.size)
     symbols = pack_symbols(first if base else None, full)
     if drills:
-        known = hue_facts(rng, draft.marks) if hues and task == "scenes" else facts(task, draft.turns, draft.marks)
+        known = facts(task, draft.turns, draft.marks)
         ids, labels = recital(tokenizer, rng.sample(known, len(known)), symbols.shape[1])
     else:
         ids, labels = conversation(tokenizer, exchanges, symbols.shape[1], hint)

@@ -49,7 +49,6 @@ class Grade:
     turns: int = 4
     aloud: float = 0.5
     drill: float = 0.0
-    hues: bool = False
     base: bool = True
     blanks: float = 1.0
     hint: bool = False
@@ -73,7 +72,6 @@ class Grade:
             self.turns,
             self.aloud,
             self.drill,
-            self.hues,
             self.base,
             self.blanks,
             self.hint,

@@ -1,10 +1,10 @@
 """Generated charts: standing and lying bars, lines with markers and pies, with their values printed beside them.
 
-Three kinds of questions, asked equally often: "what is the value of JAN?", "which is largest?", "which is smallest?"
-and "what color is JAN?" (not of a line, whose markers are all alike). Answers show what they rest on, "JAN 12", "JAN
-blue" and "JAN 12, FEB 45: FEB", so that a guess is worth nothing. Evidence: name and value; all names and values; bar
-or swatch with name. No values tie, and the largest and the smallest stand out by a patch in length or a fifth in
-angle. Values and layouts of the held-out stream never occur in training.
+Three kinds of questions, asked equally often: "what is the value of JAN?", "which is largest?" and "what color is
+JAN?" (not of a line, whose markers are all alike). Answers show what they rest on, "JAN 12", "JAN blue" and "JAN 12,
+FEB 45: FEB", so that a guess is worth nothing. Evidence: name and value; all names and values; bar or swatch with
+name. No values tie, and the largest and the smallest stand out by a patch in length or a fifth in angle. Values and
+layouts of the held-out stream never occur in training.
 
 Under standing bars and markers the values stand in a row of text of their own, each two patch rows below its name;
 lying bars carry theirs behind their ends; a pie has a legend of rows "swatch NAME VALUE".
