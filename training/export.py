@@ -42,7 +42,7 @@ def export(
         selector.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"checkpoint {checkpoint} does not fit a GumbelSelector: {error}") from error
-    metadata = {name: about[name] for name in ("encoder", "data", "objective", "steps", "validation")}
+    metadata = {name: about[name] for name in ("encoder", "data", "objective", "steps", "tokens_per_s", "validation")}
     metadata["torch"] = str(torch.__version__)
     config = _run_config(Path(checkpoint))
     card = model_card(selector.init_args, metadata, command, config is not None, Path(folder).name)
@@ -81,6 +81,7 @@ def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | 
         f"| trained on | {about['data']} |",
         f"| objective | {about['objective']}, {about['steps']} steps |",
         f"| size | {', '.join(f'{key} {value}' for key, value in init_args.items())} |",
+        f"| speed | {about['tokens_per_s']:,.0f} tokens a second in training |",
         f"| machine | {platform.machine()}, torch {about['torch']} |",
     ]
     if command:

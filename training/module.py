@@ -103,6 +103,7 @@ class SelectorModule(LightningModule):
         self.reconstructor = Reconstructor(*sizes)
         self.comparison = RankingComparison(kept_shares)
         self.last_validation: dict[str, float] = {}
+        self._trained = 0, 0.0  # tokens and seconds of this run
         self.register_load_state_dict_post_hook(_encoder_is_not_loaded)
 
     # ---- training
@@ -127,7 +128,9 @@ class SelectorModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         patches = len(batch) * self.encoder.grid[0] * self.encoder.grid[1]
-        self.log("train/tokens_per_s", patches / (time.monotonic() - self._began), prog_bar=True)
+        seconds = time.monotonic() - self._began
+        self.log("train/tokens_per_s", patches / seconds, prog_bar=True)
+        self._trained = self._trained[0] + patches, self._trained[1] + seconds
 
     def _sampled_budget(
         self, features: Float[Tensor, "B N D"], tau: float, at_random: bool, generator: torch.Generator
@@ -271,6 +274,7 @@ class SelectorModule(LightningModule):
             "objective": self.objective,
             "steps": self.global_step,
             "validation": dict(self.last_validation),
+            "tokens_per_s": self._trained[0] / max(self._trained[1], 1e-9),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

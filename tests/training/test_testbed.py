@@ -23,7 +23,7 @@ from training.testbed.lessons import Lesson, by_length, collate, comparisons, fa
 from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
 from training.testbed.model import build_model, reader_config
 from training.testbed.reader import Grade, Reader, answer_loss
-from training.testbed.state import Log, schedule, stage_seconds
+from training.testbed.state import Log, schedule, stage_seconds, stage_speeds
 from training.testbed.symbols import CHARACTERS, INDEX, cut, cut_labels, page_labels
 from training.testbed.tiles import batch
 from training.testbed.tower import Phase, feature_layer, tower_config
@@ -149,6 +149,20 @@ def test_left_out_background_keeps_symbols_and_positions():
     assert set(np.flatnonzero(inked)) <= set(short.kept)
 
 
+def test_in_every_second_lesson_the_ends_of_words_stay():
+    tokenizer = build_tokenizer()
+    shares = []
+    for index in range(24):
+        whole = Grade(SHARES, 1, 1.0, 1.0, 1).lesson(Random(index), tokenizer)
+        short = Grade(SHARES, 1, 1.0, 1.0, 1, blanks=1e-6).lesson(Random(index), tokenizer)
+        inked = (whole.symbols[0] > 0) & (whole.symbols[0] < whole.symbols[0].max())
+        ends = np.flatnonzero(inked[:-1] & ~inked[1:]) + 1
+        shares.append(np.isin(ends, short.kept).mean())
+    assert sum(share == 1 for share in shares) >= 6
+    assert sum(share < 0.1 for share in shares) >= 6
+    assert sum(0.1 <= share < 1 for share in shares) == 0
+
+
 def test_groups_of_like_length_have_the_loss_and_gradients_of_all():
     tokenizer = build_tokenizer()
     grade = Grade(shares=SHARES, batch=5, rate=1e-3, until=1.1, at_most=1, pages=PAGES, drill=0.5, blanks=0.1)
@@ -190,8 +204,18 @@ def test_schedule_and_log(tmp_path: Path):
     assert schedule(100, 100, 1.0, 10, last=0.2) == pytest.approx(0.2)
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"stage": "tower", "step": 1, "seconds": 50.0}) + "\n")
-    Log(path, "tower")(2, loss=1.0)
+    log = Log(path, "tower")
+    log(2, loss=1.0)
     assert stage_seconds(path)["tower"] >= 50.0
+    assert stage_speeds(path) == {}
+    log.count(300)
+    log.count(200)
+    log(3, loss=1.0)
+    log(4, loss=1.0)  # nothing was counted since
+    first, second = (json.loads(line) for line in path.read_text().splitlines()[-2:])
+    assert stage_speeds(path) == {"tower": first["tokens_per_s"]}
+    assert first["tokens_per_s"] > 0
+    assert "tokens_per_s" not in second
 
 
 def test_every_stage_runs_and_resumes(tmp_path: Path):
@@ -294,12 +318,13 @@ def test_a_comparison_without_a_page_is_right_and_asks_for_the_name_alone():
     tokenizer = build_tokenizer()
     one = comparisons(Random(3), tokenizer, ["documents", "charts"], 12)
     turns = tokenizer.decode(one.ids).removeprefix("<s>").split("</s>")
-    named = tokenizer.decode([label for label in one.labels if label != -100]).split("</s>")
-    assert len(turns) == len(named) >= 13  # the last ones are empty
-    for turn, name in zip(turns[:-1], named[:-1], strict=True):
-        question, _, said = turn.partition(" ASSISTANT:")
+    decided = [(place, label) for place, label in enumerate(one.labels) if label != -100]
+    assert len(decided) == 12 == len(turns) - 1  # the last one is empty
+    for turn, (place, label) in zip(turns[:-1], decided, strict=True):
+        _, _, said = turn.partition(" ASSISTANT:")
         told, _, answer = said.partition(": ")
         values = {pair.split()[0]: int(pair.split()[1]) for pair in told.split(", ")}
-        choose = min if "smallest" in question else max
-        assert answer == name == choose(values, key=lambda key: values[key])
+        assert answer == max(values, key=lambda key: values[key])
+        assert tokenizer.decode([label]) == answer[0]
+        assert one.ids[place] == label
     assert one.symbols.shape == (2, 0)

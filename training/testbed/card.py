@@ -50,15 +50,19 @@ python -m training.testbed --config configs/testbed/tiny.yaml --out checkpoints/
 ```
 
 The settings used lie beside this card (`made-with.yaml`), as does `results.json`. Machine: a 2-core x86-64 CPU (AVX2,
-no AMX), fp32, shared with other work; one thread a stage, two processes where the YAML says `parts: 2`. Wall time of
-the stages in seconds: {seconds}. Tower and reader do not depend on each other and can run at the same time.
+no AMX), fp32, shared with other work; one thread a stage, two processes where the YAML says `parts: 2`. Tower and
+reader do not depend on each other and can run at the same time.
+
+- Wall time of the stages in seconds: {seconds}.
+- Tokens a second in training, where it was logged (of the tower patches; of reader and join text and those visual slots
+  that are not left out): {speeds}.
 
 1. tower: a CLIP vision model learns densely what lies under every 8-px patch (character, or colour and shape, and
    objects' centres). The last layer's CLS token tells which of these occur in the tile.
 2. reader: a Llama learns alone to answer from symbolic pages (one symbol a patch, packed as LLaVA-NeXT packs them),
    by a curriculum. Its lessons leave out most background slots, at unchanged positions.
 3. projector: fitted so that a patch's feature becomes the embedding of its symbol. join: projector and language model
-   tuned on pixels; in one round the tower learns too. Most lessons leave out background slots, the last are whole
+   tuned on pixels; in some rounds the tower learns too. Most lessons leave out background slots, the last are whole
    pages.
 
 {notes}
@@ -105,8 +109,9 @@ def card(results: dict[str, Any]) -> str:
         asked = [f'"{kind} ..." {hit}/{of}' for kind, (hit, of) in one["seen"]["by_question"].items()]
         kinds.append(f"- {task}: {', '.join(asked)}")
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in results["wall_seconds"].items())
+    speeds = ", ".join(f"{stage} {value:,.0f}" for stage, value in results["tokens_per_s"].items())
     head = _HEAD.format(parameters=f"{results['parameters']:,}", samples=results["samples"], seed=results["seed"])
     tail = _TAIL.format(
-        kinds="\n".join(kinds), seconds=seconds, keys=len(documents.KEYS), notes=results["notes"].strip()
+        kinds="\n".join(kinds), seconds=seconds, speeds=speeds, keys=len(documents.KEYS), notes=results["notes"].strip()
     )
     return head + rows + tail

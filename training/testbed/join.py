@@ -197,6 +197,7 @@ def tune(
         for part in range(rank, one.parts, world):
             rng = Random(f"join/{seed}/{step}/{part}")
             lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
+            log.count(world * sum(len(one.ids) for one in lessons))
             values = learn(model, dense, lessons, learns=one.tower > 0, weight=1 / one.parts)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         sum_gradients(trained)

@@ -109,7 +109,8 @@ def lesson(
     `aloud`: the share of lessons that tell everything. `drill`: the share that asks all `facts` of the page, one
     right behind the other. `blanks`: the mean share of background slots that stay (each lesson has its own, between
     its root and its square); the others are left out of the sequence while all positions stay as on the whole page,
-    which makes lessons several times cheaper. `hint`: see `conversation`. `draw`: with the image too.
+    which makes lessons several times cheaper. In every second lesson those right behind text or an object stay too:
+    there the end of a word can be seen. `hint`: see `conversation`. `draw`: with the image too.
     """
     way = rng.random()
     tells, drills = way < aloud, way > 1 - drill
@@ -126,6 +127,8 @@ def lesson(
     empty = (symbols[0] == 0) | (symbols[0] == NEWLINE)
     share = blanks ** rng.uniform(0.5, 2.0)
     stays = ~empty | (np.random.default_rng(rng.getrandbits(64)).random(symbols.shape[1]) < share)
+    if rng.random() < 0.5:
+        stays[1:] |= ~empty[:-1]
     start = ids.index(IMAGE_ID)
     whole = np.ones(len(ids), bool)
     whole[start : start + len(stays)] = stays
@@ -137,19 +140,23 @@ def lesson(
 
 
 def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence[str], count: int = 10) -> Lesson:
-    """A lesson without a page: `count` comparisons of numbers that the text itself tells, only the names asked for.
+    """A lesson without a page: `count` comparisons of numbers that the text itself tells, one a draft; only the first
+    token of the name is asked for, the one that decides.
 
     Reading is not what makes "which is larger" hard for a small language model: comparing is, and on a page there is
     one such decision among forty tokens that are read.
     """
-    ids, labels, found = [BOS], [-100], 0
-    while found < count:
-        for turn in generator(rng.choice(tasks)).draft(rng, split="train").turns:
-            told, _, name = turn.answer.partition(": ")
-            if name and turn.question.startswith("which"):
-                asked = tokenizer.encode(f"USER: {turn.question} ASSISTANT:{told}: ")
-                reply = tokenizer.encode(f"{name}</s>")
-                ids, labels, found = ids + asked + reply, labels + [-100] * len(asked) + reply, found + 1
+    ids, labels = [BOS], [-100]
+    for _ in range(count):
+        found: list[Turn] = []
+        while not found:
+            drawn = generator(rng.choice(tasks)).draft(rng, split="train").turns
+            found = [turn for turn in drawn if turn.question.startswith("which")]
+        turn = rng.choice(found)
+        told, _, name = turn.answer.partition(": ")
+        asked = tokenizer.encode(f"USER: {turn.question} ASSISTANT:{told}: ")
+        first, *rest = tokenizer.encode(f"{name}</s>")
+        ids, labels = [*ids, *asked, first, *rest], labels + [-100] * len(asked) + [first] + [-100] * len(rest)
     nothing = np.zeros((2, 0), np.int64)
     return Lesson(
         "compared",

@@ -16,7 +16,7 @@ from training.testbed.evaluate import evaluate
 from training.testbed.join import Round, fit_projector, transplant, tune
 from training.testbed.model import build_model, reader_config
 from training.testbed.reader import Grade, train_reader
-from training.testbed.state import process_rank, stage_seconds
+from training.testbed.state import process_rank, stage_seconds, stage_speeds
 from training.testbed.tower import Phase, tower_config, train_tower
 from training.testbed.vocabulary import build_processor
 
@@ -136,6 +136,7 @@ def make(
     draw_curves(out / "log.jsonl", out / "curves.png")
     results = evaluate(out, evaluation.count, evaluation.seed, evaluation.batch)
     results["wall_seconds"] = stage_seconds(work / "log.jsonl")
+    results["tokens_per_s"] = stage_speeds(work / "log.jsonl")
     results["notes"] = notes
     results["parameters"] = sum(p.numel() for p in model.parameters())
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")

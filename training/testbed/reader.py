@@ -157,6 +157,7 @@ def train_reader(
         for group in optimizer.param_groups:
             group["lr"] = now.rate * min(1.0, (step + 1) / warmup)
         optimizer.zero_grad()
+        log.count(sum(len(one.ids) for one in lessons))
         total, hits = 0.0, Counter()
         for part, share in by_length(lessons):
             ids, labels, positions = collate(part)

@@ -30,17 +30,26 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 class Log:
     """Appends one JSON object a line, without values that are not finite (the share of objects told rightly where a
-    batch has none); prints it too. `seconds` goes on from the stage's last line when a stage is
-    resumed."""
+    batch has none); prints it too. `seconds` goes on from the stage's last line when a stage is resumed;
+    `tokens_per_s` is what was counted since the line before."""
 
     def __init__(self, path: Path, stage: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._stage = path, stage
         self._start = time.monotonic() - stage_seconds(path).get(stage, 0.0)
+        self._tokens, self._last = 0, time.monotonic()
+
+    def count(self, tokens: int) -> None:
+        """Adds tokens that were trained on, padding left aside, in all processes together."""
+        self._tokens += tokens
 
     def __call__(self, step: int, **values: float) -> None:
+        now = time.monotonic()
+        if self._tokens:
+            values["tokens_per_s"] = self._tokens / (now - self._last)
+        self._tokens, self._last = 0, now
         rounded = {name: round(float(value), 4) for name, value in values.items() if math.isfinite(value)}
-        row = {"stage": self._stage, "step": step, "seconds": round(time.monotonic() - self._start, 1), **rounded}
+        row = {"stage": self._stage, "step": step, "seconds": round(now - self._start, 1), **rounded}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
@@ -52,6 +61,16 @@ def stage_seconds(path: Path) -> dict[str, float]:
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {row["stage"]: row["seconds"] for row in rows}
+
+
+def stage_speeds(path: Path) -> dict[str, float]:
+    """The mean of every stage's `tokens_per_s` in a log, of the stages that have it."""
+    found: dict[str, list[float]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        if "tokens_per_s" in row:
+            found.setdefault(row["stage"], []).append(row["tokens_per_s"])
+    return {stage: sum(values) / len(values) for stage, values in found.items()}
 
 
 def schedule(step: int, steps: int, peak: float, warmup: int, last: float = 0.05) -> float:

@@ -191,6 +191,7 @@ def train_tower(
             loss, scores = losses(model, pixels, labels, phase.objects, phase.centres, whole)
             (loss / phase.parts).backward()
             values = {"loss": loss.item(), **scores}
+            log.count(world * len(pixels) * (TILE // PATCH) ** 2)
         sum_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

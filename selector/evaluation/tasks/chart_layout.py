@@ -22,8 +22,10 @@ FLOOR = 6
 """The shortest length of a bar in pixels; it reaches the centre of its first patch."""
 RATIO = 1.2
 """By what factor the largest slice exceeds the next one, and the smallest falls short of its."""
-LEGEND = 8
-"""Columns of a legend's row: a swatch in the first of two, a name, a blank and two digits."""
+LEGEND = 9
+"""Columns of a legend's row: a swatch in the first of two, a name, a blank and three digits."""
+HIGHEST = 999
+"""The largest value: three digits, as wide as a name; too many values to know their order by heart."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _lying(rng: Random, size: tuple[int, int], kind: str, count: int) -> Layout:
     start, row = rng.randint(0, min(3, columns // 12)), rng.randint(1, rows - 1 - pitch * (count - 1) - pitch // 2)
     shift = rng.randint(-2 if start else 0, 1), rng.randint(-1, 1)
     top = ADVANCE * row - pitch * 2
-    x0, x1 = ADVANCE * (start + 3) + 2 + max(0, shift[0]), ADVANCE * (columns - 2) - 2 - 8 * rng.randint(0, 1)
+    x0, x1 = ADVANCE * (start + 3) + 2 + max(0, shift[0]), ADVANCE * (columns - 3) - 2 - 8 * rng.randint(0, 1)
     plot = (x0, top, x1, top + ADVANCE * (pitch * (count - 1) + 1) + pitch * 4)
     thick = rng.randint(9, min(26, ADVANCE * pitch - 4))
     return Layout(kind, size, tuple((start, row + pitch * i) for i in range(count)), shift, plot, thick)
@@ -157,7 +159,7 @@ def layout(rng: Random, size: tuple[int, int], count: int, split: str) -> Layout
 
 @cache
 def _values_of(split: str) -> tuple[int, ...]:
-    return tuple(v for v in range(1, 100) if held_out(str(v)) == (split == "test"))
+    return tuple(v for v in range(1, HIGHEST + 1) if held_out(str(v)) == (split == "test"))
 
 
 def values(rng: Random, made: Layout, split: str) -> tuple[list[int], list[int]]:
@@ -165,7 +167,7 @@ def values(rng: Random, made: Layout, split: str) -> tuple[list[int], list[int]]
     x0, y0, x1, y1 = made.plot
     room, count = x1 - x0 if made.kind == "bars" else y1 - y0, len(made.names)
     while True:
-        limit = rng.randint(50, 100)
+        limit = rng.randint(50, 100) if rng.random() < 0.4 else rng.randint(100, HIGHEST + 1)
         found = rng.sample([v for v in _values_of(split) if v < limit], count)
         ranked = sorted(found)
         if made.kind == "pie":

@@ -50,13 +50,13 @@ def transcript(shown: tuple[Category, ...]) -> str:
 
 
 def turns(rng: Random, made: Layout, shown: tuple[Category, ...]) -> tuple[Turn, ...]:
-    """The largest, up to two values and two colours, in random order."""
+    """The largest, every value and every colour, in random order."""
     found = []
     told, places = transcript(shown), tuple(box for one in shown for box in (one.name_box, one.value_box))
     found.append(("which is largest?", f"{told}: {max(shown, key=lambda c: c.value).name}", places))
-    for one in rng.sample(shown, min(2, len(shown))):
+    for one in shown:
         found.append((f"what is the value of {one.name}?", f"{one.name} {one.value}", (one.name_box, one.value_box)))
-    for one in rng.sample(shown, min(2, len(shown))) if made.kind != "line" else ():
+    for one in shown if made.kind != "line" else ():
         boxes = (one.name_box, *(one.swatch or one.areas))
         found.append((f"what color is {one.name}?", f"{one.name} {one.colour}", boxes))
     rng.shuffle(found)

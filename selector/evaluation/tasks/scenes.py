@@ -80,7 +80,7 @@ def _boxes(things: list[Thing]) -> tuple[Box, ...]:
 
 
 def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
-    """Up to two questions of each kind, their answers spread evenly; the order is random."""
+    """All neighbours and up to two questions of each other kind, their answers spread evenly; in random order."""
     by_shape = {s: [t for t in things if t.shape == s] for s in SHAPES}
     by_colour = {c: [t for t in things if t.colour == c] for c in COLOURS}
     counted: dict[int, list[str]] = {}
@@ -103,7 +103,7 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
     labels = Counter(thing.label for thing in things)
     related = [("left", right, left) for left, right in beside] + [("right", left, right) for left, right in beside]
     related = [(side, known, asked) for side, known, asked in related if labels[known.label] == 1]
-    for side, known, asked in rng.sample(related, min(2, len(related))):
+    for side, known, asked in related:
         chosen.append(Turn(f"what is {side} of the {known.label}?", asked.label, _boxes([known, asked])))
     for answer, pool in (
         ("yes", [c for c in by_colour if by_colour[c]]),
