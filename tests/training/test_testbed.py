@@ -314,7 +314,7 @@ def test_the_shipped_card_is_written_from_the_shipped_results():
     assert (folder / "README.md").read_text() == card(json.loads((folder / "results.json").read_text()))
 
 
-def test_a_comparison_without_a_page_is_right_and_asks_for_the_name_alone():
+def test_a_comparison_without_a_page_is_right_and_asks_for_the_deciding_token_alone():
     tokenizer = build_tokenizer()
     one = comparisons(Random(3), tokenizer, ["documents", "charts"], 12)
     turns = tokenizer.decode(one.ids).removeprefix("<s>").split("</s>")
@@ -328,3 +328,5 @@ def test_a_comparison_without_a_page_is_right_and_asks_for_the_name_alone():
         assert tokenizer.decode([label]) == answer[0]
         assert one.ids[place] == label
     assert one.symbols.shape == (2, 0)
+    with pytest.raises(ValueError, match="compared must be 0"):
+        Grade({"scenes": 1.0}, 1, 1.0, 1.0, 1, compared=1.0).lesson(Random(0), tokenizer)

@@ -146,6 +146,8 @@ def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence
     Reading is not what makes "which is larger" hard for a small language model: comparing is, and on a page there is
     one such decision among forty tokens that are read.
     """
+    if not tasks:
+        raise ValueError("compared must be 0 where shares name neither documents nor charts: only they compare numbers")
     ids, labels = [BOS], [-100]
     for _ in range(count):
         found: list[Turn] = []
