@@ -36,13 +36,16 @@ def export(
 
     state = _read(Path(checkpoint))
     about = state["selector"]
+    told = ("encoder", "data", "objective", "steps", "tokens_per_s", "validation")
+    if missing := [name for name in told if name not in about]:
+        raise ValueError(f"checkpoint {checkpoint} was written by another version: it does not tell {missing}")
     selector = GumbelSelector(**about["init_args"])
     weights = {name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)}
     try:
         selector.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"checkpoint {checkpoint} does not fit a GumbelSelector: {error}") from error
-    metadata = {name: about[name] for name in ("encoder", "data", "objective", "steps", "tokens_per_s", "validation")}
+    metadata = {name: about[name] for name in told}
     metadata["torch"] = str(torch.__version__)
     config = _run_config(Path(checkpoint))
     card = model_card(selector.init_args, metadata, command, config is not None, Path(folder).name)

@@ -265,6 +265,9 @@ def test_export_names_what_is_no_checkpoint(tmp_path, capsys):
     torch.save({"model": 1}, tmp_path / "foreign.ckpt")
     assert main(["export", str(tmp_path / "foreign.ckpt"), str(tmp_path / "out")]) == 1
     assert "was not written by selector-train" in capsys.readouterr().err
+    torch.save({"selector": {"encoder": {}, "data": ""}, "state_dict": {}}, tmp_path / "older.ckpt")
+    assert main(["export", str(tmp_path / "older.ckpt"), str(tmp_path / "out")]) == 1
+    assert "it does not tell ['objective', 'steps', 'tokens_per_s', 'validation']" in capsys.readouterr().err
     torch.save({"selector": Path("a")}, tmp_path / "pickled.ckpt")
     assert main(["export", str(tmp_path / "pickled.ckpt"), str(tmp_path / "out")]) == 1
     assert "cannot be read safely" in capsys.readouterr().err
