@@ -25,7 +25,7 @@ RATIO = 1.2
 LEGEND = 9
 """Columns of a legend's row: a swatch in the first of two, a name, a blank and three digits."""
 HIGHEST = 999
-"""The largest value: three digits, as wide as a name; too many values to know their order by heart."""
+"""The largest value: three digits, as wide as a name."""
 
 
 @dataclass(frozen=True)
