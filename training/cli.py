@@ -84,6 +84,7 @@ def run(arguments: list[str]) -> LightningCLI:
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+    from training import answers  # noqa: F401 (objectives can be named in YAML once their classes are known)
     from training.data import ImageModule
     from training.module import SelectorModule
 
@@ -108,7 +109,7 @@ def run(arguments: list[str]) -> LightningCLI:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")  # it is: see main
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen encoder
     warnings.filterwarnings("ignore", ".*dirpath has changed from.*")  # a resumed run writes to a version of its own
-    checkpoints = ModelCheckpoint(monitor="val/rec_learned", mode="min", filename="best", save_last=True)
+    checkpoints = ModelCheckpoint(monitor="val/criterion", mode="min", filename="best", save_last=True)
     return SelectorCLI(
         SelectorModule,
         ImageModule,

@@ -84,6 +84,31 @@ def even_sample(paths: Sequence[Path], count: int | None) -> list[Path]:
     return [path for path in paths if path in chosen]
 
 
+def questions_of(paths: Sequence[Path]) -> dict[Path, tuple[tuple[str, str | None], ...]]:
+    """Questions about each image with their answers (None where there is none), from the annotations beside it.
+
+    Raises:
+        ValueError: a question or an answer is no text, naming the image.
+    """
+    places = {path.parent: _annotated(path.parent) for path in paths}
+    rows = {
+        (place, row["image"]): row.get("qa") or []
+        for place in set(places.values()) - {None}
+        for _, row in read_annotations(place / ANNOTATIONS)  # pyright: ignore[reportOptionalOperand]
+    }
+    return {path: _turns(path, rows.get((places[path.parent], path.name), [])) for path in paths}
+
+
+def _turns(path: Path, asked: Sequence[dict[str, object]]) -> tuple[tuple[str, str | None], ...]:
+    found: list[tuple[str, str | None]] = []
+    for entry in asked:
+        question, answer = entry.get("q"), entry.get("a")
+        if not isinstance(question, str) or not (answer is None or isinstance(answer, str)):
+            raise ValueError(f"qa of {path.name} must hold texts as `q` and `a`, got {entry!r}")
+        found.append((question, answer))
+    return tuple(found)
+
+
 def credits(root: str | Path, paths: Sequence[Path]) -> str:
     """Markdown for a model card: sources and licences of the images, as the annotations beside them name them.
 
