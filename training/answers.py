@@ -23,59 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selector.methods.image_transformer import ImageTransformer
 from training.gates import relaxed_budget
-from training.objectives import Loss, Objective, Step, check_range, check_temperatures
+from training.objectives import Loss, Objective, Step, check_range, check_temperatures, reads_question
 from training.schedules import temperature
-from training.teacher import Taught, Teacher
 
 Gate = Literal["attention", "noise"]
 SaliencyTarget = Literal["attention", "gradient"]
-
-
-def reads_question(selector: object) -> bool:
-    """Whether a selector ranks anew for each question."""
-    return isinstance(selector, ImageTransformer) and selector.question_dim is not None
-
-
-def taught(step: Step) -> Taught:
-    """The teacher's pass of a step; made once, however many objectives read it."""
-    if step.teacher is None or step.encoded is None or step.conversation is None:
-        raise ValueError("this objective needs questions: pass an encoder with a language model, and data that asks")
-    if "taught" not in step.shared:
-        step.shared["taught"] = step.teacher(step.encoded, step.conversation)
-    found = step.shared["taught"]
-    assert isinstance(found, Taught)  # for the type checker
-    return found
-
-
-def slot_scores(step: Step) -> Float[Tensor, "R L"]:
-    """Scores of the packed slots: one row, or one per question of a selector that reads it."""
-    if "slot_scores" not in step.shared:
-        step.shared["slot_scores"] = _slot_scores(step)
-    found = step.shared["slot_scores"]
-    assert isinstance(found, Tensor)  # for the type checker
-    return found
-
-
-def _slot_scores(step: Step) -> Float[Tensor, "R L"]:
-    if not reads_question(step.selector):
-        return step.tokens.packed(step.scores, 0.0)
-    assert isinstance(step.selector, ImageTransformer)  # for the type checker
-    teacher, conversation = _asked(step)
-    prompts = [branch.prompt for branch in conversation.branches]
-    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    mask = torch.arange(ids.shape[1], device=ids.device) < ids.new_tensor([len(p) for p in prompts])[:, None]
-    with torch.no_grad():
-        question = teacher.language.model.get_input_embeddings()(ids).float().masked_fill(~mask[..., None], 0)
-    same = ids.new_zeros(len(prompts))  # every question is about the one image
-    return step.selector.rankings(step.tokens, question, mask, same)[0].float()
-
-
-def _asked(step: Step):  # noqa: ANN202
-    if step.teacher is None or step.conversation is None:
-        raise ValueError("a selector that reads the question needs questions to train on")
-    return step.teacher, step.conversation
 
 
 class Answers(Objective):
@@ -124,12 +77,10 @@ class Answers(Objective):
         self.begins = begins
 
     def __call__(self, step: Step) -> Loss:
-        scores = slot_scores(step)
+        scores = step.slot_scores
         if step.progress < self.begins:
             return Loss(0 * scores.sum(), {})
-        teacher, seen = step.teacher, taught(step)
-        assert teacher is not None  # for the type checker: `taught` has asked it
-        count, length = len(seen.conversation.branches), step.tokens.slots.shape[1]
+        count, length = len(step.asked()[1].log_probs), step.tokens.slots.shape[1]
         keep = self._count(length, step.generator)
 
         # All questions share a pass where they share a ranking.
@@ -143,7 +94,7 @@ class Answers(Objective):
         losses = [
             divergence
             for row, branches in zip(gates, passes, strict=True)
-            for divergence in self._divergences(teacher, step, seen, row, branches)
+            for divergence in self._divergences(step, row, branches)
         ]
         loss = torch.stack(losses).mean()
         undecided = ((gates > 0.1) & (gates < 0.9)).float().mean()
@@ -151,18 +102,14 @@ class Answers(Objective):
         return Loss(loss, {"kl": loss.detach(), "undecided": undecided.detach(), "spread": spread})
 
     def _divergences(
-        self, teacher: Teacher, step: Step, seen: Taught, gates: Float[Tensor, "L"], branches: list[int]
+        self, step: Step, gates: Float[Tensor, "L"], branches: list[int]
     ) -> list[Float[Tensor, ""]]:
         """KL(teacher || student) of every branch, mean over its answer."""
-        assert step.encoded is not None  # for the type checker
+        language, taught, encoded = step.asked()
         noise = step.generator if self.gate == "noise" else None
-        student = teacher.language.answer_log_probs(
-            step.encoded, seen.conversation, branches, gates=gates, noise=noise
-        )
-        return [
-            (seen.log_probs[index].exp() * (seen.log_probs[index] - logs)).sum(-1).mean()
-            for index, logs in zip(branches, student, strict=True)
-        ]
+        student = language.answer_log_probs(encoded, taught.conversation, branches, gates=gates, noise=noise)
+        truths = [taught.log_probs[index] for index in branches]
+        return [(truth.exp() * (truth - logs)).sum(-1).mean() for truth, logs in zip(truths, student, strict=True)]
 
     def _count(self, length: int, generator: torch.Generator) -> int:
         low, high = map(math.log, self.kept_range)
@@ -187,6 +134,11 @@ class AnswerSaliency(Objective):
 
     asks = True
 
+    @property
+    def looks(self) -> bool:
+        """Whether the teacher has to tell what its answers look at."""
+        return self.target == "attention"
+
     def __init__(self, weight: float = 1.0, target: SaliencyTarget = "attention", fades: float | None = None):
         super().__init__(weight)
         if target not in get_args(SaliencyTarget):
@@ -197,12 +149,13 @@ class AnswerSaliency(Objective):
         self.fades = fades
 
     def __call__(self, step: Step) -> Loss:
-        scores = slot_scores(step)
+        scores = step.slot_scores
         left = 1.0 if self.fades is None else max(0.0, 1 - step.progress / self.fades)
         if left == 0:
             return Loss(0 * scores.sum(), {})
         patch = step.tokens.is_patch[0]
-        wanted = self._wanted(step)[:, patch]
+        looks = step.asked()[1].looks if self.looks else self._gradients(step)
+        wanted = torch.stack(looks)[:, patch]
         wanted = wanted / wanted.sum(1, keepdim=True).clamp(min=1e-12)
         if not reads_question(step.selector):
             wanted = wanted.mean(0, keepdim=True)
@@ -212,21 +165,14 @@ class AnswerSaliency(Objective):
         loss = (-(wanted * scores[:, patch].log_softmax(1)).sum(1) - entropy).mean()
         return Loss(left * loss, {"saliency": loss.detach()})
 
-    def _wanted(self, step: Step) -> Float[Tensor, "B L"]:
-        """How much each slot mattered for each answer, >= 0."""
-        seen, teacher = taught(step), step.teacher
-        assert teacher is not None  # for the type checker: `taught` has asked it
-        if self.target == "attention":
-            return teacher.language.attention_to_image(seen.row)[1]
-        return self._gradients(step, seen, teacher)
-
-    def _gradients(self, step: Step, seen: Taught, teacher: Teacher) -> Float[Tensor, "B L"]:
-        assert step.encoded is not None  # for the type checker
+    def _gradients(self, step: Step) -> list[Float[Tensor, "L"]]:
+        """Per question, how fast the answer's log-probability changes with the attention to each slot."""
+        language, taught, encoded = step.asked()
         found = []
-        for index, branch in enumerate(seen.conversation.branches):
+        for index, branch in enumerate(taught.conversation.branches):
             gates = torch.ones(step.tokens.slots.shape[1], device=branch.prompt.device, requires_grad=True)
-            (logs,) = teacher.language.answer_log_probs(step.encoded, seen.conversation, [index], gates=gates)
-            assert branch.answer is not None  # for the type checker
+            (logs,) = language.answer_log_probs(encoded, taught.conversation, [index], gates=gates)
+            assert branch.answer is not None  # for the type checker: the teacher has answered
             likelihood = logs.gather(1, branch.answer[:, None]).sum()
             found.append(torch.autograd.grad(likelihood, gates)[0].abs())
-        return torch.stack(found)
+        return found

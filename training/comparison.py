@@ -26,7 +26,6 @@ from selector.methods.svd_prune import SVDPrune
 from selector.methods.uniform import Uniform
 from selector.table import TableSelector
 from selector.tokens import VisualTokens
-from training.answers import slot_scores, taught
 from training.autoencoder import Reconstructor
 from training.losses import dropped_mean, token_error
 from training.objectives import Step
@@ -145,10 +144,9 @@ class AnswerComparison(nn.Module):
 
     def measure(self, step: Step, noise: Callable[[int], torch.Generator]) -> Iterator[tuple[str, MeanMetric]]:
         """Updates every meter with the questions about an image; yields (name, meter), for the logger."""
-        tokens, learned, seen = step.tokens, slot_scores(step).detach(), taught(step)
-        teacher, encoded = step.teacher, step.encoded
-        assert teacher is not None and encoded is not None  # for the type checker: `taught` has asked them
-        questions = list(range(len(seen.conversation.branches)))
+        tokens, learned = step.tokens, step.slot_scores.detach()
+        language, taught, encoded = step.asked()
+        questions = list(range(len(taught.log_probs)))
         rankings: dict[str, list[tuple[Tensor, list[int]]]] = {
             # One ranking for all questions, or one for each.
             "learned": [(tokens.unpacked(row[None]), [i]) for i, row in enumerate(learned)]
@@ -164,9 +162,9 @@ class AnswerComparison(nn.Module):
                     passes = [(self.rivals[ranker].score(tokens), questions)]
                 for scores, asked in passes:
                     keep = budget.select(scores, tokens)[0]
-                    said = teacher.language.answer_log_probs(encoded, seen.conversation, asked, keep=keep)
+                    said = language.answer_log_probs(encoded, taught.conversation, asked, keep=keep)
                     for index, logs in zip(asked, said, strict=True):
-                        truth = seen.log_probs[index]
+                        truth = taught.log_probs[index]
                         divergence = (truth.exp() * (truth - logs)).sum(-1).mean()
                         same = (truth.argmax(-1) == logs.argmax(-1)).all().float()
                         yield from self._update(ranker, share, divergence, same)

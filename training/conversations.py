@@ -46,9 +46,8 @@ class Conversation:
     prefix: Int[Tensor, "P"]
     branches: tuple[Branch, ...]
 
-    def sampled(self, count: int, generator: torch.Generator) -> Conversation:
-        """At most `count` of the questions, drawn without repetition."""
-        chosen = torch.randperm(len(self.branches), generator=generator)[:count].tolist()
+    def only(self, chosen: Sequence[int]) -> Conversation:
+        """The same with these questions alone."""
         return replace(self, branches=tuple(self.branches[index] for index in chosen))
 
     def answered(self, answers: Sequence[Int[Tensor, "A"]]) -> Conversation:

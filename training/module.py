@@ -24,7 +24,7 @@ from selector.methods.gumbel import GumbelSelector
 from selector.methods.image_transformer import ImageTransformer
 from selector.table import FIELDS, Inputs, TableSelector
 from selector.tokens import VisualTokens
-from training.answers import reads_question
+from training.answers import AnswerSaliency
 from training.autoencoder import Reconstructor
 from training.comparison import AnswerComparison, RankingComparison, RankingError
 from training.conversations import Conversation
@@ -121,7 +121,8 @@ class SelectorModule(LightningModule):
         self.answer_comparison: AnswerComparison | None = None
         if self.asks and isinstance(encoder, LlavaNextModel):
             language = FrozenLanguageModel(encoder.model)
-            self.teacher = Teacher(language, answers_from, answer_tokens, answers_dir, encoder.fingerprint())
+            looks = any(isinstance(each, AnswerSaliency) and each.looks for each in self.objectives)
+            self.teacher = Teacher(language, answers_from, answer_tokens, answers_dir, encoder.fingerprint(), looks)
             self.answer_comparison = AnswerComparison(kept_shares)
 
         self.last_validation: dict[str, float] = {}
@@ -173,11 +174,13 @@ class SelectorModule(LightningModule):
         """What the objectives get: all tiles of a batch at once, or one image with its questions after the other."""
         if isinstance(batch, Tensor):
             return [Step(self._tokens(batch), self.selector, progress, generator, self.reconstructor)]
+        assert self.teacher is not None  # for the type checker: only with a teacher are there conversations
         steps = []
         for conversation in batch:
-            sampled = conversation.sampled(self.questions, generator).to(self.device)
-            encoded = self._encoded(sampled)
-            parts = self.reconstructor, self.teacher, sampled, encoded
+            there = conversation.to(self.device)
+            encoded = self._encoded(there)
+            taught = self.teacher(encoded, there).sampled(self.questions, generator)
+            parts = self.reconstructor, self.teacher.language, taught, encoded
             steps.append(Step(encoded.tokens, self.selector, progress, generator, *parts))
         return steps
 

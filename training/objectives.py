@@ -15,31 +15,31 @@ ranking is left. With the threshold in the graph (`schedules.gumbel_top_k`) the 
 (tested). `SampledBudget` loses to leverage for another reason: what is hardest to rebuild, decorative texture included,
 is not what rebuilds the rest.
 
-Shapes: B tiles, N patches per tile, C channels of the table; masks are 1 where a token is kept.
+Shapes: B tiles, N patches per tile, C channels of the table, R rankings of one image, L packed slots; masks are 1 where
+a token is kept.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from selector.methods.gumbel import GumbelSelector
+from selector.methods.image_transformer import ImageTransformer
 from selector.models import Encoded
 from selector.table import TableSelector
 from selector.tokens import VisualTokens
 from training.autoencoder import Reconstructor
-from training.conversations import Conversation
+from training.language import FrozenLanguageModel
 from training.losses import drop_error_regression, dropped_mean, paper_loss, token_error
 from training.schedules import gumbel_top_k, random_mask, sampled_keep, temperature
-
-if TYPE_CHECKING:
-    from training.teacher import Teacher
+from training.teacher import Taught
 
 
 class Loss(NamedTuple):
@@ -59,8 +59,8 @@ class Step:
         progress: share of the training that is done, in [0, 1).
         generator: of all noise of this step.
         reconstructor: rebuilds dropped tokens; None where no objective asks for it.
-        teacher: the frozen model; None where no objective asks questions.
-        conversation: what is asked about the image; one image then.
+        language: the frozen language model; None where no objective asks questions.
+        taught: what is asked about the image, and what the model answers; one image then.
         encoded: that image as the language model gets it.
     """
 
@@ -69,16 +69,31 @@ class Step:
     progress: float
     generator: torch.Generator
     reconstructor: Reconstructor | None = None
-    teacher: Teacher | None = None
-    conversation: Conversation | None = None
+    language: FrozenLanguageModel | None = None
+    taught: Taught | None = None
     encoded: Encoded | None = None
-    shared: dict[str, object] = field(default_factory=dict)
-    """Results that several objectives of a step share, such as the teacher's pass."""
 
     @cached_property
     def scores(self) -> Float[Tensor, "B N"]:
         """The selector's, in float32."""
         return self.selector.score(self.tokens).float()
+
+    @cached_property
+    def slot_scores(self) -> Float[Tensor, "R L"]:
+        """Scores of the packed slots of one image: one row, or one per question of a selector that reads it."""
+        if not reads_question(self.selector):
+            return self.tokens.packed(self.scores, 0.0)
+        return _scores_per_question(self)
+
+    def asked(self) -> tuple[FrozenLanguageModel, Taught, Encoded]:
+        """The language model, what it is asked and answers, and the image.
+
+        Raises:
+            ValueError: this step has no questions.
+        """
+        if self.language is None or self.taught is None or self.encoded is None:
+            raise ValueError("this objective needs questions: an encoder with a language model, and data that asks")
+        return self.language, self.taught, self.encoded
 
     @cached_property
     def table(self) -> Float[Tensor, "B N C"]:
@@ -90,6 +105,23 @@ class Step:
         if self.reconstructor is None:
             raise ValueError("this objective needs a reconstructor, and the step has none")
         return token_error(self.reconstructor(self.table, mask), self.table)
+
+
+def reads_question(selector: object) -> bool:
+    """Whether a selector ranks anew for each question."""
+    return isinstance(selector, ImageTransformer) and selector.question_dim is not None
+
+
+def _scores_per_question(step: Step) -> Float[Tensor, "R L"]:
+    assert isinstance(step.selector, ImageTransformer)  # for the type checker: the only one that reads a question
+    language, taught, _ = step.asked()
+    prompts = [branch.prompt for branch in taught.conversation.branches]
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    mask = torch.arange(ids.shape[1], device=ids.device) < ids.new_tensor([len(p) for p in prompts])[:, None]
+    with torch.no_grad():
+        question = language.model.get_input_embeddings()(ids).float().masked_fill(~mask[..., None], 0)
+    scores = step.selector.scores_per_question(step.tokens, question, mask).float()
+    return torch.cat([step.tokens.packed(row, 0.0) for row in scores])
 
 
 class Objective(ABC):

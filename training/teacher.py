@@ -3,6 +3,9 @@
 By default the texts along which teacher and student are compared are the model's own answers: agreement with the
 unpruned model is what is learned, and no label is needed. They are written once (greedy) and can be kept on disk.
 Given answers are checked first: where the model would say the same token by token, nothing has to be generated.
+The teacher never changes, so what it says about an image is computed once and remembered as long as memory allows.
+
+Shapes: A tokens of an answer, V vocabulary, L packed slots of an image.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from selector.models import Encoded
 from training.conversations import Conversation
-from training.language import FrozenLanguageModel, Row
+from training.language import FrozenLanguageModel
 
 AnswersFrom = Literal["model", "data"]
 
@@ -30,20 +33,35 @@ class Taught:
 
     Attributes:
         conversation: with answers.
-        log_probs: per branch ``[A, V]``.
-        row: the packed row behind them.
+        log_probs: per question ``[A, V]``.
+        looks: per question ``[L]``, what the answer's tokens look at (`FrozenLanguageModel.attention_to_image`), zero at
+            newlines; empty where no objective reads it.
     """
 
     conversation: Conversation
     log_probs: list[Float[Tensor, "A V"]]
-    row: Row
+    looks: list[Float[Tensor, "L"]]
+
+    def sampled(self, count: int, generator: torch.Generator) -> Taught:
+        """At most `count` of the questions, drawn without repetition."""
+        chosen = torch.randperm(len(self.log_probs), generator=generator)[:count].tolist()
+        return Taught(
+            self.conversation.only(chosen),
+            [self.log_probs[index] for index in chosen],
+            [self.looks[index] for index in chosen] if self.looks else [],
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory it takes, the image's pixels aside."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.log_probs, *self.looks))
 
 
 class AnswerStore:
-    """Answers on disk, one JSON object per line: image, question, ids. Lines are appended whole; a torn one is skipped.
+    """Answers on disk, one JSON object per line: image, question, ids. A line that an interruption cut is written again.
 
     Args:
-        file: None keeps them in memory only. The name should tell model and settings (see `Teacher`).
+        file: None keeps them in memory only. Its name should tell model and settings (see `Teacher`).
     """
 
     def __init__(self, file: Path | None):
@@ -55,17 +73,20 @@ class AnswerStore:
                     entry = json.loads(line)
                     self.known[entry["image"], entry["question"]] = [int(token) for token in entry["ids"]]
                 except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-                    continue  # a line that an interruption cut: its answer is written again
+                    continue
 
     def get(self, image: str, question: str) -> list[int] | None:
+        """Ids of an answer, None where it is not known."""
         return self.known.get((image, question))
 
     def put(self, image: str, question: str, ids: list[int]) -> None:
+        """Remembers an answer, on disk too."""
         self.known[image, question] = ids
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"image": image, "question": question, "ids": ids}) + "\n")
+                # The newline comes first: what follows a torn line must not be torn with it.
+                out.write("\n" + json.dumps({"image": image, "question": question, "ids": ids}))
 
 
 class Teacher:
@@ -77,6 +98,8 @@ class Teacher:
         limit: longest answer, in tokens.
         folder: where answers are kept; None keeps them in memory.
         fingerprint: of the model, so that another model's answers are never reused.
+        looks: also tell what the answers look at.
+        memory: bytes of what is remembered; beyond it, it is computed again each time.
     """
 
     def __init__(
@@ -86,50 +109,65 @@ class Teacher:
         limit: int = 48,
         folder: str | None = None,
         fingerprint: str = "",
+        looks: bool = False,
+        memory: int = 2 * 2**30,
     ):
-        self.language, self.answers, self.limit = language, answers, limit
+        self.language, self.answers, self.limit, self.looks, self.memory = language, answers, limit, looks, memory
         key = hashlib.sha256(f"{fingerprint} {limit}".encode()).hexdigest()[:16]
         self.store = AnswerStore(None if folder is None else Path(folder) / f"answers-{key}.jsonl")
+        self._remembered: dict[str, Taught] = {}
 
     @torch.no_grad()
     def __call__(self, encoded: Encoded, conversation: Conversation) -> Taught:
         """Answers the questions, and says with what probabilities."""
         image = _image_key(conversation)
-        known = [self.store.get(image, branch.question) for branch in conversation.branches]
+        key = image + "".join(branch.question for branch in conversation.branches)
+        if key not in self._remembered:
+            found = self._pass(encoded, self._answered(encoded, conversation, image))
+            if self.memory < found.bytes:
+                return found
+            self.memory -= found.bytes
+            self._remembered[key] = found
+        return self._remembered[key]
+
+    def _answered(self, encoded: Encoded, conversation: Conversation, image: str) -> Conversation:
+        """The conversation with the answers to learn; what the model has not answered before is generated."""
         own = self.answers == "model"
-        answers: list[Tensor | None] = [
-            torch.tensor(ids, device=conversation.prefix.device) if own and ids is not None else branch.answer
+        device = conversation.prefix.device
+        known = [self.store.get(image, branch.question) if own else None for branch in conversation.branches]
+        answers = [
+            torch.tensor(ids, device=device) if ids is not None else branch.answer
             for ids, branch in zip(known, conversation.branches, strict=True)
         ]
+        if own and any(ids is None for ids in known) and all(answer is not None for answer in answers):
+            says = self._says(encoded, conversation.answered([a for a in answers if a is not None]))
+        else:
+            says = [ids is not None or not own for ids in known]
 
-        # A given answer that the model would give itself, token by token, need not be generated.
-        taught = self._pass(encoded, conversation, answers) if all(a is not None for a in answers) else None
-        if not own and taught is not None:
-            return taught
-        changed = False
-        for index, ids in enumerate(known):
-            given = answers[index]
-            if (not own and given is not None) or (own and ids is not None):
-                continue
-            if taught is None or given is None or not _says(taught.log_probs[index], given):
-                answers[index] = self.language.own_answer(encoded, conversation, index, self.limit)
-                changed = True
-            if own:
-                answer = answers[index]
-                assert answer is not None  # for the type checker
-                self.store.put(image, conversation.branches[index].question, answer.tolist())
-        if taught is None or changed:
-            taught = self._pass(encoded, conversation, answers)
-        return taught
+        for index, branch in enumerate(conversation.branches):
+            answer = answers[index]
+            if answer is None or not says[index]:
+                answer = answers[index] = self.language.own_answer(encoded, conversation, index, self.limit)
+            if own and known[index] is None:
+                self.store.put(image, branch.question, answer.tolist())
+        return conversation.answered([answer for answer in answers if answer is not None])
 
-    def _pass(self, encoded: Encoded, conversation: Conversation, answers: list[Tensor | None]) -> Taught:
-        answered = conversation.answered([answer for answer in answers if answer is not None])
-        row = self.language.row(encoded.packed[0], encoded.image_token_id, answered.prefix, answered.branches)
-        return Taught(answered, self.language.log_probs(row), row)
+    def _says(self, encoded: Encoded, conversation: Conversation) -> list[bool]:
+        """Whether the model, asked greedily, would give each answer token by token."""
+        row = self.language.row(
+            encoded.packed[0], encoded.image_token_id, conversation.prefix, conversation.branches
+        )
+        pairs = zip(self.language.log_probs(row), conversation.branches, strict=True)
+        return [bool(torch.equal(logs.argmax(-1), branch.answer)) for logs, branch in pairs if branch.answer is not None]
 
-
-def _says(log_probs: Float[Tensor, "A V"], answer: Int[Tensor, "A"]) -> bool:
-    return bool((log_probs.argmax(-1) == answer).all())
+    def _pass(self, encoded: Encoded, conversation: Conversation) -> Taught:
+        row = self.language.row(
+            encoded.packed[0], encoded.image_token_id, conversation.prefix, conversation.branches
+        )
+        if not self.looks:
+            return Taught(conversation, self.language.log_probs(row), [])
+        logs, looks = self.language.attention_to_image(row)
+        return Taught(conversation, logs, list(looks * encoded.tokens.is_patch[0]))
 
 
 def _image_key(conversation: Conversation) -> str:

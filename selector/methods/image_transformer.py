@@ -2,13 +2,15 @@
 
 The selector of "When Less is Enough" (`gumbel`) ranks the patches of each tile by themselves. AnyRes shows an image
 twice, as a base view and as tiles, and what one view shows need not be kept from the other; so here the tokens of all
-tiles of an image attend to each other. Positions are rotary in two dimensions, in patches of the page: a token of the
-base view lies where its middle lies on the page, so that what is beside a word is found in the same way everywhere and
-at any size. With `question_dim` every layer also attends to the embedded question, and the same page is cut
-differently for each question. The architecture is ours; it is trained by `training.answers`.
+tiles of an image attend to each other. Two things keep that cheap: keys and values are averaged over cells of
+`pool` x `pool` patches (the tower has already told each patch about its neighbours), and there are few, narrow layers.
+Positions are rotary in two dimensions, in patches of the page: a token of the base view lies where its middle lies on
+the page, so that what is beside a word is found in the same way everywhere and at any size. With `question_dim` every
+layer also attends to the embedded question, and the same page is cut differently for each question. The architecture
+is ours; it is trained by `training.answers`.
 
-Shapes: I images, M patches of the largest image (padded), R rankings (one per question), Q tokens of the longest
-question, C channels of the table, T tiles, N patches per tile.
+Shapes: T tiles, N patches per tile, P cells per tile, I images, K cells of the image with most tiles, R questions,
+Q tokens of the longest question, C channels of the table, W width, H heads.
 """
 
 from __future__ import annotations
@@ -19,15 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selector.grid import places
-from selector.groups import Groups
 from selector.table import Inputs, TableSelector
 from selector.tokens import VisualTokens
 
 WAVELENGTH = 100.0
-"""Base of the rotary frequencies: the slowest turns once in about 600 patches, more than a page is wide."""
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines ``[..., S, C / 2]`` of the angles by which channels are turned."""
+"""Base of the rotary frequencies: the slowest turns once in a few hundred patches, more than a page is wide."""
 
 
 class ImageTransformer(TableSelector):
@@ -36,8 +34,9 @@ class ImageTransformer(TableSelector):
     Args:
         dim: C, channels of the table it reads.
         inputs: ``"features"``, ``"projected"`` or ``"both"``, see `TableSelector`.
-        width: width of the Transformer.
+        width: W, width of the Transformer.
         layers, heads, mlp_ratio: of the Transformer; a head's width must be a multiple of 4.
+        pool: side of the cells, in patches, over which keys and values are averaged; 1 attends to every token.
         question_dim: d, width of the question's embeddings, for a selector that reads the question; None for one that
             does not.
 
@@ -50,7 +49,7 @@ class ImageTransformer(TableSelector):
     """
 
     paper = "ours"
-    cost = "layers · (N² W + N W²)"
+    cost = "layers · (N² W / pool² + N W²)"
 
     def __init__(
         self,
@@ -60,13 +59,16 @@ class ImageTransformer(TableSelector):
         layers: int = 2,
         heads: int = 4,
         mlp_ratio: float = 2.0,
+        pool: int = 2,
         question_dim: int | None = None,
     ):
         super().__init__(dim, inputs)
         if width % (4 * heads):
             raise ValueError(f"width must be a multiple of 4 * heads, got width {width} and {heads} heads")
+        if pool < 1:
+            raise ValueError(f"pool must be at least 1, got {pool}")
         self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
-        self.question_dim = question_dim
+        self.pool, self.question_dim = pool, question_dim
         self.embed = nn.Linear(dim, width)
         self.view = nn.Parameter(torch.zeros(2, width))  # high resolution, base view
         asks = question_dim is not None
@@ -75,64 +77,126 @@ class ImageTransformer(TableSelector):
         self.head = nn.Linear(width, 1)
         if question_dim is not None:
             self.needs = self.needs | {"question"}
-            self.read = nn.Sequential(nn.LayerNorm(question_dim), nn.Linear(question_dim, width))
+            self.read_words = nn.Sequential(nn.LayerNorm(question_dim), nn.Linear(question_dim, width))
             self.question_block = Block(width, heads, mlp_ratio)
             self.question_norm = nn.LayerNorm(width)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         if self.question_dim is None:
-            scores, groups = self.rankings(tokens)
-        else:
-            scores, groups = self.rankings(tokens, *tokens.read_question(self))
-        return groups.scatter(scores, tokens)
+            return self._scores(tokens, None)
+        question, mask = tokens.read_question(self)
+        text, attend = self._read(question, mask)
+        return self._scores(tokens, (text[tokens.image], attend[tokens.image]))
 
-    def rankings(
-        self,
-        tokens: VisualTokens,
-        question: Float[Tensor, "R Q d"] | None = None,
-        question_mask: Bool[Tensor, "R Q"] | None = None,
-        image: Int[Tensor, "R"] | None = None,
-    ) -> tuple[Float[Tensor, "R M"], Groups]:
-        """Scores of the patches of each image; with questions, one ranking per question.
+    def scores_per_question(
+        self, tokens: VisualTokens, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]
+    ) -> Float[Tensor, "R T N"]:
+        """Scores of one image's tokens for each of several questions; `mask` tells which of their tokens are real.
 
-        Args:
-            question, question_mask: embedded questions and which of their tokens are real.
-            image: the image that each question is about; None: question i is about image i.
-
-        Returns:
-            Scores (zero where there is no patch), and the groups that tell which patch each belongs to.
+        Raises:
+            ValueError: several images.
         """
-        groups = Groups.of(tokens, "image")
-        members = groups.mask.any(0)  # newlines take part in no image's ranking; a column that is one everywhere goes
-        table = groups.gather(self.table(tokens))[:, members]
-        there = groups.mask[:, members]
-        rotation = turns(page_positions(tokens)[:, members], self.width // self.heads)
-        x = self.embed(table) + self.view[tokens.base[:, members].long()]
+        if tokens.num_images != 1:
+            raise ValueError(f"tokens must be those of one image, got {tokens.num_images}")
+        text, attend = self._read(question, mask)
+        tiles = len(tokens.features)
+        return torch.stack(
+            [
+                self._scores(tokens, (words.expand(tiles, -1, -1), real.expand(tiles, -1, -1, -1)))
+                for words, real in zip(text, attend, strict=True)
+            ]
+        )
 
-        text = text_mask = None
-        if question is not None and question_mask is not None:
-            text, text_mask = self._read(question, question_mask)
-            of = torch.arange(len(x), device=x.device) if image is None else image
-            x, there = x[of], there[of]
-            rotation = (rotation[0][of], rotation[1][of])
+    def _scores(
+        self, tokens: VisualTokens, text: tuple[Float[Tensor, "T Q W"], Bool[Tensor, "T 1 1 Q"]] | None
+    ) -> Float[Tensor, "T N"]:
+        valid, grid = tokens.valid, tokens.grid
+        positions, base = page_positions(tokens)
+        x = self.embed(self.table(tokens)) + self.view[base.long()]
 
-        # Without padding no mask is needed, and attention takes its fastest path.
-        mask = None if bool(there.all()) else there[:, None, None]
+        # Every tile attends to the cells of all tiles of its image.
+        cells = Cells(tokens, valid, self.pool)
+        rotation = rotations(positions, self.width // self.heads)
+        cell_rotation = rotations(cells.mean(positions), self.width // self.heads)
         for block in self.blocks:
-            x = block(x, rotation, mask, text, text_mask)
-        scores = self.head(self.norm(x))[..., 0] * there
-        full = scores.new_zeros(len(scores), groups.mask.shape[1])
-        return full.index_copy(1, members.nonzero()[:, 0], scores), groups
+            x = block(x, rotation, cell_rotation, cells, text)
+        return self.head(self.norm(x))[..., 0].view(-1, grid[0] * grid[1])
 
     def _read(
         self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]
     ) -> tuple[Float[Tensor, "R Q W"], Bool[Tensor, "R 1 1 Q"]]:
         """The question's tokens, each knowing its neighbours."""
         place = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
-        rotation = turns(torch.stack([torch.zeros_like(place), place], -1)[None], self.width // self.heads)
-        attend = mask[:, None, None]
-        text = self.read(question.to(self.feature_mean.dtype))
-        return self.question_norm(self.question_block(text, rotation, attend)), attend
+        positions = torch.stack([torch.zeros_like(place), place], -1).expand(len(question), -1, -1)
+        rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
+        text = self.read_words(question.to(self.feature_mean.dtype))
+        return self.question_norm(self.question_block(text, rotation, rotation, Words(attend))), attend
+
+
+class Words:
+    """Keys and values of a question: its own tokens, those that are real."""
+
+    def __init__(self, mask: Bool[Tensor, "R 1 1 Q"]):
+        self.mask: Bool[Tensor, "R 1 1 Q"] | None = mask
+
+    def mean(self, x: Float[Tensor, "R Q C"]) -> Float[Tensor, "R Q C"]:
+        return x
+
+    def of_image(self, x: Float[Tensor, "R H Q C"]) -> Float[Tensor, "R H Q C"]:
+        return x
+
+
+class Cells:
+    """Keys and values of an image: cells of `pool` x `pool` patches of all its tiles.
+
+    Patches that unpadding removes count in no mean, and cells without any other are attended to by none.
+
+    Attributes:
+        mask: ``[T, 1, 1, K]`` cells that may be attended to; None: all.
+    """
+
+    def __init__(self, tokens: VisualTokens, valid: Bool[Tensor, "T N"], pool: int):
+        self.grid, self.pool = tokens.grid, pool
+        self.image = tokens.image
+        self.weight = valid[..., None].float()
+        self.whole = bool(valid.all())
+        self.count = self._pooled(self.weight)
+        there = self.count[..., 0] > 0
+
+        # [I, most tiles]: which tiles an image has, so that their cells can be laid side by side.
+        tiles = torch.bincount(self.image, minlength=tokens.num_images)
+        first = tiles.cumsum(0) - tiles
+        number = torch.arange(int(tiles.max()), device=self.image.device)
+        self.tiles = torch.minimum(first[:, None] + number, first[:, None] + tiles[:, None] - 1)
+        mask = there[self.tiles] & (number < tiles[:, None])[..., None]
+        self.alone = len(tiles) == 1
+        self.mask = None if bool(mask.all()) else mask.flatten(1)[self.image][:, None, None]
+
+    def mean(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
+        """Of the valid patches of each cell."""
+        if self.pool == 1:
+            return x
+        if self.whole:
+            return self._pooled(x)
+        return self._pooled(x * self.weight) / self.count.clamp(min=1e-6)
+
+    def of_image(self, x: Float[Tensor, "T H P C"]) -> Float[Tensor, "T H K C"]:
+        """For every tile, the cells of all tiles of its image, side by side."""
+        if self.alone:  # one image: no copy is needed
+            return x.transpose(0, 1).flatten(1, 2)[None].expand(len(x), -1, -1, -1)
+        return x[self.tiles].transpose(1, 2).flatten(2, 3)[self.image]
+
+    def _pooled(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
+        """Mean over each cell of the grid; cells at the far edges may be smaller."""
+        h, w = self.grid
+        p = self.pool
+        if h % p == 0 and w % p == 0:  # sums of strided views: several times faster than one mean over two axes
+            rows = x.unflatten(1, (h // p, p, w)).unbind(2)
+            columns = sum(rows[1:], rows[0]).unflatten(2, (w // p, p)).unbind(3)
+            return (sum(columns[1:], columns[0]) / p**2).flatten(1, 2)
+        table = x.transpose(1, 2).unflatten(-1, self.grid)
+        cells = F.avg_pool2d(table, p, ceil_mode=True, count_include_pad=False)
+        return cells.flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -143,43 +207,55 @@ class Block(nn.Module):
         inner = round(width * mlp_ratio)
         self.heads = heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.query, self.key_value, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
         if cross:
             self.cross_norm = nn.LayerNorm(width)
-            self.cross_q, self.cross_kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+            self.cross_query, self.cross_key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
             self.cross_out = nn.Linear(width, width)
 
     def forward(
         self,
-        x: Float[Tensor, "R S W"],
-        rotation: Rotation,
-        mask: Bool[Tensor, "R 1 1 S"] | None,
-        text: Float[Tensor, "R Q W"] | None = None,
-        text_mask: Bool[Tensor, "R 1 1 Q"] | None = None,
-    ) -> Float[Tensor, "R S W"]:
-        q, k, v = map(self._split, self.qkv(self.attention_norm(x)).chunk(3, -1))
-        x = x + self.out(_merge(F.scaled_dot_product_attention(turned(q, rotation), turned(k, rotation), v, mask)))
+        x: Float[Tensor, "T N W"],
+        rotation: Tensor,
+        key_rotation: Tensor,
+        seen: Cells | Words,
+        text: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "T N W"]:
+        normed = self.attention_norm(x)
+        keys, values = self.key_value(seen.mean(normed)).chunk(2, -1)
+        q = turned(self._split(self.query(normed)), rotation)
+        k = seen.of_image(turned(self._split(keys), key_rotation))
+        v = seen.of_image(self._split(values))
+        x = x + self.out(_merge(F.scaled_dot_product_attention(q, k, v, seen.mask)))
 
         if text is not None:
-            q = self._split(self.cross_q(self.cross_norm(x)))
-            k, v = map(self._split, self.cross_kv(text).chunk(2, -1))
-            x = x + self.cross_out(_merge(F.scaled_dot_product_attention(q, k, v, text_mask)))
+            words, mask = text
+            keys, values = self.cross_key_value(words).chunk(2, -1)
+            q = self._split(self.cross_query(self.cross_norm(x)))
+            x = x + self.cross_out(
+                _merge(F.scaled_dot_product_attention(q, self._split(keys), self._split(values), mask))
+            )
 
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
-    def _split(self, x: Float[Tensor, "R S W"]) -> Float[Tensor, "R H S C"]:
+    def _split(self, x: Float[Tensor, "T S W"]) -> Float[Tensor, "T H S C"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def _merge(x: Float[Tensor, "R H S C"]) -> Float[Tensor, "R S W"]:
+def _merge(x: Float[Tensor, "T H S C"]) -> Float[Tensor, "T S W"]:
     return x.transpose(1, 2).flatten(2)
 
 
-def page_positions(tokens: VisualTokens) -> Float[Tensor, "I L 2"]:
-    """Row and column of every packed patch, in patches of the high-resolution page; 0 at newlines and padding.
+def page_positions(tokens: VisualTokens) -> tuple[Float[Tensor, "T N 2"], Bool[Tensor, "T N"]]:
+    """Row and column of every patch, in patches of the high-resolution page, and which ones are of a base view.
 
-    A patch of the base view, which shows the same page smaller, has the position of its middle on the page.
+    A patch of the base view, which shows the same page smaller, has the position of its middle on the page. Patches
+    that have no slot are at 0.
     """
     view, y, x = places(tokens)
     base = tokens.base
@@ -187,19 +263,23 @@ def page_positions(tokens: VisualTokens) -> Float[Tensor, "I L 2"]:
     position = torch.stack([y, x], -1).clamp(min=0).float()
     extent = torch.where(page[..., None], position + 1, 0).amax(1, keepdim=True)
     grid = position.new_tensor(tokens.grid)
-    return torch.where(base[..., None], (position + 0.5) * extent / grid - 0.5, position)
+    position = torch.where(base[..., None], (position + 0.5) * extent / grid - 0.5, position)
+    rows, columns = (tokens.unpacked(part) for part in position.unbind(-1))
+    return torch.stack([rows, columns], -1), tokens.unpacked(base.float()).bool()
 
 
-def turns(positions: Float[Tensor, "I S 2"], width: int) -> Rotation:
-    """Rotary angles (Su et al. 2021) in two dimensions: half of a head's channel pairs turn with y, half with x."""
+def rotations(positions: Float[Tensor, "T S 2"], width: int) -> Tensor:
+    """Rotary angles (Su et al. 2021) in two dimensions, as unit complex numbers ``[T, 1, S, width / 2]``.
+
+    Half of the channel pairs of a head turn with y, half with x.
+    """
     pairs = width // 4
     steps = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
     angles = (positions[..., None] * WAVELENGTH**-steps).flatten(-2)
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
-def turned(x: Float[Tensor, "R H S C"], rotation: Rotation) -> Float[Tensor, "R H S C"]:
-    """Queries or keys turned by their positions' angles."""
-    cos, sin = (part[:, None].to(x.dtype) for part in rotation)
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+def turned(x: Float[Tensor, "T H S C"], rotation: Tensor) -> Float[Tensor, "T H S C"]:
+    """Queries or keys turned by their positions' angles; neighbouring channels are a pair."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
