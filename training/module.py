@@ -55,6 +55,7 @@ class SelectorModule(LightningModule):
         layers: Transformer layers of each.
         heads: attention heads of each.
         mlp_ratio: width of the MLPs in units of `width`.
+        pool: side in patches of the cells over which an image-transformer averages keys and values.
         learning_rate: AdamW's, after the warm-up.
         weight_decay: AdamW's.
         warmup_steps: linear warm-up of the learning rate.
@@ -81,6 +82,7 @@ class SelectorModule(LightningModule):
         layers: int = 3,
         heads: int = 4,
         mlp_ratio: float = 2.0,
+        pool: int = 2,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 50,
@@ -109,7 +111,8 @@ class SelectorModule(LightningModule):
             self.selector = GumbelSelector(dim, encoder.num_patches, width, layers, heads, mlp_ratio, inputs)
         else:
             asked = encoder.question_dim if question and isinstance(encoder, LlavaNextModel) else None
-            self.selector = ImageTransformer(dim, inputs, width or dim, layers, heads, mlp_ratio, asked)
+            sizes = width or dim, layers, heads, mlp_ratio, pool
+            self.selector = ImageTransformer(dim, inputs, *sizes, question_dim=asked)
 
         # Without an objective that rebuilds there is nothing for a reconstructor to learn.
         self.reconstructor: Reconstructor | None = None
