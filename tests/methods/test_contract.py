@@ -42,6 +42,8 @@ VARIANTS = SPECS | {
         "lofi:energy=0.5",
         "lrcp:matrix=tile",
         "pivoted-qr:center=false",
+        "ridge-leverage:field=features,alpha=0.1",
+        "ridge-leverage:center=false,matrix=tile",
         "cdpruner:relevance=none",
         "cdpruner:relevance=cls_attention",
         "dart:pivots=3",
