@@ -1,7 +1,7 @@
 """Ridge leverage scores: leverage with a soft cut in place of a truncation rank.
 
-Alaoui and Mahoney 2015 (arXiv 1411.0306) introduced them for sampling columns in kernel ridge regression. Ranking visual
-tokens by them is our choice, as are the defaults: projected tokens, centred, alpha 1, one matrix per image.
+Alaoui and Mahoney 2015 (arXiv 1411.0306) introduced them for sampling columns in kernel ridge regression. Ranking
+visual tokens by them is our choice, as are the defaults: projected tokens, centred, alpha 1, one matrix per image.
 """
 
 from __future__ import annotations

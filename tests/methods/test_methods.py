@@ -90,6 +90,29 @@ def test_tile_and_image_matrices_differ_only_with_several_tiles():
     assert not torch.allclose(RidgeLeverage().score(several), RidgeLeverage(matrix="tile").score(several))
 
 
+@pytest.mark.parametrize(
+    ("spec", "sees"),
+    [
+        ("ridge-leverage", False),
+        ("uniform", False),
+        ("cdpruner", True),
+        ("cdpruner:relevance=cls_attention", False),
+        ("mix:a=norm,b=cdpruner", True),
+        ("mix:a=norm,b=(cdpruner:relevance=none)", False),
+        ("cdpruner:merge=nearest", True),
+    ],
+)
+def test_who_sees_the_question(spec, sees):
+    assert load_selector(spec).sees_question is sees
+
+
+def test_a_selector_that_reads_the_words_of_the_question_sees_it():
+    class Asking(Norm):
+        needs = frozenset({"projected", "question"})
+
+    assert Asking().sees_question
+
+
 def test_norm():
     want = np.linalg.norm(FEATURES.numpy(), axis=-1)
     np.testing.assert_allclose(Norm().score(TOKENS).numpy(), want, rtol=1e-5)
