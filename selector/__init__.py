@@ -30,6 +30,7 @@ _HOME = {
     "PruMergePlus": "methods.prumerge_plus",
     "Random": "methods.random",
     "RankSelector": "base",
+    "RidgeLeverage": "methods.ridge_leverage",
     "SCOPE": "methods.scope",
     "SVDPrune": "methods.svd_prune",
     "ScoreSelector": "base",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from selector.methods.prumerge import PruMerge
     from selector.methods.prumerge_plus import PruMergePlus
     from selector.methods.random import Random
+    from selector.methods.ridge_leverage import RidgeLeverage
     from selector.methods.scope import SCOPE
     from selector.methods.svd_prune import SVDPrune
     from selector.methods.tome import ToMe
@@ -100,6 +102,7 @@ __all__ = [
     "PruMergePlus",
     "Random",
     "RankSelector",
+    "RidgeLeverage",
     "SVDPrune",
     "ScoreSelector",
     "Selection",

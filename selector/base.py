@@ -25,6 +25,9 @@ from selector.groups import Groups
 from selector.merging import Selection
 from selector.tokens import VisualTokens
 
+QUESTION_FIELDS = frozenset({"question", "text"})
+"""Fields of `VisualTokens` that come from the user's question."""
+
 
 class TokenSelector(nn.Module, ABC):
     """Decides which visual tokens stay.
@@ -52,6 +55,11 @@ class TokenSelector(nn.Module, ABC):
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         """The keep mask, and how dropped tokens flow into kept ones (None: they are gone)."""
         return Selection(self(tokens, budget))
+
+    @property
+    def sees_question(self) -> bool:
+        """Whether what is kept of an image may differ per question: `needs` names a field of `QUESTION_FIELDS`."""
+        return not self.needs.isdisjoint(QUESTION_FIELDS)
 
     @property
     def init_args(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "checkpoints/llava-next-tiny"
-SELECTORS = ["checkpoints/selector-llava-next-tiny", "svd-prune", "lofi", "random"]
+SELECTORS = ["checkpoints/selector-llava-next-tiny", "ridge-leverage", "svd-prune", "lofi", "random"]
 COMMON: dict[str, Any] = {
     "model": MODEL,
     "selectors": SELECTORS,

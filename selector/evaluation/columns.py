@@ -8,6 +8,8 @@ from typing import Any
 
 Row = dict[str, Any]
 Summary = dict[str, Any]
+MARK = "†"
+LEGEND = f"{MARK} sees the question: what is kept of an image differs per question."
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,20 @@ class Column:
     text: Callable[[Row], str]
     value: Callable[[Row], Any]
     note: str
+
+
+def marked(label: str, sees_question: bool) -> str:
+    """How tables write a selector; `LEGEND` says what the mark means."""
+    return label + MARK if sees_question else label
+
+
+def selector_name(row: Row) -> str:
+    return marked(row["selector"], row["sees_question"])
+
+
+def legend(summary: Summary) -> list[str]:
+    """What the mark means, where a selector of the run has it."""
+    return [LEGEND] if any(row["sees_question"] for row in summary["rows"]) else []
 
 
 def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) -> Column:
@@ -60,7 +76,7 @@ def _versus(header: str, field: str, note: str) -> Column:
 
 
 KEEP = Column("keep", lambda r: r["keep"] or "", lambda r: r["tokens"], "what may stay: a count or a share")
-SELECTOR = Column("selector", lambda r: r["selector"], lambda r: r["selector"], "full: unpruned; blind: no image")
+SELECTOR = Column("selector", selector_name, lambda r: r["selector"], "full: unpruned; blind: no image")
 SAMPLES = Column("n", lambda r: str(r["samples"]), lambda r: r["samples"], "samples")
 TOKENS = Column(
     "tokens", lambda r: _tokens(r), lambda r: r["tokens"], "visual tokens that reached the language model (mean)"

@@ -16,7 +16,7 @@ from selector.evaluation.errors import UsageError
 from selector.evaluation.metrics import FLIPS
 from selector.evaluation.page import render
 from selector.evaluation.page.explorer import changed_answers, explorer
-from selector.evaluation.records import RUN, read_folder, write_json, write_text
+from selector.evaluation.records import RUN, read_folder, seeing_question, write_json, write_text
 from selector.evaluation.statistics import (
     bootstrap_mean,
     holm,
@@ -51,7 +51,7 @@ def summarize(run: Path) -> dict[str, Any]:
         UsageError: no run there, one of an older format, or broken records.
     """
     settings, tables = read_run(run)
-    baseline = settings["baseline"]
+    baseline, seeing = settings["baseline"], seeing_question(settings)
     rows = []
     for (task, label, keep), found in tables.items():
         against = tables.get((task, baseline, keep)) if label != baseline and keep else None
@@ -59,7 +59,8 @@ def summarize(run: Path) -> dict[str, Any]:
             "versus_full": _difference(found, _unpruned(found)) if keep else None,
             "versus_baseline": _difference(found, against) if against else None,
         }
-        rows.append({"task": task, "selector": label, "keep": keep} | _figures(found) | versus)
+        row = {"task": task, "selector": label, "keep": keep, "sees_question": label in seeing}
+        rows.append(row | _figures(found) | versus)
     for versus in ("versus_full", "versus_baseline"):
         tested = [row[versus] for row in rows if row[versus] is not None]
         for found, adjusted in zip(tested, holm([t["p"] for t in tested]), strict=True):

@@ -111,7 +111,13 @@ def compare(
         "tasks": {task.name: {"fingerprint": task.fingerprint, "anls": scored_by_anls(task)} for task in tasks},
         "unreadable": {},
         "rows": [
-            {"task": task.name, "label": row.label, "keep": written(row.budget), "key": file.key}
+            {
+                "task": task.name,
+                "label": row.label,
+                "keep": written(row.budget),
+                "sees_question": row.selector is not None and row.selector.sees_question,
+                "key": file.key,
+            }
             for task in tasks
             for row, file in zip(rows, files[task.name], strict=True)
         ],

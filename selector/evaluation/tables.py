@@ -17,6 +17,7 @@ from selector.evaluation.columns import (
     Summary,
     consistency_columns,
     cost_columns,
+    legend,
     main_columns,
 )
 from selector.evaluation.findings import sentences
@@ -99,7 +100,8 @@ def settings_line(summary: Summary) -> str:
 def notes(summary: Summary) -> list[str]:
     """What the whole run says beside its tables."""
     how = {"original": "those of the whole prompt, with gaps", "contiguous": "counted anew, without gaps"}
-    lines = [f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']})."]
+    lines = legend(summary)
+    lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
     for found in summary["correlations"]:
         if found["rank"] is not None and found["shift"] == "ipr_shift":
             where = f" on {found['task']}" if found["task"] else ""
@@ -125,8 +127,8 @@ def notes(summary: Summary) -> list[str]:
 def footnotes(summary: Summary, run: Path) -> str:
     """What the columns of the terminal's table mean, and the notes."""
     columns = [c for c in main_columns(summary) if c not in (KEEP, SELECTOR, SAMPLES)]
-    legend = "; ".join(f"{column.header}: {column.note}" for column in columns)
-    return "\n".join([legend, *notes(summary), f"Records: {run}"])
+    meanings = "; ".join(f"{column.header}: {column.note}" for column in columns)
+    return "\n".join([meanings, *notes(summary), f"Records: {run}"])
 
 
 def best_rows(rows: Sequence[Row]) -> set[int]:

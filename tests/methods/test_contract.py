@@ -42,6 +42,8 @@ VARIANTS = SPECS | {
         "lofi:energy=0.5",
         "lrcp:matrix=tile",
         "pivoted-qr:center=false",
+        "ridge-leverage:field=features,alpha=0.1",
+        "ridge-leverage:center=false,matrix=tile",
         "cdpruner:relevance=none",
         "cdpruner:relevance=cls_attention",
         "dart:pivots=3",
@@ -319,7 +321,10 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "name",
-    ["farthest-point", "pivoted-qr", "dart", "cdpruner", "divprune", "visionzip", "prumerge", "merge:selector=norm"],
+    [
+        *("farthest-point", "pivoted-qr", "dart", "cdpruner", "divprune", "visionzip", "prumerge"),
+        *("merge:selector=norm", "ridge-leverage"),
+    ],
 )
 def test_memory_grows_with_tokens_times_channels_and_kept(name):
     """Nothing of the size of all pairs, unless the rule needs it (scope, and the first matching of tome, vispruner)."""

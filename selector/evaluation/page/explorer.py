@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selector.evaluation.columns import marked
 from selector.evaluation.errors import UsageError
-from selector.evaluation.records import IMAGES, image_name
+from selector.evaluation.records import IMAGES, image_name, seeing_question
 
 Key = tuple[str, str, str | None]
 SHOWN, ROOM = 16, 3_200_000
@@ -30,7 +31,12 @@ def explorer(
     for name, task in groups:
         folder, settings, tables = runs[name]
         left = room // max(1, len(groups))
-        rows = {key[1:]: {r["id"]: r for r in found} for key, found in tables.items() if key[0] == task}
+        seeing = seeing_question(settings)
+        rows = {
+            (marked(label, label in seeing), keep): {r["id"]: r for r in found}
+            for (of, label, keep), found in tables.items()
+            if of == task
+        }
         taken = 0
         for sample in _telling(rows):
             shown = _sample(name, task, sample, rows)
