@@ -5,15 +5,17 @@ twice, as a base view and as tiles, and what one view shows need not be kept fro
 tiles of an image attend to each other. Two things keep that cheap: keys and values are averaged over cells of
 `pool` x `pool` patches (the tower has already told each patch about its neighbours), and there are few, narrow layers.
 Positions are rotary in two dimensions, in patches of the page: a token of the base view lies where its middle lies on
-the page, so that what is beside a word is found in the same way everywhere and at any size. With `question_dim` every
-layer also attends to the embedded question, and the same page is cut differently for each question. The architecture
-is ours; it is trained by `training.answers`.
+the page, so that what is beside a word is found in the same way everywhere and at any size. With `question_dim` it reads the question, and the same page is cut differently for each question: patches are
+compared with the question's tokens where the language model compares them, in its embedding space (`Match`), and every
+layer also attends to the question. The architecture is ours; it is trained by `training.answers`.
 
 Shapes: T tiles, N patches per tile, P cells per tile, I images, K cells of the image with most tiles, R questions,
 Q tokens of the longest question, C channels of the table, W width, H heads.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -76,7 +78,10 @@ class ImageTransformer(TableSelector):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
         if question_dim is not None:
+            if inputs == "features":
+                raise ValueError("inputs must hold the projected tokens ('projected' or 'both') for a question")
             self.needs = self.needs | {"question"}
+            self.match = Match(question_dim, width)
             self.read_words = nn.Sequential(nn.LayerNorm(question_dim), nn.Linear(question_dim, width))
             self.question_block = Block(width, heads, mlp_ratio)
             self.question_norm = nn.LayerNorm(width)
@@ -84,9 +89,8 @@ class ImageTransformer(TableSelector):
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         if self.question_dim is None:
             return self._scores(tokens, None)
-        question, mask = tokens.read_question(self)
-        text, attend = self._read(question, mask)
-        return self._scores(tokens, (text[tokens.image], attend[tokens.image]))
+        asked = self._read(*tokens.read_question(self))
+        return self._scores(tokens, asked.of(tokens.image))
 
     def scores_per_question(
         self, tokens: VisualTokens, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]
@@ -98,39 +102,85 @@ class ImageTransformer(TableSelector):
         """
         if tokens.num_images != 1:
             raise ValueError(f"tokens must be those of one image, got {tokens.num_images}")
-        text, attend = self._read(question, mask)
-        tiles = len(tokens.features)
-        return torch.stack(
-            [
-                self._scores(tokens, (words.expand(tiles, -1, -1), real.expand(tiles, -1, -1, -1)))
-                for words, real in zip(text, attend, strict=True)
-            ]
-        )
+        asked, tiles = self._read(question, mask), tokens.image
+        return torch.stack([self._scores(tokens, asked.of(tiles + number)) for number in range(len(question))])
 
-    def _scores(
-        self, tokens: VisualTokens, text: tuple[Float[Tensor, "T Q W"], Bool[Tensor, "T 1 1 Q"]] | None
-    ) -> Float[Tensor, "T N"]:
+    def _scores(self, tokens: VisualTokens, asked: Asked | None) -> Float[Tensor, "T N"]:
         valid, grid = tokens.valid, tokens.grid
         positions, base = page_positions(tokens)
-        x = self.embed(self.table(tokens)) + self.view[base.long()]
+        table = self.table(tokens)
+        x = self.embed(table) + self.view[base.long()]
+        if asked is not None:
+            x = x + self.match(table, asked)
 
         # Every tile attends to the cells of all tiles of its image.
         cells = Cells(tokens, valid, self.pool)
         rotation = rotations(positions, self.width // self.heads)
         cell_rotation = rotations(cells.mean(positions), self.width // self.heads)
         for block in self.blocks:
-            x = block(x, rotation, cell_rotation, cells, text)
+            x = block(x, rotation, cell_rotation, cells, asked)
         return self.head(self.norm(x))[..., 0].view(-1, grid[0] * grid[1])
 
-    def _read(
-        self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]
-    ) -> tuple[Float[Tensor, "R Q W"], Bool[Tensor, "R 1 1 Q"]]:
-        """The question's tokens, each knowing its neighbours."""
+    def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> Asked:
+        """The question's tokens: in the units of the table, and as words that know their neighbours."""
+        width = question.shape[-1]
+        raw = question.to(self.feature_mean.dtype)
         place = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
         positions = torch.stack([torch.zeros_like(place), place], -1).expand(len(question), -1, -1)
         rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
-        text = self.read_words(question.to(self.feature_mean.dtype))
-        return self.question_norm(self.question_block(text, rotation, rotation, Words(attend))), attend
+        words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, Words(attend)))
+        # Projected tokens are the last columns of the table; what normalises them normalises the question too.
+        normalized = (raw - self.feature_mean[-width:]) / self.feature_std[-width:]
+        return Asked(normalized, words, attend)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions, as the layers read them.
+
+    Attributes:
+        embeddings: ``[R, Q, d]`` in the units of the table's projected columns.
+        words: ``[R, Q, W]`` each knowing its neighbours.
+        mask: ``[R, 1, 1, Q]`` which of them are real.
+    """
+
+    embeddings: Float[Tensor, "R Q d"]
+    words: Float[Tensor, "R Q W"]
+    mask: Bool[Tensor, "R 1 1 Q"]
+
+    def of(self, index: Int[Tensor, "T"]) -> Asked:
+        """The question of each tile."""
+        return Asked(self.embeddings[index], self.words[index], self.mask[index])
+
+
+class Match(nn.Module):
+    """Tells each patch which of the question's tokens it looks like, by cosine in the language model's embedding space.
+
+    A projector moves a patch to where the language model has the words for it, so no map has to be learned before this
+    works; one is learned all the same, from the identity on. A patch that is like none attends to nothing.
+    """
+
+    SHARPNESS = 10.0
+    """Factor on the cosines at the start."""
+
+    def __init__(self, question_dim: int, width: int):
+        super().__init__()
+        self.space = nn.Linear(question_dim, question_dim, bias=False)
+        nn.init.eye_(self.space.weight)
+        self.sharpness = nn.Parameter(torch.tensor(self.SHARPNESS))
+        self.nothing = nn.Parameter(torch.tensor(0.5 * self.SHARPNESS))
+        self.value, self.best = nn.Linear(width, width), nn.Linear(1, width)
+
+    def forward(self, table: Float[Tensor, "T N C"], asked: Asked) -> Float[Tensor, "T N W"]:
+        width = asked.embeddings.shape[-1]
+        patches = F.normalize(self.space(table[..., -width:]), dim=-1)
+        words = F.normalize(self.space(asked.embeddings), dim=-1)
+        alike = self.sharpness * patches @ words.mT
+        alike = alike.masked_fill(~asked.mask[:, 0], -torch.inf)
+        none = self.nothing.expand(*alike.shape[:2], 1)
+        attention = torch.cat([alike, none], -1).softmax(-1)[..., :-1]
+        best = alike.amax(-1, keepdim=True)
+        return attention @ self.value(asked.words) + self.best(best)
 
 
 class Words:
@@ -224,7 +274,7 @@ class Block(nn.Module):
         rotation: Tensor,
         key_rotation: Tensor,
         seen: Cells | Words,
-        text: tuple[Tensor, Tensor] | None = None,
+        asked: Asked | None = None,
     ) -> Float[Tensor, "T N W"]:
         normed = self.attention_norm(x)
         keys, values = self.key_value(seen.mean(normed)).chunk(2, -1)
@@ -233,13 +283,10 @@ class Block(nn.Module):
         v = seen.of_image(self._split(values))
         x = x + self.out(_merge(F.scaled_dot_product_attention(q, k, v, seen.mask)))
 
-        if text is not None:
-            words, mask = text
-            keys, values = self.cross_key_value(words).chunk(2, -1)
+        if asked is not None:
+            k, v = map(self._split, self.cross_key_value(asked.words).chunk(2, -1))
             q = self._split(self.cross_query(self.cross_norm(x)))
-            x = x + self.cross_out(
-                _merge(F.scaled_dot_product_attention(q, self._split(keys), self._split(values), mask))
-            )
+            x = x + self.cross_out(_merge(F.scaled_dot_product_attention(q, k, v, asked.mask)))
 
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
