@@ -93,7 +93,7 @@ class VisualTokens:
         name = type(reader).__name__
         if self.question is None or self.question_mask is None:
             raise ValueError(
-                f"{name} reads the question (`question`), and these tokens have none: it needs a prompt beside the image"
+                f"{name} reads the question (`question`), and these tokens have none: give a prompt beside the image"
             )
         if not bool(self.question_mask.any(1).all()):
             raise ValueError(f"{name} reads the question, and an image of this batch has no text behind it")

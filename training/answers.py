@@ -1,10 +1,10 @@
 """Objectives that learn from the frozen model's answers: keep what it needs to answer as it would with every token.
 
-`Answers` distils: teacher and student are the same frozen model; the student's visual tokens are gated by the selector's
-relaxed choice (`training.gates`), and the loss is KL(teacher || student) along the answers. Nothing is labelled, and
-no reconstructor is involved. `AnswerSaliency` is cheaper, since there is no student: one look of the teacher tells how
-much each token mattered for each answer, and the selector learns that. For a selector that reads the question it is a
-dense target that tells from the start which tokens the question is about.
+`Answers` distils: teacher and student are the same frozen model; the student's visual tokens are gated by the relaxed
+choice of the selector (`training.gates`), and the loss is KL(teacher || student) along the answers. Nothing is
+labelled, and no reconstructor is involved. `AnswerSaliency` is cheaper, since there is no student: one look of the
+teacher tells how much each token mattered for each answer, and the selector learns that. For a selector that reads the
+question it is a dense target that tells from the start which tokens the question is about.
 
 Gates: ``attention`` adds log(g) to the attention to a visual key, in every layer; faint tokens are left out altogether,
 so a student costs little more than a pruned model. ``noise`` replaces a token x by ``sqrt(g) x + sqrt(1 - g) e`` with
@@ -101,9 +101,7 @@ class Answers(Objective):
         spread = scores.detach()[:, step.tokens.is_patch[0]].std()
         return Loss(loss, {"kl": loss.detach(), "undecided": undecided.detach(), "spread": spread})
 
-    def _divergences(
-        self, step: Step, gates: Float[Tensor, "L"], branches: list[int]
-    ) -> list[Float[Tensor, ""]]:
+    def _divergences(self, step: Step, gates: Float[Tensor, "L"], branches: list[int]) -> list[Float[Tensor, ""]]:
         """KL(teacher || student) of every branch, mean over its answer."""
         language, taught, encoded = step.asked()
         noise = step.generator if self.gate == "noise" else None
@@ -127,8 +125,8 @@ class AnswerSaliency(Objective):
     Args:
         weight: factor of this term at the start.
         target: ``"attention"``: what the answer's tokens look at, mean over layers and heads of the squared attention,
-            renormalised to the image; ``"gradient"``: size of the gradient of the answer's log-probability with respect to the
-            attention to each token (one backward pass per question).
+            renormalised to the image; ``"gradient"``: size of the gradient of the answer's log-probability with
+            respect to the attention to each token (one backward pass per question).
         fades: the weight falls linearly to zero at this share of the training; None: it stays.
     """
 
@@ -165,7 +163,7 @@ class AnswerSaliency(Objective):
         loss = (-(wanted * scores[:, patch].log_softmax(1)).sum(1) - entropy).mean()
         return Loss(left * loss, {"saliency": loss.detach()})
 
-    def _gradients(self, step: Step) -> list[Float[Tensor, "L"]]:
+    def _gradients(self, step: Step) -> list[Float[Tensor, "_L"]]:
         """Per question, how fast the answer's log-probability changes with the attention to each slot."""
         language, taught, encoded = step.asked()
         found = []

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from selector.budget import Budget
-from selector.methods.lofi import LoFi
 from selector.methods.norm import Norm
+from selector.methods.ridge_leverage import RidgeLeverage
 from selector.methods.svd_prune import SVDPrune
 from selector.methods.uniform import Uniform
 from selector.table import TableSelector
@@ -33,7 +33,7 @@ from training.schedules import gumbel_top_k
 
 RIVALS = {"leverage": lambda: SVDPrune(matrix="tile"), "norm": lambda: Norm(largest=False), "uniform": Uniform}
 RANKERS = ("learned", "random", *RIVALS)
-ANSWER_RIVALS = {"lofi": LoFi}
+ANSWER_RIVALS = {"leverage": RidgeLeverage}
 
 
 class RankingError(RuntimeError):

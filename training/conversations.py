@@ -50,7 +50,7 @@ class Conversation:
         """The same with these questions alone."""
         return replace(self, branches=tuple(self.branches[index] for index in chosen))
 
-    def answered(self, answers: Sequence[Int[Tensor, "A"]]) -> Conversation:
+    def answered(self, answers: Sequence[Int[Tensor, "_A"]]) -> Conversation:
         """The same with these answers."""
         pairs = zip(self.branches, answers, strict=True)
         return replace(self, branches=tuple(replace(branch, answer=answer) for branch, answer in pairs))

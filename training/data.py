@@ -1,9 +1,9 @@
 """Images to train on, and what is asked about them: a folder, or generated pages that need no file at all.
 
-For a selector that learns from answers a row of the dataset is a conversation about one image, and a batch is a list of
-them. Otherwise a row of the dataset is one image, already cut into the encoder's pixel tiles ``[T, 3, H, W]``; a batch is the tiles of
-`batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every tile
-is one training example. With `cache_features` the tiles are encoded once and batches hold features ``[T, N, D]``.
+For a selector that learns from answers a row of the dataset is a conversation about one image, and a batch is a list
+of them. Otherwise a row is one image, already cut into the encoder's pixel tiles ``[T, 3, H, W]``; a batch is the tiles
+of `batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every
+tile is one training example. With `cache_features` the tiles are encoded once and batches hold features ``[T, N, D]``.
 
 How a folder is split: `training.image_folder`.
 """
@@ -77,7 +77,9 @@ class ImageModule(LightningDataModule):
             raise ValueError(f"data.val_share must be in (0, 1), got {val_share}")
         kinds = MIXED if generated == "mixed" else tuple(generated.split("+"))
         if not set(kinds) <= set(KINDS):
-            raise ValueError(f"data.generated must be 'mixed' or one or more of {KINDS} joined by '+', got {generated!r}")
+            raise ValueError(
+                f"data.generated must be 'mixed' or one or more of {KINDS} joined by '+', got {generated!r}"
+            )
         for name, number in (
             ("generated_train", generated_train),
             ("generated_val", generated_val),

@@ -69,9 +69,11 @@ class VisionEncoder(nn.Module, ABC):
 
     def width_of(self, inputs: Inputs) -> int:
         """Channels of the table that a selector with these inputs reads."""
+        if inputs == "features":
+            return self.dim
         blank = torch.zeros(1, self.num_patches, self.dim, device=next(self.parameters()).device)
-        projected = 0 if inputs == "features" else self.project(blank).shape[-1]
-        return (0 if inputs == "projected" else self.dim) + projected
+        projected = self.project(blank).shape[-1]
+        return projected if inputs == "projected" else self.dim + projected
 
     @property
     def num_patches(self) -> int:

@@ -58,7 +58,7 @@ def relaxed_budget(
             low, high = torch.where(over, middle, low), torch.where(over, high, middle)
         threshold = (low + high) / 2
 
-    # d(sum)/d(threshold) is minus the sum of the gates' slopes; one step of Newton's method has the gradient of the root.
+    # The sum falls with the threshold by the sum of the gates' slopes: a step of Newton's method has its gradient.
     gates = _gates(noisy, threshold, tokens, rows)
     slope = (gates * (1 - gates)).sum(1).detach().clamp(min=1e-6)
     total = gates.sum(1)

@@ -1,10 +1,11 @@
-"""The frozen language model while a selector learns from it: what it answers with all visual tokens, and with gated ones.
+"""The frozen language model while a selector learns from it: its answers with all visual tokens, and with gated ones.
 
 Only the selector is trained. Gradients pass through the language model to the gates and on to the scores; none of its
 weights gets one. Everything runs on one packed row per ranking (see `training.conversations`), at the position ids
 that the full prompt has, so a gated pass and a pruned one see the same distances.
 
-Shapes: L visual slots of an image, S tokens of a row, A tokens of an answer, V vocabulary, d width of the language model.
+Shapes: L visual slots of an image, S tokens of a row, A tokens of an answer, V vocabulary, d width of the language
+model.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class FrozenLanguageModel:
         gates: Float[Tensor, "L"] | None = None,
         keep: Bool[Tensor, "L"] | None = None,
         noise: torch.Generator | None = None,
-    ) -> list[Float[Tensor, "A V"]]:
+    ) -> list[Float[Tensor, "_A V"]]:
         """What the model says where it should say the tokens of each answer.
 
         Args:
@@ -96,7 +97,7 @@ class FrozenLanguageModel:
         keep: Bool[Tensor, "L"] | None = None,
         bias: Float[Tensor, "v"] | None = None,
     ) -> Row:
-        """Packs the prefix (its visual tokens, those kept) and the branches behind it; `bias` is added to visual keys."""
+        """Packs the prefix (of its visual tokens those kept) and the branches; `bias` is added to visual keys."""
         embed = self.model.get_input_embeddings()
         visual = prefix == image_token_id
         embeddings = embed(prefix).masked_scatter(visual[:, None], packed.to(embed.weight.dtype))
@@ -136,7 +137,7 @@ class FrozenLanguageModel:
         )
         return output.last_hidden_state[0]
 
-    def log_probs(self, row: Row) -> list[Float[Tensor, "A V"]]:
+    def log_probs(self, row: Row) -> list[Float[Tensor, "_A V"]]:
         """Of the tokens of every answer."""
         hidden = self.hidden(row)
         return [
@@ -144,13 +145,13 @@ class FrozenLanguageModel:
         ]
 
     @torch.no_grad()
-    def attention_to_image(self, row: Row) -> tuple[list[Float[Tensor, "A V"]], Float[Tensor, "b v"]]:
+    def attention_to_image(self, row: Row) -> tuple[list[Float[Tensor, "_A V"]], Float[Tensor, "b v"]]:
         """Log-probabilities of every answer, and what its tokens look at in the image.
 
-        The second is per branch the attention from the places that predict the answer to the visual tokens, renormalised
-        to these, squared, and averaged over layers, heads and places: the square counts heads that look at something
-        and not those that look everywhere. Works under any attention implementation: it is computed from the queries
-        and keys as they pass by. A softmax over the visual keys alone is the attention renormalised to them.
+        The second is per branch the attention from the places that predict the answer to the visual tokens,
+        renormalised to these, squared, and averaged over layers, heads and places: the square counts heads that look
+        at something and not those that look everywhere. Works under any attention implementation: it is computed from
+        the queries and keys as they pass by. A softmax over the visual keys alone is the renormalised attention.
         """
         with _listening(self.model.model.language_model) as heard:
             logs = self.log_probs(row)

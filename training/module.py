@@ -11,7 +11,6 @@ Shapes: B tiles, N patches per tile, C channels of the table that the selector r
 from __future__ import annotations
 
 import time
-
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,8 +47,8 @@ class SelectorModule(LightningModule):
             weights; None trains `SampledBudget`.
         architecture: ``"gumbel"`` (the paper's: layers over the patches of a tile) or ``"image-transformer"`` (layers
             over all tokens of an image).
-        inputs: what the selector reads and the reconstructor rebuilds: the encoder's ``"features"``, the ``"projected"``
-            tokens, or ``"both"`` side by side.
+        inputs: what the selector reads and the reconstructor rebuilds: the encoder's ``"features"``, the
+            ``"projected"`` tokens, or ``"both"`` side by side.
         question: the selector reads the question (image-transformer, trained on answers).
         width: width of selector and reconstructor; None takes the width of what they read.
         layers: Transformer layers of each.
@@ -278,7 +277,6 @@ class SelectorModule(LightningModule):
         def noise(draw: int) -> torch.Generator:
             return self._generator(-1 - 3 * batch_idx - draw)
 
-        judged: list[torch.Tensor] = []
         for step in self._steps(batch, 1.0, noise(0)):
             if self.comparison is not None and self.reconstructor is not None:
                 rows = len(step.tokens.features)
@@ -300,7 +298,7 @@ class SelectorModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         seen = {name: value for each in self.comparisons for name, value in each.values().items()}
         # What checkpoints are chosen by: everything that was trained for, lower is better.
-        self.log("val/criterion", sum(each.criterion(seen) for each in self.comparisons))
+        self.log("val/criterion", sum(each.criterion(seen) for each in self.comparisons), sync_dist=True)
         if not self.trainer.sanity_checking:
             self.last_validation = seen
 
@@ -352,5 +350,3 @@ def _describe(objective: Objective) -> str:
 def _encoder_is_not_loaded(module: nn.Module, keys: Any) -> None:
     """The encoder's weights are never in a checkpoint, so they are not missing from it."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith("encoder.")]
-
-

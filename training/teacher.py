@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from selector.models import Encoded
@@ -34,13 +35,13 @@ class Taught:
     Attributes:
         conversation: with answers.
         log_probs: per question ``[A, V]``.
-        looks: per question ``[L]``, what the answer's tokens look at (`FrozenLanguageModel.attention_to_image`), zero at
-            newlines; empty where no objective reads it.
+        looks: per question ``[L]``, what the answer's tokens look at (`FrozenLanguageModel.attention_to_image`), zero
+            at newlines; empty where no objective reads it.
     """
 
     conversation: Conversation
-    log_probs: list[Float[Tensor, "A V"]]
-    looks: list[Float[Tensor, "L"]]
+    log_probs: list[Float[Tensor, "_A V"]]
+    looks: list[Float[Tensor, "_L"]]
 
     def sampled(self, count: int, generator: torch.Generator) -> Taught:
         """At most `count` of the questions, drawn without repetition."""
@@ -58,7 +59,7 @@ class Taught:
 
 
 class AnswerStore:
-    """Answers on disk, one JSON object per line: image, question, ids. A line that an interruption cut is written again.
+    """Answers on disk, one JSON object per line: image, question, ids. One that an interruption cut is written again.
 
     Args:
         file: None keeps them in memory only. Its name should tell model and settings (see `Teacher`).
@@ -123,15 +124,15 @@ class Teacher:
         image = _image_key(conversation)
         key = image + "".join(branch.question for branch in conversation.branches)
         if key not in self._remembered:
-            found = self._pass(encoded, self._answered(encoded, conversation, image))
+            found = self._learned(encoded, conversation, image)
             if self.memory < found.bytes:
                 return found
             self.memory -= found.bytes
             self._remembered[key] = found
         return self._remembered[key]
 
-    def _answered(self, encoded: Encoded, conversation: Conversation, image: str) -> Conversation:
-        """The conversation with the answers to learn; what the model has not answered before is generated."""
+    def _learned(self, encoded: Encoded, conversation: Conversation, image: str) -> Taught:
+        """Finds the answers to learn; what the model has not answered before is generated."""
         own = self.answers == "model"
         device = conversation.prefix.device
         known = [self.store.get(image, branch.question) if own else None for branch in conversation.branches]
@@ -139,35 +140,35 @@ class Teacher:
             torch.tensor(ids, device=device) if ids is not None else branch.answer
             for ids, branch in zip(known, conversation.branches, strict=True)
         ]
-        if own and any(ids is None for ids in known) and all(answer is not None for answer in answers):
-            says = self._says(encoded, conversation.answered([a for a in answers if a is not None]))
-        else:
-            says = [ids is not None or not own for ids in known]
+
+        # Where the model would give the data's answer itself, token by token, there is nothing to generate.
+        taught = None
+        settled = [
+            ids is not None or (not own and answer is not None) for ids, answer in zip(known, answers, strict=True)
+        ]
+        if all(answer is not None for answer in answers):
+            taught = self._pass(encoded, conversation, answers)
+            pairs = zip(settled, taught.log_probs, answers, strict=True)
+            settled = [
+                done or (answer is not None and torch.equal(logs.argmax(-1), answer)) for done, logs, answer in pairs
+            ]
 
         for index, branch in enumerate(conversation.branches):
             answer = answers[index]
-            if answer is None or not says[index]:
+            if answer is None or not settled[index]:
                 answer = answers[index] = self.language.own_answer(encoded, conversation, index, self.limit)
             if own and known[index] is None:
                 self.store.put(image, branch.question, answer.tolist())
-        return conversation.answered([answer for answer in answers if answer is not None])
+        return taught if taught is not None and all(settled) else self._pass(encoded, conversation, answers)
 
-    def _says(self, encoded: Encoded, conversation: Conversation) -> list[bool]:
-        """Whether the model, asked greedily, would give each answer token by token."""
-        row = self.language.row(
-            encoded.packed[0], encoded.image_token_id, conversation.prefix, conversation.branches
-        )
-        pairs = zip(self.language.log_probs(row), conversation.branches, strict=True)
-        return [bool(torch.equal(logs.argmax(-1), branch.answer)) for logs, branch in pairs if branch.answer is not None]
-
-    def _pass(self, encoded: Encoded, conversation: Conversation) -> Taught:
-        row = self.language.row(
-            encoded.packed[0], encoded.image_token_id, conversation.prefix, conversation.branches
-        )
+    def _pass(self, encoded: Encoded, conversation: Conversation, answers: Sequence[Tensor | None]) -> Taught:
+        """What the model says along these answers, with every visual token there."""
+        answered = conversation.answered([answer for answer in answers if answer is not None])
+        row = self.language.row(encoded.packed[0], encoded.image_token_id, answered.prefix, answered.branches)
         if not self.looks:
-            return Taught(conversation, self.language.log_probs(row), [])
+            return Taught(answered, self.language.log_probs(row), [])
         logs, looks = self.language.attention_to_image(row)
-        return Taught(conversation, logs, list(looks * encoded.tokens.is_patch[0]))
+        return Taught(answered, logs, list(looks * encoded.tokens.is_patch[0]))
 
 
 def _image_key(conversation: Conversation) -> str:

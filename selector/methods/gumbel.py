@@ -3,8 +3,8 @@
 Known from the paper: three Transformer layers and a linear Gumbel-Softmax head give a binary mask over one tile's
 encoder features (1 keep, 0 drop); at inference tokens are ranked by logit and a fixed number stays. Width, heads and
 positions are not fixed there, hence arguments. Departures: features are normalised per channel with statistics of the
-training set (CLIP features have huge norms), the projected tokens may be read instead or beside them, and by default the
-training serves every budget with one ranking.
+training set (CLIP features have huge norms), the projected tokens may be read instead or beside them, and by default
+the training serves every budget with one ranking.
 
 Shapes: B tiles, N patches, C channels read. The head has two classes, 0 = drop and 1 = keep: a Gumbel-Softmax over a
 dimension of size one is constant, whatever the logits.

@@ -4,10 +4,15 @@ The selector of "When Less is Enough" (`gumbel`) ranks the patches of each tile 
 twice, as a base view and as tiles, and what one view shows need not be kept from the other; so here the tokens of all
 tiles of an image attend to each other. Two things keep that cheap: keys and values are averaged over cells of
 `pool` x `pool` patches (the tower has already told each patch about its neighbours), and there are few, narrow layers.
+
 Positions are rotary in two dimensions, in patches of the page: a token of the base view lies where its middle lies on
-the page, so that what is beside a word is found in the same way everywhere and at any size. With `question_dim` it reads the question, and the same page is cut differently for each question: patches are
-compared with the question's tokens where the language model compares them, in its embedding space (`Match`), and every
-layer also attends to the question. The architecture is ours; it is trained by `training.answers`.
+the page, so that what is beside a word is found in the same way everywhere and at any size.
+
+With `question_dim` it reads the question, and the same page is cut differently for each question. Patches are compared
+with the question's tokens where the language model compares them, in its embedding space (`Match`), and every layer
+also attends to the question.
+
+The architecture is ours; it is trained by `training.answers`.
 
 Shapes: T tiles, N patches per tile, P cells per tile, I images, K cells of the image with most tiles, R questions,
 Q tokens of the longest question, C channels of the table, W width, H heads.

@@ -106,11 +106,13 @@ def _with_question(tokens: VisualTokens, model: Any, inputs: Mapping[str, Any]) 
     visual = ids == model.config.image_token_id
     column = torch.arange(ids.shape[1], device=ids.device)
 
-    # Placeholders of all images stand one behind the other, row by row; the last one of an image tells where its text starts.
+    # The placeholders of all images stand one behind the other, row by row; an image's text starts behind its last.
     row, position = visual.nonzero(as_tuple=True)
     last = tokens.lengths.to(ids.device).cumsum(0) - 1
     if len(position) != int(last[-1]) + 1:
-        raise ValueError(f"input_ids hold {len(position)} image placeholders, the images give {int(last[-1]) + 1} tokens")
+        raise ValueError(
+            f"input_ids hold {len(position)} image placeholders, the images give {int(last[-1]) + 1} tokens"
+        )
     row, position = row[last], position[last]
     text = (mask.bool() & ~visual)[row] & (column > position[:, None])
 
