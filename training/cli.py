@@ -81,9 +81,9 @@ def _export(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> LightningCLI:
     """Runs one Lightning command; returns the CLI object (its `trainer`, `model` and `datamodule`)."""
-    from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+    from training.checkpoints import BestCheckpoint, LastCheckpoint
     from training.data import ImageModule
     from training.module import SelectorModule
 
@@ -108,13 +108,13 @@ def run(arguments: list[str]) -> LightningCLI:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")  # it is: see main
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen encoder
     warnings.filterwarnings("ignore", ".*dirpath has changed from.*")  # a resumed run writes to a version of its own
-    checkpoints = ModelCheckpoint(monitor="val/rec_learned", mode="min", filename="best", save_last=True)
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # the data module is: see its state
     return SelectorCLI(
         SelectorModule,
         ImageModule,
         args=arguments,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [checkpoints], "log_every_n_steps": 10},
+        trainer_defaults={"callbacks": [BestCheckpoint(), LastCheckpoint()], "log_every_n_steps": 10},
         parser_kwargs={"prog": "selector-train"},
         auto_configure_optimizers=False,
     )

@@ -2,16 +2,18 @@
 
 A row of the dataset is one image, already cut into the encoder's pixel tiles ``[T, 3, H, W]``; a batch is the tiles of
 `batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every tile
-is one training example. With `cache_features` the tiles are encoded once and batches hold features ``[T, N, D]``.
+is one training example. With `cache_features` or `cache_dir` the tiles are encoded once, and batches hold features
+``[T, N, D]``: from memory (`training.cache`) or from a folder (`training.disk_cache`).
 
 How a folder is split: `training.image_folder`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from PIL import Image
@@ -20,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from training.cache import FeatureCache
+from training.disk_cache import StoredType, disk_cache
 from training.encoders import Preprocess, VisionEncoder
-from training.image_folder import ImageFile, credits, even_sample, list_images, split_by_hash
+from training.image_folder import ImageFile, credits, digest_files, even_sample, list_images, split_by_hash
 
 Generated = Literal["documents", "scenes", "charts", "mixed"]
 MIXED = ("documents", "scenes", "charts")
@@ -44,6 +47,9 @@ class ImageModule(LightningDataModule):
         batch_size: images a step and process; an AnyRes image brings all its tiles.
         workers: loader processes.
         cache_features: encode every image once and keep the features in memory (small sets only).
+        cache_dir: folder to keep the features in, encoded once and read by every later run on the same images and
+            encoder; `cache_features` then has no part in it. An interrupted encoding goes on where it was.
+        cache_dtype: how `cache_dir` stores them; bfloat16 takes half the room.
         seed: of the generated pages and of the order of images.
     """
 
@@ -60,6 +66,8 @@ class ImageModule(LightningDataModule):
         batch_size: int = 8,
         workers: int = 0,
         cache_features: bool = False,
+        cache_dir: str | None = None,
+        cache_dtype: StoredType = "bfloat16",
         seed: int = 0,
     ):
         super().__init__()
@@ -67,6 +75,10 @@ class ImageModule(LightningDataModule):
             raise ValueError(f"data.val_share must be in (0, 1), got {val_share}")
         if generated not in get_args(Generated):
             raise ValueError(f"data.generated must be one of {get_args(Generated)}, got {generated!r}")
+        if cache_dtype not in get_args(StoredType):
+            raise ValueError(f"data.cache_dtype must be one of {get_args(StoredType)}, got {cache_dtype!r}")
+        if cache_dir == "":
+            raise ValueError("data.cache_dir must name a folder, got ''")
         for name, number in (
             ("generated_train", generated_train),
             ("generated_val", generated_val),
@@ -82,9 +94,11 @@ class ImageModule(LightningDataModule):
         self.train_images, self.val_images = train_images, val_images
         self.generated, self.generated_train, self.generated_val = generated, generated_train, generated_val
         self.batch_size, self.workers, self.cache_features, self.seed = batch_size, workers, cache_features, seed
+        self.cache_dir, self.cache_dtype = cache_dir, cache_dtype
         self._sets: dict[str, Dataset[Tensor]] = {}
         self._paths: list[Path] | None = None
         self._credits: str | None = None
+        self._batches_done = 0  # of the epoch that a checkpoint was written in
 
     def describe(self) -> str:
         """For the model card."""
@@ -101,7 +115,7 @@ class ImageModule(LightningDataModule):
         return self._credits
 
     def setup(self, stage: str) -> None:
-        """Lists (and with `cache_features` encodes) what the stage needs; errors in the data surface here."""
+        """Lists (and with a cache encodes) what the stage needs; errors in the data surface here."""
         assert self.trainer is not None  # for the type checker: Lightning sets it before
         encoder = cast("VisionEncoder", self.trainer.lightning_module.encoder)
         self.credits()  # a file that cannot be read is better found before training than at its first checkpoint
@@ -111,14 +125,47 @@ class ImageModule(LightningDataModule):
                 self._sets[split] = self._dataset(split, encoder)
 
     def _dataset(self, split: str, encoder: VisionEncoder) -> Dataset[Tensor]:
-        load: Sequence[Callable[[], Image.Image]]
-        if self.images is not None:
-            load = [ImageFile(path) for path in self._split(split)]
-        else:
-            count = self.generated_train if split == "train" else self.generated_val
-            load = [_Page(self.generated, split, self.seed, index) for index in range(count)]
-        tiles = TileDataset(load, encoder.preprocess)
+        tiles = TileDataset(self._loaders(split), encoder.preprocess)
+        if self.cache_dir is not None:
+            return self._on_disk(split, tiles, encoder)
         return FeatureCache(tiles, encoder) if self.cache_features else tiles
+
+    def _loaders(self, split: str) -> Sequence[Callable[[], Image.Image]]:
+        """What makes the images of a split, one by one."""
+        if self.images is not None:
+            return [ImageFile(path) for path in self._split(split)]
+        count = self.generated_train if split == "train" else self.generated_val
+        return [_Page(self.generated, split, self.seed, index) for index in range(count)]
+
+    def _on_disk(self, split: str, tiles: TileDataset, encoder: VisionEncoder) -> Dataset[Tensor]:
+        assert self.trainer is not None  # for the type checker
+        assert self.cache_dir is not None
+        return disk_cache(
+            self.cache_dir,
+            tiles,
+            encoder,
+            self._contents(split, tiles),
+            self.cache_dtype,
+            device=self.trainer.strategy.root_device,  # where Lightning will move the encoder only later
+            workers=self.workers,
+            verify=self.trainer.local_rank == 0,
+        )
+
+    def _contents(self, split: str, tiles: TileDataset) -> dict[str, Any]:
+        """Plain values that change whenever an image of the split does."""
+        if self.images is not None:
+            names = [path.relative_to(self.images).as_posix() for path in self._split(split)]
+            return {"files": len(names), "digest": digest_files(self.images, names)}
+        pages = hashlib.sha256()
+        for load in tiles.load[:6]:  # what the generator draws, so that a changed one is another
+            pages.update(load().tobytes())
+        return {
+            "generated": self.generated,
+            "split": split,
+            "seed": self.seed,
+            "pages": len(tiles),
+            "digest": pages.hexdigest()[:16],
+        }
 
     def _split(self, split: str) -> list[Path]:
         if self.images is None:
@@ -133,10 +180,20 @@ class ImageModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None  # for the type checker
         # One sampler for any number of processes; its order depends on seed and epoch alone: a resumed run repeats it.
-        sampler = DistributedSampler(
+        sampler = ResumableSampler(
             self._sets["train"], self.trainer.world_size, self.trainer.global_rank, shuffle=True, seed=self.seed
         )
+        sampler.start, self._batches_done = self._batches_done * self.batch_size, 0
         return self._loader("train", sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch has come, in batches: a checkpoint written within an epoch goes on from there."""
+        assert self.trainer is not None  # for the type checker
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {"batches_done": done % int(self.trainer.num_training_batches)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batches_done = state_dict["batches_done"]
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         return self._loader("val", None)
@@ -145,7 +202,7 @@ class ImageModule(LightningDataModule):
         return self._loader("test", None)
 
     def _loader(self, split: str, sampler: DistributedSampler | None) -> DataLoader[Tensor]:
-        return DataLoader(
+        return LateLoader(
             self._sets[split],
             self.batch_size,
             sampler=sampler,
@@ -153,6 +210,28 @@ class ImageModule(LightningDataModule):
             collate_fn=torch.cat,
             persistent_workers=self.workers > 0,
         )
+
+
+class LateLoader(DataLoader[Tensor]):
+    """Asks the sampler for its order with the first batch, not before.
+
+    Lightning makes the first iterator before a resumed run knows its epoch, and workers start on it at once: without
+    this they load the images in the order of epoch 0.
+    """
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+class ResumableSampler(DistributedSampler[Tensor]):
+    """Leaves out the first `start` images of this process in the first epoch it is asked for."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        indices = list(super().__iter__())
+        start, self.start = self.start, 0
+        return iter(indices[start:])
 
 
 class TileDataset(Dataset[Tensor]):
