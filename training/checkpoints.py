@@ -40,7 +40,7 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         before, self._before = self._before, {}
-        if self.best_k_models or before.get("best_model_score") is None or trainer.fast_dev_run:
+        if self.best_k_models or before.get("best_model_score") is None or self._should_skip_saving_checkpoint(trainer):
             return  # the same folder, a new run, or no validation yet
 
         earlier, ours = _find_earlier(before["best_model_path"], trainer.ckpt_path), self._path()

@@ -94,7 +94,8 @@ class ImageModule(LightningDataModule):
         self.train_images, self.val_images = train_images, val_images
         self.generated, self.generated_train, self.generated_val = generated, generated_train, generated_val
         self.batch_size, self.workers, self.cache_features, self.seed = batch_size, workers, cache_features, seed
-        self.cache_dir, self.cache_dtype = cache_dir, cache_dtype
+        self.cache_dir = cache_dir
+        self.cache_dtype: StoredType = cache_dtype
         self._sets: dict[str, Dataset[Tensor]] = {}
         self._paths: list[Path] | None = None
         self._credits: str | None = None
@@ -189,8 +190,8 @@ class ImageModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far the epoch has come, in batches: a checkpoint written within an epoch goes on from there."""
         assert self.trainer is not None  # for the type checker
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return {"batches_done": done % int(self.trainer.num_training_batches)}
+        progress = cast("Any", self.trainer.fit_loop.epoch_loop.batch_progress.current)
+        return {"batches_done": progress.processed % int(self.trainer.num_training_batches)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batches_done = state_dict["batches_done"]
@@ -223,12 +224,12 @@ class LateLoader(DataLoader[Tensor]):
         yield from super().__iter__()
 
 
-class ResumableSampler(DistributedSampler[Tensor]):
+class ResumableSampler(DistributedSampler[Any]):
     """Leaves out the first `start` images of this process in the first epoch it is asked for."""
 
     start = 0
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         indices = list(super().__iter__())
         start, self.start = self.start, 0
         return iter(indices[start:])
