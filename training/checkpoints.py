@@ -5,7 +5,8 @@ SIGTERM, the step under way is finished and ``last.ckpt`` is written there: betw
 weights, optimizer and counters would not belong together. A process that is killed outright leaves the last validation.
 
 A run resumed from ``last.ckpt`` takes the steps that the uninterrupted run would have taken, in a folder of its own,
-whose ``metrics.csv`` goes on at the step where the checkpoint was written.
+whose ``metrics.csv`` goes on at the step where the checkpoint was written. The exception: a run that ``max_steps``
+ended within an epoch and that is made longer. Lightning counts that epoch as done; the next is shorter by its batches.
 """
 
 from __future__ import annotations

@@ -173,6 +173,7 @@ def test_a_run_killed_outright_goes_on_from_its_last_validation(root, fit, whole
     [
         ("--trainer.check_val_every_n_epoch=2", 8, 9),  # the last step of an epoch without validation
         ("--trainer.val_check_interval=0.5", 7, 8),
+        ("--trainer.val_check_interval=2", 8, 9),  # the last step of an epoch, its validation one step earlier
         ("--trainer.accumulate_grad_batches=2", 6, 7),
         ("--data.workers=1", 7, 8),
     ],
@@ -209,3 +210,12 @@ def test_a_checkpoint_within_an_epoch_keeps_the_figures_of_the_last_validation(r
     run_until(3 * STEPS + 1, signal.SIGINT, fit(*again, name="figures-again"))
     second = torch.load(checkpoint(root, "figures-again"), weights_only=True)["selector"]["validation"]
     assert first == second != {}
+
+
+def test_a_run_that_ended_within_an_epoch_can_be_made_longer(root, fit):
+    run(fit("--trainer.max_steps=4", name="short"))
+    assert torch.load(checkpoint(root, "short"), weights_only=True)["global_step"] == 4
+    ran = run(fit(f"--ckpt_path={checkpoint(root, 'short')}", "--trainer.max_steps=11", name="longer"))
+    assert ran.trainer.global_step == 11
+    steps = [step for step, name, _ in logged(root, "short", "longer") if name == "train/loss"]
+    assert steps == list(range(11))
