@@ -3,18 +3,20 @@
 For a selector that learns from answers a row of the dataset is a conversation about one image, and a batch is a list
 of them. Otherwise a row is one image, already cut into the encoder's pixel tiles ``[T, 3, H, W]``; a batch is the tiles
 of `batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every
-tile is one training example. With `cache_features` the tiles are encoded once and batches hold features ``[T, N, D]``.
+tile is one training example. With `cache_features` or `cache_dir` the tiles are encoded once, and batches hold features
+``[T, N, D]``: from memory (`training.cache`) or from a folder (`training.disk_cache`).
 
 How a folder is split: `training.image_folder`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from PIL import Image
@@ -24,8 +26,17 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from training.cache import FeatureCache
 from training.conversations import Conversation, Converse
+from training.disk_cache import StoredType, disk_cache
 from training.encoders import LlavaNextModel, Preprocess, VisionEncoder
-from training.image_folder import ImageFile, credits, even_sample, list_images, questions_of, split_by_hash
+from training.image_folder import (
+    ImageFile,
+    credits,
+    digest_files,
+    even_sample,
+    list_images,
+    questions_of,
+    split_by_hash,
+)
 
 MIXED = ("documents", "scenes", "charts")
 KINDS = (*MIXED, "receipts")
@@ -54,6 +65,9 @@ class ImageModule(LightningDataModule):
         batch_size: images a step and process; an AnyRes image brings all its tiles.
         workers: loader processes.
         cache_features: encode every image once and keep the features in memory (small sets only).
+        cache_dir: folder to keep the features in, encoded once and read by every later run on the same images and
+            encoder; `cache_features` then has no part in it. An interrupted encoding goes on where it was.
+        cache_dtype: how `cache_dir` stores them; bfloat16 takes half the room.
         seed: of the generated pages and of the order of images.
     """
 
@@ -70,6 +84,8 @@ class ImageModule(LightningDataModule):
         batch_size: int = 8,
         workers: int = 0,
         cache_features: bool = False,
+        cache_dir: str | None = None,
+        cache_dtype: StoredType = "bfloat16",
         seed: int = 0,
     ):
         super().__init__()
@@ -80,6 +96,10 @@ class ImageModule(LightningDataModule):
             raise ValueError(
                 f"data.generated must be 'mixed' or one or more of {KINDS} joined by '+', got {generated!r}"
             )
+        if cache_dtype not in get_args(StoredType):
+            raise ValueError(f"data.cache_dtype must be one of {get_args(StoredType)}, got {cache_dtype!r}")
+        if cache_dir == "":
+            raise ValueError("data.cache_dir must name a folder, got ''")
         for name, number in (
             ("generated_train", generated_train),
             ("generated_val", generated_val),
@@ -100,9 +120,12 @@ class ImageModule(LightningDataModule):
             generated_val,
         )
         self.batch_size, self.workers, self.cache_features, self.seed = batch_size, workers, cache_features, seed
+        self.cache_dir = cache_dir
+        self.cache_dtype: StoredType = cache_dtype
         self._sets: dict[str, Dataset[Any]] = {}
         self._paths: list[Path] | None = None
         self._credits: str | None = None
+        self._batches_done = 0  # of the epoch that a checkpoint was written in
 
     def describe(self) -> str:
         """For the model card."""
@@ -128,7 +151,7 @@ class ImageModule(LightningDataModule):
         return credits(files[0].parent.parent, files)
 
     def setup(self, stage: str) -> None:
-        """Lists (and with `cache_features` encodes) what the stage needs; errors in the data surface here."""
+        """Lists (and with a cache encodes) what the stage needs; errors in the data surface here."""
         assert self.trainer is not None  # for the type checker: Lightning sets it before
         encoder = cast("VisionEncoder", self.trainer.lightning_module.encoder)
         self.credits()  # a file that cannot be read is better found before training than at its first checkpoint
@@ -140,19 +163,55 @@ class ImageModule(LightningDataModule):
     def _dataset(self, split: str, encoder: VisionEncoder) -> Dataset[Any]:
         if self._asks():
             return self._conversations(split, encoder)
-        load: Sequence[Callable[[], Image.Image]]
-        if self.images is not None:
-            load = [ImageFile(path) for path in self._split(split)]
-        else:
-            load = [_PageImage(page) for page in self._pages(split)]
-        tiles = TileDataset(load, encoder.preprocess)
+        tiles = TileDataset(self._loaders(split), encoder.preprocess)
+        if self.cache_dir is not None:
+            return self._on_disk(split, tiles, encoder)
         return FeatureCache(tiles, encoder) if self.cache_features else tiles
+
+    def _loaders(self, split: str) -> Sequence[Callable[[], Image.Image]]:
+        """What makes the images of a split, one by one."""
+        if self.images is not None:
+            return [ImageFile(path) for path in self._split(split)]
+        return [_PageImage(page) for page in self._pages(split)]
+
+    def _on_disk(self, split: str, tiles: TileDataset, encoder: VisionEncoder) -> Dataset[Tensor]:
+        assert self.trainer is not None  # for the type checker
+        assert self.cache_dir is not None
+        return disk_cache(
+            self.cache_dir,
+            tiles,
+            encoder,
+            self._contents(split, tiles),
+            self.cache_dtype,
+            device=self.trainer.strategy.root_device,  # where Lightning will move the encoder only later
+            workers=self.workers,
+            verify=self.trainer.local_rank == 0,
+        )
+
+    def _contents(self, split: str, tiles: TileDataset) -> dict[str, Any]:
+        """Plain values that change whenever an image of the split does."""
+        if self.images is not None:
+            names = [path.relative_to(self.images).as_posix() for path in self._split(split)]
+            return {"files": len(names), "digest": digest_files(self.images, names)}
+        pages = hashlib.sha256()
+        for load in tiles.load[:6]:  # what the generator draws, so that a changed one is another
+            pages.update(load().tobytes())
+        return {
+            "generated": self.generated,
+            "split": split,
+            "seed": self.seed,
+            "pages": len(tiles),
+            "digest": pages.hexdigest()[:16],
+        }
 
     def _conversations(self, split: str, encoder: VisionEncoder) -> Dataset[Any]:
         if not isinstance(encoder, LlavaNextModel):
             raise ValueError(f"model.encoder must be a LlavaNextModel to ask questions, got {type(encoder).__name__}")
-        if self.cache_features:
-            raise ValueError("data.cache_features must be false where questions are asked: the image is needed itself")
+        if self.cache_features or self.cache_dir is not None:
+            raise ValueError(
+                "data.cache_features must be false and data.cache_dir unset where questions are asked: the image itself "
+                "is needed"
+            )
         pages: Sequence[Callable[[], Asked]]
         if self.images is None:
             pages = self._pages(split)
@@ -186,10 +245,20 @@ class ImageModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None  # for the type checker
         # One sampler for any number of processes; its order depends on seed and epoch alone: a resumed run repeats it.
-        sampler = DistributedSampler(
+        sampler = ResumableSampler(
             self._sets["train"], self.trainer.world_size, self.trainer.global_rank, shuffle=True, seed=self.seed
         )
+        sampler.start, self._batches_done = self._batches_done * self.batch_size, 0
         return self._loader("train", sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch has come, in batches: a checkpoint written within an epoch goes on from there."""
+        assert self.trainer is not None  # for the type checker
+        progress = cast("Any", self.trainer.fit_loop.epoch_loop.batch_progress.current)
+        return {"batches_done": progress.processed % int(self.trainer.num_training_batches)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batches_done = state_dict["batches_done"]
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val", None)
@@ -198,7 +267,7 @@ class ImageModule(LightningDataModule):
         return self._loader("test", None)
 
     def _loader(self, split: str, sampler: DistributedSampler | None) -> DataLoader[Any]:
-        return DataLoader(
+        return LateLoader(
             self._sets[split],
             self.batch_size,
             sampler=sampler,
@@ -206,6 +275,28 @@ class ImageModule(LightningDataModule):
             collate_fn=list if self._asks() else torch.cat,
             persistent_workers=self.workers > 0,
         )
+
+
+class LateLoader(DataLoader[Tensor]):
+    """Asks the sampler for its order with the first batch, not before.
+
+    Lightning makes the first iterator before a resumed run knows its epoch, and workers start on it at once: without
+    this they load the images in the order of epoch 0.
+    """
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+class ResumableSampler(DistributedSampler[Any]):
+    """Leaves out the first `start` images of this process in the first epoch it is asked for."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = list(super().__iter__())
+        start, self.start = self.start, 0
+        return iter(indices[start:])
 
 
 class TileDataset(Dataset[Tensor]):

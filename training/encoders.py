@@ -25,6 +25,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from selector.evaluation.loading import find_folder
 from selector.models import Encoded, encode
 from selector.table import Inputs
 from training.conversations import Conversation, Converse
@@ -121,7 +122,7 @@ class LlavaNextEncoder(VisionEncoder):
         super().__init__()
         from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
 
-        _must_exist(path, "path")
+        path = _find(path, "path")
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "llava_next":
             raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {config.model_type!r}")
@@ -180,7 +181,7 @@ class LlavaNextModel(VisionEncoder):
         super().__init__()
         from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
 
-        _must_exist(path, "path")
+        path = _find(path, "path")
         if (kind := AutoConfig.from_pretrained(path).model_type) != "llava_next":
             raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {kind!r}")
         with _quiet():
@@ -249,7 +250,7 @@ class TransformersEncoder(VisionEncoder):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModel
 
-        _must_exist(path, "path")
+        path = _find(path, "path")
         with _quiet():
             model = AutoModel.from_pretrained(path, dtype=torch.float32)
             self.preprocess = ProcessorTiles(AutoImageProcessor.from_pretrained(path, backend=backend))
@@ -349,8 +350,13 @@ class _quiet:
             logging.enable_progress_bar()
 
 
-def _must_exist(path: str, argument: str) -> None:
-    """A path that looks local must be there; otherwise it would be taken for a hub name and fail obscurely."""
+def _find(path: str, argument: str) -> str:
+    """A model folder: from the current folder, else from the root of the repository installed here; or a hub name.
+
+    A path that looks local must be there; otherwise it would be taken for a hub name and fail obscurely.
+    """
     local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.split("/")[0] == "checkpoints"
-    if local and not Path(path).is_dir():
+    found = find_folder(path)
+    if local and found is None:
         raise FileNotFoundError(f"{argument} must be a model folder, got {path!r}, which does not exist")
+    return path if found is None else str(found)

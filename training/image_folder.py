@@ -6,6 +6,7 @@ A folder is split by a hash of each file's name, so that the split does not chan
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -107,6 +108,15 @@ def _turns(path: Path, asked: Sequence[dict[str, object]]) -> tuple[tuple[str, s
             raise ValueError(f"qa of {path.name} must hold texts as `q` and `a`, got {entry!r}")
         found.append((question, answer))
     return tuple(found)
+
+
+def digest_files(root: str | Path, names: Sequence[str]) -> str:
+    """A hash of these files of a folder: of their names and contents, in this order."""
+    digest = hashlib.sha256()
+    for name in names:
+        with (Path(root) / name).open("rb") as file:
+            digest.update(f"{len(name)}:{name}".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def credits(root: str | Path, paths: Sequence[Path]) -> str:

@@ -339,6 +339,7 @@ class SelectorModule(LightningModule):
                 f"ckpt_path was trained on another encoder: {checkpoint['selector']['encoder']['name']} ({theirs}), "
                 f"this run has {self.encoder.name} ({ours})"
             )
+        self.last_validation = dict(checkpoint["selector"]["validation"])
 
 
 def _describe(objective: Objective) -> str:

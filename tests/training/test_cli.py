@@ -18,6 +18,7 @@ from selector.budget import Budget
 from selector.tokens import VisualTokens
 from training.cli import main, run
 from training.comparison import RANKERS
+from training.encoders import LlavaNextEncoder
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 
@@ -288,6 +289,35 @@ def test_every_shipped_config_parses(config, capsys):
         run(["fit", f"--config={config}", "--print_config"])
     assert stop.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["encoder"]["class_path"].startswith("training.encoders.")
+
+
+@pytest.mark.parametrize("flag", ["--config=", "--config ", "-c "])
+def test_shipped_configs_and_models_are_found_from_any_folder(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(["fit", *f"{flag}configs/train/tiny.yaml".split(), "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "tiny"
+    assert LlavaNextEncoder("checkpoints/llava-next-tiny").num_patches == 144
+
+    (tmp_path / "configs" / "train").mkdir(parents=True)  # the folder where one is comes first
+    (tmp_path / "configs" / "train" / "tiny.yaml").write_text("name: mine")
+    with pytest.raises(SystemExit):
+        run(["fit", *f"{flag}configs/train/tiny.yaml".split(), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "mine"
+
+
+def test_a_cache_on_disk_trains_as_the_one_in_memory(tmp_path, fit, capsys):
+    memory = run(fit("--data.cache_features=true", name="memory")).model.state_dict()
+    cache = [f"--data.cache_dir={tmp_path / 'cache'}", "--data.cache_dtype=float32"]
+    for name in ("first", "second"):
+        for key, tensor in run(fit(*cache, "--data.workers=1", name=name)).model.state_dict().items():
+            torch.testing.assert_close(tensor, memory[key], rtol=0, atol=0, msg=key)
+    assert len(list((tmp_path / "cache").glob("*/index.json"))) == 2  # training and validation, the second run none
+    for shard in (tmp_path / "cache").glob("*/*.safetensors"):
+        shard.write_bytes(b"cut")
+    assert main(fit(*cache, name="third")) == 1
+    assert "is damaged (3 of " in capsys.readouterr().err
 
 
 def test_wandb_by_one_flag_needs_no_account(tmp_path, fit, monkeypatch):
