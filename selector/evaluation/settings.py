@@ -10,7 +10,6 @@ import torch
 
 from selector.budget import Budget
 from selector.evaluation import records
-from selector.evaluation.errors import UsageError
 from selector.evaluation.identity import code, fingerprint, identity
 from selector.evaluation.measure import Row
 from selector.evaluation.tasks import Task
@@ -70,12 +69,8 @@ def common_settings(model: Any, processor: Any, seed: int, answers: bool, max_ne
 def row_settings(row: Row, task: Task, positions: Positions) -> dict[str, Any]:
     chosen: dict[str, Any] = {"reference": row.label}
     if row.selector is not None and row.budget is not None:
-        try:
-            known = identity(row.selector, row.budget)
-        except ValueError as error:  # not calibrated for this budget
-            raise UsageError(f"{row.label}: {error}") from error
         chosen = {
-            "selector": known,
+            "selector": identity(row.selector, row.budget),
             "keep": row.budget.keep,
             "scope": row.budget.scope,
             "newlines": row.budget.newlines,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from selector import hub
@@ -17,12 +17,13 @@ from selector.budget import Newlines
 from selector.calibration import Calibration, calibrate
 from selector.evaluation import loading
 from selector.evaluation.answering import prepare
-from selector.evaluation.commands.common import find_tasks, load_all, sample_limit, whole
+from selector.evaluation.commands.common import find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.evaluation.commands.printing import console
 from selector.evaluation.errors import UsageError
 from selector.evaluation.identity import fingerprint
 from selector.evaluation.run import sample_count
 from selector.evaluation.tasks import Task
+from selector.evaluation.tasks.sample import Sample
 from selector.models import encode
 from selector.tokens import VisualTokens
 
@@ -51,10 +52,15 @@ def run(settings: dict[str, Any]) -> int:
         "seed": seed,
     }
     try:
-        tokens = _encoded(model, processor, selector, tasks, samples, seed)
-        selector.calibration = calibrate(selector, tokens, shares, policies, tolerance, about)
+        with Progress(console=Console(stderr=True)) as progress:  # it ends before an error is printed
+            stream = progress.track(
+                _samples(tasks, samples, seed), sum(about["tasks"].values()), description="encoding"
+            )
+            tokens = _encoded(model, processor, selector, stream)
+            selector.calibration = calibrate(selector, tokens, shares, policies, tolerance, about)
     except ValueError as error:
         raise UsageError(f"{label}: {error}") from error
+    name_unreadable(tasks)
     metadata, card = hub.about(source) if source else ({}, None)
     out = Path(settings["out"] or source or "")
     selector.save_pretrained(out, card=card, metadata=metadata)
@@ -62,13 +68,14 @@ def run(settings: dict[str, Any]) -> int:
     return 0
 
 
-def _encoded(
-    model: Any, processor: Any, selector: RankSelector, tasks: Sequence[Task], samples: int | None, seed: int
-) -> Iterator[VisualTokens]:
+def _samples(tasks: Sequence[Task], samples: int | None, seed: int) -> Iterator[Sample]:
+    for task in tasks:
+        yield from task.samples(sample_count(task, samples), seed)
+
+
+def _encoded(model: Any, processor: Any, selector: RankSelector, samples: Iterable[Sample]) -> Iterator[VisualTokens]:
     """The visual tokens of every sample's image, one by one."""
-    total = sum(sample_count(task, samples) for task in tasks)
-    stream = (sample for task in tasks for sample in task.samples(sample_count(task, samples), seed))
-    for sample in track(stream, "encoding", total, console=Console(stderr=True)):
+    for sample in samples:
         inputs = prepare(processor, sample.image, sample.question, model.device)
         with torch.no_grad():
             encoded = encode(model, inputs, selector.needs)

@@ -58,6 +58,13 @@ def find_tasks(command: str, specs: list[str], skip_unreadable: bool) -> list[Ta
     return found
 
 
+def name_unreadable(tasks: list[Task]) -> None:
+    for task in tasks:
+        if task.unreadable:
+            print(f"{task.name}: {len(task.unreadable)} images cannot be read and are left out:", file=sys.stderr)
+            print(*(f"  {name}" for name in task.unreadable), sep="\n", file=sys.stderr)
+
+
 def sample_limit(value: Any) -> int | None:
     """Samples of each task; None for all."""
     if value == "all":

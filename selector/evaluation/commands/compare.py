@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selector.evaluation import loading
-from selector.evaluation.commands.common import find_tasks, load_all, positive, sample_limit, whole
+from selector.evaluation.commands.common import find_tasks, load_all, name_unreadable, positive, sample_limit, whole
 from selector.evaluation.commands.printing import print_report
 from selector.evaluation.errors import UsageError
 from selector.evaluation.records import Shard
@@ -86,10 +86,7 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
                 progress.update(bars[step.task], advance=1, seen=_seen(right, shares))
         except KeyboardInterrupt:
             return True
-    for task in tasks:
-        if task.unreadable:
-            print(f"{task.name}: {len(task.unreadable)} images cannot be read and are left out:", file=sys.stderr)
-            print(*(f"  {name}" for name in task.unreadable), sep="\n", file=sys.stderr)
+    name_unreadable(tasks)
     return False
 
 
