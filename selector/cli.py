@@ -1,4 +1,4 @@
-"""The command line: ``selector compare | show | bench | calibrate | list | report``.
+"""The command line: ``selector compare | show | bench | calibrate | stability | list | report``.
 
 Only the parser lives here, so that ``selector --help`` answers at once; the commands are in
 `selector.evaluation.commands` and are imported when one runs. Settings come from three places, the later wins: the
@@ -49,6 +49,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 48, "scores": False},
     "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
+    "stability": MACHINE
+    | {
+        "selectors": SELECTORS,
+        "seeds": [],
+        "keep": [0.25, 64],
+        "scope": "image",
+        "newlines": "kept_rows",
+        "tasks": ["documents", "scenes"],
+        "samples": 30,
+        "seed": 0,
+        "out": None,
+        "skip_unreadable": False,
+    },
     "calibrate": MACHINE
     | {
         "tasks": ["documents", "charts", "scenes"],
@@ -75,6 +88,16 @@ A selector is a name (selector list), a name with arguments (svd-prune:energy=0.
 or hf:owner/name. A budget (--keep) is what stays: 64 is a count of visual tokens an image, newline tokens and base
 view included; 0.25 is a share of them; energy:0.9 and threshold:0 are adaptive; auto:0.25 is a quarter on average over
 images, for a selector that `selector calibrate` has prepared.
+"""
+STABILITY = """\
+Every image is shifted by one patch (the edge repeated), compressed to JPEG quality 50, and cropped by 3% from each side
+(resized back). The kept patches are compared where they lie in the original image, each with the nearest patch of the
+changed one. --seeds compares several trainings of one recipe with each other, on the unchanged images. Beside each
+figure stands that of random choices of as many tokens. The table is Markdown.
+
+examples:
+  selector stability --selectors checkpoints/my-selector svd-prune lofi --tasks documents --keep 0.25 64 --samples 50
+  selector stability --selectors lofi --seeds runs/seed-0 runs/seed-1 runs/seed-2 --out runs/stability.json
 """
 CALIBRATE = """\
 With --keep auto:0.2 a threshold on the selector's scores decides, so that an image full of text keeps more than a flat
@@ -172,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     _show(add("show", "a PNG of what each selector keeps of an image"))
     _bench(add("bench", "selection time against the prefill and against a full SVD, measured in one run"))
     _calibrate(add("calibrate", "find the thresholds of --keep auto:SHARE, stored in a checkpoint", CALIBRATE))
+    _stability(add("stability", "whether a changed image, or another training, keeps the same places", STABILITY))
     listing = add("list", "the selectors: name, paper, whether trained, what they need, what they rank")
     listing.add_argument("--markdown", action="store_true", help="the table of the README, without checkpoints")
     listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
@@ -277,6 +301,24 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _stability(parser: argparse.ArgumentParser) -> None:
+    defaults = DEFAULTS["stability"]
+    _shared(parser, "stability")
+    parser.add_argument(
+        "--seeds", nargs="+", metavar="SPEC", help="two or more trainings of one recipe (default: none are compared)"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help=f"whose images (default: {' '.join(defaults['tasks'])})"
+    )
+    parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
+    parser.add_argument("--out", metavar="JSON", help="the figures as a file (default: none)")
+    parser.add_argument(
+        "--skip-unreadable",
+        action=argparse.BooleanOptionalAction,
+        help="leave images out that cannot be decoded, and name them (default: an error)",
+    )
+
+
 def _shared(parser: argparse.ArgumentParser, command: str) -> None:
     keep = " ".join(map(str, DEFAULTS[command]["keep"]))
     _machine(parser)
@@ -288,9 +330,11 @@ def _shared(parser: argparse.ArgumentParser, command: str) -> None:
     )
     parser.add_argument("--scope", help="image: all patches of an image compete; tile: each tile gets its share")
     parser.add_argument("--newlines", help="newline tokens: kept_rows (those of rows with a kept patch), all, none")
-    parser.add_argument(
-        "--positions", help="position ids: original (default; gaps where tokens were dropped) or contiguous (no gaps)"
-    )
+    if "positions" in DEFAULTS[command]:
+        parser.add_argument(
+            "--positions",
+            help="position ids: original (default; gaps where tokens were dropped) or contiguous (no gaps)",
+        )
     parser.add_argument("--seed", type=int, help="of the samples (default: 0)")
 
 

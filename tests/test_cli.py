@@ -55,7 +55,7 @@ def test_help_imports_no_torch():
     code += "assert not {'torch', 'transformers', 'rich', 'yaml'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for word in ("compare", "show", "bench", "calibrate", "list", "report", "examples:"):
+    for word in ("compare", "show", "bench", "calibrate", "stability", "list", "report", "examples:"):
         assert word in done.stdout
 
 
@@ -64,7 +64,7 @@ def test_report_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "list", "report"])
+@pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "stability", "list", "report"])
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
