@@ -250,7 +250,7 @@ def test_the_command(call):
         (["--seeds", "norm", "random"], "of one class, got norm, random: Norm, Random"),
         (["--out", "figures.md"], "out must be the name of a JSON file, got 'figures.md'"),
         (["--keep", "auto:0.5"], "random: keep='auto:0.5' needs a calibrated selector"),
-        (["--keep", "1", "--newlines", "all"], "on sample 'scenes-0-0': random at keep=1 newlines=all: .* leaves no patch"),
+        (["--keep", "1", "--newlines", "all"], "'scenes-0-0': random at keep=1 newlines=all: .* leaves no patch"),
         (["--samples", "all"], "samples must be a number for the task 'scenes'"),
     ],
 )
