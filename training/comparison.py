@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from selector.base import ScoreSelector
 from selector.budget import Budget
 from selector.methods.norm import Norm
 from selector.methods.ridge_leverage import RidgeLeverage
@@ -159,7 +160,7 @@ class AnswerComparison(nn.Module):
             for ranker in self.RANKERS:
                 passes = rankings.get(ranker)
                 if passes is None:
-                    passes = [(self.rivals[ranker].score(tokens), questions)]
+                    passes = [(cast("ScoreSelector", self.rivals[ranker]).score(tokens), questions)]
                 for scores, asked in passes:
                     keep = budget.select(scores, tokens)[0]
                     said = language.answer_log_probs(encoded, taught.conversation, asked, keep=keep)

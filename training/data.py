@@ -209,8 +209,8 @@ class ImageModule(LightningDataModule):
             raise ValueError(f"model.encoder must be a LlavaNextModel to ask questions, got {type(encoder).__name__}")
         if self.cache_features or self.cache_dir is not None:
             raise ValueError(
-                "data.cache_features must be false and data.cache_dir unset where questions are asked: the image itself "
-                "is needed"
+                "data.cache_features must be false and data.cache_dir unset where questions are asked: "
+                "the image itself is needed"
             )
         pages: Sequence[Callable[[], Asked]]
         if self.images is None:

@@ -85,9 +85,9 @@ def compare(
     layers = model.config.get_text_config().num_hidden_layers
     if not 0 <= layer <= layers:
         raise UsageError(f"layer must be in 0..{layers} for this model, got {layer}")
-    held = records.lock(out, shard)
     rows = [Row(FULL)] + ([Row(BLIND)] if answers else [])
-    rows += [Row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
+    rows += [_row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
+    held = records.lock(out, shard)
     common = common_settings(model, processor, seed, answers, max_new_tokens) | {"layer": layer, "repeats": repeats}
     files = {
         task.name: [records.Records(out, common | row_settings(row, task, positions), shard) for row in rows]
@@ -153,6 +153,14 @@ def sample_count(task: Task, samples: int | None) -> int:
 def shard_range(shard: records.Shard, total: int) -> tuple[int, int, int]:
     """Arguments of the range of sample numbers that a shard takes."""
     return shard[0], total, shard[1]
+
+
+def _row(label: str, selector: TokenSelector, budget: Budget) -> Row:
+    try:
+        selector.resolved(budget)
+    except ValueError as error:  # not calibrated for it: better said now than at the first sample
+        raise UsageError(f"{label}: {error}") from error
+    return Row(label, selector, budget)
 
 
 def _records(

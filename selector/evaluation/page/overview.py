@@ -94,7 +94,7 @@ def differing(runs: Mapping[str, Summary]) -> str:
 
 
 def _flat(summary: Summary) -> dict[str, Any]:
-    skipped = ("rows", "correlations", "environment", "tasks", "unreadable")
+    skipped = ("rows", "pooled", "correlations", "environment", "tasks", "unreadable")
     plain = {key: value for key, value in summary.items() if key not in skipped}
     tasks = {f"task {name}": task["fingerprint"] for name, task in summary["tasks"].items()}
     selectors = ", ".join(dict.fromkeys(selector_name(row) for row in summary["rows"] if row["keep"]))
