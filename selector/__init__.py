@@ -20,6 +20,7 @@ _HOME = {
     "GreedySelector": "base",
     "GridPool": "methods.grid_pool",
     "GumbelSelector": "methods.gumbel",
+    "ImageTransformer": "methods.image_transformer",
     "LRCP": "methods.lrcp",
     "LoFi": "methods.lofi",
     "Merge": "methods.merge",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from selector.methods.farthest_point import FarthestPoint
     from selector.methods.grid_pool import GridPool
     from selector.methods.gumbel import GumbelSelector
+    from selector.methods.image_transformer import ImageTransformer
     from selector.methods.lofi import LoFi
     from selector.methods.lrcp import LRCP
     from selector.methods.merge import Merge
@@ -93,6 +95,7 @@ __all__ = [
     "GreedySelector",
     "GridPool",
     "GumbelSelector",
+    "ImageTransformer",
     "LoFi",
     "Merge",
     "Mix",

@@ -54,6 +54,7 @@ class SelectorModule(LightningModule):
         layers: Transformer layers of each.
         heads: attention heads of each.
         mlp_ratio: width of the MLPs in units of `width`.
+        question_layers: layers of an image-transformer that read the question, behind the others.
         pool: side in patches of the cells over which an image-transformer averages keys and values.
         learning_rate: AdamW's, after the warm-up.
         weight_decay: AdamW's.
@@ -82,6 +83,7 @@ class SelectorModule(LightningModule):
         heads: int = 4,
         mlp_ratio: float = 2.0,
         pool: int = 2,
+        question_layers: int = 1,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 50,
@@ -111,7 +113,7 @@ class SelectorModule(LightningModule):
         else:
             asked = encoder.question_dim if question and isinstance(encoder, LlavaNextModel) else None
             sizes = width or dim, layers, heads, mlp_ratio, pool
-            self.selector = ImageTransformer(dim, inputs, *sizes, question_dim=asked)
+            self.selector = ImageTransformer(dim, inputs, *sizes, asked, question_layers)
 
         # Without an objective that rebuilds there is nothing for a reconstructor to learn.
         self.reconstructor: Reconstructor | None = None

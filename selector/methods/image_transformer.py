@@ -8,9 +8,9 @@ tiles of an image attend to each other. Two things keep that cheap: keys and val
 Positions are rotary in two dimensions, in patches of the page: a token of the base view lies where its middle lies on
 the page, so that what is beside a word is found in the same way everywhere and at any size.
 
-With `question_dim` it reads the question, and the same page is cut differently for each question. Patches are compared
-with the question's tokens where the language model compares them, in its embedding space (`Match`), and every layer
-also attends to the question.
+With `question_dim` it reads the question, and the same page is cut differently for each question. The layers above see
+the image alone, once per image; then patches are compared with the question's tokens where the language model compares
+them, in its embedding space (`Match`), and `question_layers` more layers attend to both, once per question.
 
 The architecture is ours; it is trained by `training.answers`.
 
@@ -46,6 +46,7 @@ class ImageTransformer(TableSelector):
         pool: side of the cells, in patches, over which keys and values are averaged; 1 attends to every token.
         question_dim: d, width of the question's embeddings, for a selector that reads the question; None for one that
             does not.
+        question_layers: layers behind the others that also attend to the question.
 
     Example:
         >>> import torch
@@ -68,6 +69,7 @@ class ImageTransformer(TableSelector):
         mlp_ratio: float = 2.0,
         pool: int = 2,
         question_dim: int | None = None,
+        question_layers: int = 1,
     ):
         super().__init__(dim, inputs)
         if width % (4 * heads):
@@ -75,11 +77,10 @@ class ImageTransformer(TableSelector):
         if pool < 1:
             raise ValueError(f"pool must be at least 1, got {pool}")
         self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
-        self.pool, self.question_dim = pool, question_dim
+        self.pool, self.question_dim, self.question_layers = pool, question_dim, question_layers
         self.embed = nn.Linear(dim, width)
         self.view = nn.Parameter(torch.zeros(2, width))  # high resolution, base view
-        asks = question_dim is not None
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, cross=asks) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
         if question_dim is not None:
@@ -87,44 +88,58 @@ class ImageTransformer(TableSelector):
                 raise ValueError("inputs must hold the projected tokens ('projected' or 'both') for a question")
             self.needs = self.needs | {"question"}
             self.match = Match(question_dim, width)
+            asked = [Block(width, heads, mlp_ratio, cross=True) for _ in range(question_layers)]
+            self.asked_blocks = nn.ModuleList(asked)
             self.read_words = nn.Sequential(nn.LayerNorm(question_dim), nn.Linear(question_dim, width))
             self.question_block = Block(width, heads, mlp_ratio)
             self.question_norm = nn.LayerNorm(width)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        seen = self._look(tokens)
         if self.question_dim is None:
-            return self._scores(tokens, None)
-        asked = self._read(*tokens.read_question(self))
-        return self._scores(tokens, asked.of(tokens.image))
+            return self._heads(seen.x)
+        asked = self._read(*tokens.read_question(self)).of(tokens.image)
+        return self._heads(self._answer(seen, asked))
 
     def scores_per_question(
         self, tokens: VisualTokens, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]
     ) -> Float[Tensor, "R T N"]:
         """Scores of one image's tokens for each of several questions; `mask` tells which of their tokens are real.
 
+        The image is looked at once.
+
         Raises:
             ValueError: several images.
         """
         if tokens.num_images != 1:
             raise ValueError(f"tokens must be those of one image, got {tokens.num_images}")
-        asked, tiles = self._read(question, mask), tokens.image
-        return torch.stack([self._scores(tokens, asked.of(tiles + number)) for number in range(len(question))])
+        count, tiles = len(question), len(tokens.features)
+        number = torch.arange(count, device=question.device).repeat_interleave(tiles)
+        asked = self._read(question, mask).of(number)
+        scores = self._heads(self._answer(self._look(tokens).repeated(count), asked))
+        return scores.view(count, tiles, -1)
 
-    def _scores(self, tokens: VisualTokens, asked: Asked | None) -> Float[Tensor, "T N"]:
-        valid, grid = tokens.valid, tokens.grid
+    def _look(self, tokens: VisualTokens) -> Seen:
+        """What the selector makes of an image before it reads a question."""
         positions, base = page_positions(tokens)
+        cells = Cells(tokens.grid, tokens.image, tokens.valid, self.pool)
         table = self.table(tokens)
-        x = self.embed(table) + self.view[base.long()]
-        if asked is not None:
-            x = x + self.match(table, asked)
-
-        # Every tile attends to the cells of all tiles of its image.
-        cells = Cells(tokens, valid, self.pool)
         rotation = rotations(positions, self.width // self.heads)
         cell_rotation = rotations(cells.mean(positions), self.width // self.heads)
+        x = self.embed(table) + self.view[base.long()]
         for block in self.blocks:
-            x = block(x, rotation, cell_rotation, cells, asked)
-        return self.head(self.norm(x))[..., 0].view(-1, grid[0] * grid[1])
+            x = block(x, rotation, cell_rotation, cells)
+        return Seen(x, table, rotation, cell_rotation, cells)
+
+    def _answer(self, seen: Seen, asked: Asked) -> Float[Tensor, "T N W"]:
+        """What it makes of the image given a question."""
+        x = seen.x + self.match(seen.table, asked)
+        for block in self.asked_blocks:
+            x = block(x, seen.rotation, seen.cell_rotation, seen.cells, asked)
+        return x
+
+    def _heads(self, x: Float[Tensor, "T N W"]) -> Float[Tensor, "T N"]:
+        return self.head(self.norm(x))[..., 0]
 
     def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> Asked:
         """The question's tokens: in the units of the table, and as words that know their neighbours."""
@@ -156,6 +171,30 @@ class Asked:
     def of(self, index: Int[Tensor, "T"]) -> Asked:
         """The question of each tile."""
         return Asked(self.embeddings[index], self.words[index], self.mask[index])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image as the layers leave it that do not read the question.
+
+    Attributes:
+        x: ``[T, N, W]``.
+        table: ``[T, N, C]`` what was read.
+        rotation, cell_rotation: of queries and of keys, see `rotations`.
+        cells: which keys each tile attends to.
+    """
+
+    x: Float[Tensor, "T N W"]
+    table: Float[Tensor, "T N C"]
+    rotation: Tensor
+    cell_rotation: Tensor
+    cells: Cells
+
+    def repeated(self, count: int) -> Seen:
+        """The image `count` times, one after the other."""
+        x, table = self.x.repeat(count, 1, 1), self.table.repeat(count, 1, 1)
+        rotations = (each.repeat(count, 1, 1, 1) for each in (self.rotation, self.cell_rotation))
+        return Seen(x, table, *rotations, self.cells.repeated(count))
 
 
 class Match(nn.Module):
@@ -210,22 +249,26 @@ class Cells:
         mask: ``[T, 1, 1, K]`` cells that may be attended to; None: all.
     """
 
-    def __init__(self, tokens: VisualTokens, valid: Bool[Tensor, "T N"], pool: int):
-        self.grid, self.pool = tokens.grid, pool
-        self.image = tokens.image
+    def __init__(self, grid: tuple[int, int], image: Int[Tensor, "T"], valid: Bool[Tensor, "T N"], pool: int):
+        self.grid, self.image, self.valid, self.pool = grid, image, valid, pool
         self.weight = valid[..., None].float()
         self.whole = bool(valid.all())
         self.count = self._pooled(self.weight)
         there = self.count[..., 0] > 0
 
         # [I, most tiles]: which tiles an image has, so that their cells can be laid side by side.
-        tiles = torch.bincount(self.image, minlength=tokens.num_images)
+        tiles = torch.bincount(self.image)
         first = tiles.cumsum(0) - tiles
         number = torch.arange(int(tiles.max()), device=self.image.device)
         self.tiles = torch.minimum(first[:, None] + number, first[:, None] + tiles[:, None] - 1)
         mask = there[self.tiles] & (number < tiles[:, None])[..., None]
         self.alone = len(tiles) == 1
         self.mask = None if bool(mask.all()) else mask.flatten(1)[self.image][:, None, None]
+
+    def repeated(self, count: int) -> Cells:
+        """Those of one image, for `count` questions about it."""
+        image = torch.arange(count, device=self.image.device).repeat_interleave(len(self.image))
+        return Cells(self.grid, image, self.valid.repeat(count, 1), self.pool)
 
     def mean(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
         """Of the valid patches of each cell."""

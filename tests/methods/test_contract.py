@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from visual_tokens import D, N, anyres, only, ragged, single
 
-from selector import Budget, GumbelSelector, TokenSelector, VisualTokens, available_selectors, load_selector
+from selector import (
+    Budget,
+    GumbelSelector,
+    ImageTransformer,
+    TokenSelector,
+    VisualTokens,
+    available_selectors,
+    load_selector,
+)
 from selector.base import GreedySelector, RankSelector, ScoreSelector
 
 
@@ -23,8 +31,17 @@ def gumbel() -> GumbelSelector:
     return GumbelSelector(dim=D, num_patches=N, width=16, heads=2).eval()
 
 
+def transformer(question: bool = False) -> ImageTransformer:
+    torch.manual_seed(0)
+    dim, asked = (D + 2, D + 2) if question else (D, None)
+    inputs = "projected" if question else "features"
+    return ImageTransformer(dim, inputs, width=16, heads=2, question_dim=asked).eval()
+
+
+LEARNED = {"gumbel": gumbel, "image-transformer": transformer, "image-transformer:question": lambda: transformer(True)}
+
 # By its own name as a spec, unless that would not be a fair default at this size.
-SPECS = {name: name for name in available_selectors() if name != "gumbel"} | {
+SPECS = {name: name for name in available_selectors() if name not in LEARNED} | {
     "lofi": "lofi:rank=3",
     "merge": "merge:selector=norm",
     "mix": "mix:a=norm,b=cls-attention",
@@ -55,11 +72,11 @@ VARIANTS = SPECS | {
         "mix:a=(svd-prune:rank=2),b=divprune,weight=0.25,merge=nearest",
     )
 }
-every_method = pytest.mark.parametrize("name", [*VARIANTS, "gumbel"])
+every_method = pytest.mark.parametrize("name", [*VARIANTS, *LEARNED])
 
 
 def make(name: str) -> TokenSelector:
-    return gumbel() if name == "gumbel" else load_selector(VARIANTS[name])
+    return LEARNED[name]() if name in LEARNED else load_selector(VARIANTS[name])
 
 
 def named(*kinds: type) -> list[str]:
@@ -152,7 +169,7 @@ def test_smallest_and_largest_choices(name):
         assert chosen.keep.sum(1).tolist() == [min(count, length)] * 2
     packed = [torch.randn(length, 3) for _ in range(2)]
     assert not chosen.flow or all(map(torch.equal, chosen.flow.apply(packed), packed))  # all kept: nothing flows
-    if name != "gumbel":
+    if name not in LEARNED:
         lonely = single(torch.randn(2, 1, D))
         assert method(lonely, Budget(1)).all()
 
@@ -169,7 +186,7 @@ def test_bf16_and_non_contiguous(name):
         assert [rows.dtype for rows in chosen.flow.apply(packed)] == [torch.bfloat16] * 2
 
 
-@pytest.mark.parametrize("name", [name for name in [*VARIANTS, "gumbel"] if make(name).needs])
+@pytest.mark.parametrize("name", [name for name in [*VARIANTS, *LEARNED] if make(name).needs])
 def test_nan_is_refused_by_name(name):
     tokens = anyres()
     broken = {f: getattr(tokens, f) * float("nan") for f in ("features", "projected", "cls_attention", "keys", "text")}
@@ -185,7 +202,7 @@ def test_a_missing_field_is_named(name):
         make(name).select(bare, Budget(3))
 
 
-@pytest.mark.parametrize("name", VARIANTS)  # not gumbel: it reads whole tiles
+@pytest.mark.parametrize("name", VARIANTS)  # not the learned ones: they know where a token lies
 def test_unpadded_tokens_do_not_matter(name):
     """What the language model never sees must not change what it does see."""
     tokens = anyres()
@@ -293,7 +310,7 @@ def test_what_a_method_says_of_itself(name):
     assert method.paper
     assert method.cost
     assert method.acts == "before"
-    assert method.needs <= {"features", "projected", "cls_attention", "keys", "text"}
+    assert method.needs <= {"features", "projected", "cls_attention", "keys", "text", "question"}
 
 
 @pytest.mark.parametrize("name", named(RankSelector))
