@@ -262,7 +262,9 @@ def test_smaller_choices_lie_inside_larger_ones(name, scope):
 @every_method
 def test_a_budget_a_tile_reaches_every_tile(name):
     tokens = single(torch.randn(3, N, D))
-    image = replace(tokens, image=torch.zeros(3, dtype=torch.long), slots=tokens.slots.view(1, -1))
+    asked = {"question": torch.randn(1, 4, D + 2), "question_mask": torch.ones(1, 4, dtype=torch.bool)}
+    one = {"image": torch.zeros(3, dtype=torch.long), "slots": tokens.slots.view(1, -1)}
+    image = replace(tokens, projected=torch.randn(3, N, D + 2), **one, **asked)
     keep = make(name)(image, Budget(12, "tile"))
     assert image.tiles_of(keep).sum(1).tolist() == [4, 4, 4]
 
