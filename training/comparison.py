@@ -74,6 +74,7 @@ class RankingComparison(nn.Module):
         """Updates every meter with a batch; yields (name, meter), for the logger. `noise(i)` is a seeded generator."""
         features = tokens.features
         target = selector.table(tokens)
+        tiles = VisualTokens.from_features(features, tokens.grid)  # every tile has the same budget
         scores = {
             "learned": selector.score(tokens).float(),
             "random": torch.rand(features.shape[:2], generator=noise(0)).to(features),
@@ -82,7 +83,7 @@ class RankingComparison(nn.Module):
             budget, at = Budget(share, newlines="none"), percent(share)
             for ranker in RANKERS:
                 rival = ranker in RIVALS
-                mask = self.rivals[ranker](tokens, budget) if rival else budget.select(scores[ranker], tokens)
+                mask = self.rivals[ranker](tiles, budget) if rival else budget.select(scores[ranker], tiles)
                 mask = mask.float()
                 rebuilt = reconstructor(target, mask).float()
                 error = dropped_mean(token_error(rebuilt, target), mask)

@@ -196,28 +196,14 @@ class LlavaNextModel(VisionEncoder):
         self.prefix = 1 if config.vision_feature_select_strategy == "default" else 0
         self.preprocess = ProcessorTiles(processor.image_processor)
         self.converse = Converse(processor, config.image_token_id)
+        if gradient_checkpointing:
+            self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self._freeze()
 
     @property
     def question_dim(self) -> int:
         """Width of the embeddings of a question."""
         return self.model.get_input_embeddings().weight.shape[1]
-
-    def _freeze(self) -> None:
-        super()._freeze()
-        if self.gradient_checkpointing:
-            # transformers checkpoints layers in training mode only; these have no dropout that it would switch on.
-            config = self.model.config.text_config
-            if getattr(config, "attention_dropout", 0):
-                raise ValueError("gradient_checkpointing needs a language model without dropout")
-            self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.model.language_model.train()
-
-    def train(self, mode: bool = True) -> VisionEncoder:
-        super().train(mode)
-        if self.gradient_checkpointing:
-            self.model.model.language_model.train()
-        return self
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
         tower = self.model.model.vision_tower

@@ -52,10 +52,16 @@ class FrozenLanguageModel:
 
     Args:
         model: a LLaVA-NeXT whose weights are frozen.
+
+    Raises:
+        ValueError: its language model has gradient checkpointing on and dropout, which would come on with it.
     """
 
     def __init__(self, model: Any):
         self.model = model
+        self.checkpointing = bool(getattr(model.model.language_model, "is_gradient_checkpointing", False))
+        if self.checkpointing and getattr(model.config.text_config, "attention_dropout", 0):
+            raise ValueError("gradient_checkpointing needs a language model without dropout")
 
     def answer_log_probs(
         self,
@@ -129,12 +135,18 @@ class FrozenLanguageModel:
 
     def hidden(self, row: Row) -> Float[Tensor, "S d"]:
         """Last hidden states of a row."""
-        output = self.model.model.language_model(
-            inputs_embeds=row.embeddings[None],
-            attention_mask=row.bias[None, None],
-            position_ids=row.positions[None],
-            use_cache=False,
-        )
+        language_model = self.model.model.language_model
+        # transformers checkpoints layers in training mode only, and generates wrongly in it: on for this pass alone.
+        language_model.train(self.checkpointing and torch.is_grad_enabled())
+        try:
+            output = language_model(
+                inputs_embeds=row.embeddings[None],
+                attention_mask=row.bias[None, None],
+                position_ids=row.positions[None],
+                use_cache=False,
+            )
+        finally:
+            language_model.eval()
         return output.last_hidden_state[0]
 
     def log_probs(self, row: Row) -> list[Float[Tensor, "_A V"]]:
