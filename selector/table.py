@@ -2,7 +2,7 @@
 
 Which of them is a constructor argument and so part of a checkpoint; what an adapter has to compute (`needs`) follows.
 
-Shapes: T tiles, N patches per tile, C channels of the table.
+Shapes: T tiles, N patches per tile, C channels of the table, W width of what reads it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from selector.base import ScoreSelector
 from selector.tokens import VisualTokens
@@ -55,8 +56,17 @@ class TableSelector(ScoreSelector):
         Raises:
             ValueError: a field is missing or not finite, or the table's width is another than `dim`.
         """
+        return (self.raw_table(tokens) - self.feature_mean) / self.feature_std
+
+    def raw_table(self, tokens: VisualTokens) -> Float[Tensor, "T N C"]:
+        """The same before it is normalised."""
         columns = [tokens.read(name, self) for name in FIELDS[self.inputs]]
         table = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
         if table.shape[-1] != self.dim:
             raise ValueError(f"the selector reads {self.inputs} of width {self.dim}, got width {table.shape[-1]}")
-        return (table.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
+        return table.to(self.feature_mean.dtype)
+
+    def embedded(self, table: Float[Tensor, "T N C"], embed: nn.Linear) -> Float[Tensor, "T N W"]:
+        """``embed`` of the normalised table, from the raw one: what normalises goes into the small weight instead."""
+        weight = embed.weight / self.feature_std
+        return F.linear(table, weight, embed.bias - weight @ self.feature_mean)

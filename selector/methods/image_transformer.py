@@ -123,17 +123,17 @@ class ImageTransformer(TableSelector):
         """What the selector makes of an image before it reads a question."""
         positions, base = page_positions(tokens)
         cells = Cells(tokens.grid, tokens.image, tokens.valid, self.pool)
-        table = self.table(tokens)
+        table = self.raw_table(tokens)
         rotation = rotations(positions, self.width // self.heads)
         cell_rotation = rotations(cells.mean(positions), self.width // self.heads)
-        x = self.embed(table) + self.view[base.long()]
+        x = self.embedded(table, self.embed) + self.view[base.long()]
         for block in self.blocks:
             x = block(x, rotation, cell_rotation, cells)
         return Seen(x, table, rotation, cell_rotation, cells)
 
     def _answer(self, seen: Seen, asked: Asked) -> Float[Tensor, "T N W"]:
         """What it makes of the image given a question."""
-        x = seen.x + self.match(seen.table, asked)
+        x = seen.x + self.match(self._projected(seen.table), asked)
         for block in self.asked_blocks:
             x = block(x, seen.rotation, seen.cell_rotation, seen.cells, asked)
         return x
@@ -143,15 +143,17 @@ class ImageTransformer(TableSelector):
 
     def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> Asked:
         """The question's tokens: in the units of the table, and as words that know their neighbours."""
-        width = question.shape[-1]
         raw = question.to(self.feature_mean.dtype)
         place = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
         positions = torch.stack([torch.zeros_like(place), place], -1).expand(len(question), -1, -1)
         rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
         words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, Words(attend)))
-        # Projected tokens are the last columns of the table; what normalises them normalises the question too.
-        normalized = (raw - self.feature_mean[-width:]) / self.feature_std[-width:]
-        return Asked(normalized, words, attend)
+        return Asked(self._projected(raw), words, attend)
+
+    def _projected(self, raw: Float[Tensor, "R S C"]) -> Float[Tensor, "R S d"]:
+        """A question, or the projected columns of a table (its last), in units of the training set's spread."""
+        width = self.question_dim or 0
+        return (raw[..., -width:] - self.feature_mean[-width:]) / self.feature_std[-width:]
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,8 @@ class Match(nn.Module):
         self.nothing = nn.Parameter(torch.tensor(0.5 * self.SHARPNESS))
         self.value, self.best = nn.Linear(width, width), nn.Linear(1, width)
 
-    def forward(self, table: Float[Tensor, "T N C"], asked: Asked) -> Float[Tensor, "T N W"]:
-        width = asked.embeddings.shape[-1]
-        patches = F.normalize(self.space(table[..., -width:]), dim=-1)
+    def forward(self, projected: Float[Tensor, "T N d"], asked: Asked) -> Float[Tensor, "T N W"]:
+        patches = F.normalize(self.space(projected), dim=-1)
         words = F.normalize(self.space(asked.embeddings), dim=-1)
         alike = self.sharpness * patches @ words.mT
         alike = alike.masked_fill(~asked.mask[:, 0], -torch.inf)
