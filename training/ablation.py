@@ -3,8 +3,8 @@
     python -m training.ablation --config configs/ablation/tiny.yaml --out runs/ablation
 
 The YAML holds `base` (a configuration of ``selector-train fit``), `variants` (what each changes in it, by name),
-`seeds`, and `compare` (settings of ``selector compare``). A variant that is already exported is not trained again, and questions
-already answered are not asked again, so an interrupted sweep goes on where it was.
+`seeds`, and `compare` (settings of ``selector compare``). A variant that is already exported is not trained again, and
+questions already answered are not asked again, so an interrupted sweep goes on where it was.
 """
 
 from __future__ import annotations
