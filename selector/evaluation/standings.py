@@ -2,9 +2,10 @@
 
     python -m selector.evaluation.standings runs/standings --out configs/compare/standings.json
     python -m selector.evaluation.standings configs/compare/standings.json
+    python -m selector.evaluation.standings runs/one runs/two --out both.json
 
 The first line distils a run (what each row got right, sample by sample) into one small file, the second prints the
-table in Markdown. Two selectors meet once in every task and at every budget, on the same questions: the better one wins
+table in Markdown, the third joins runs of other selectors on the same questions. Two selectors meet once in every task and at every budget, on the same questions: the better one wins
 where an exact McNemar test over those questions gives p < 0.05, else they tie. Selectors that see the question have a
 table of their own: they meet each other alone, for a choice that knows what is asked is another kind of choice.
 """
@@ -46,14 +47,37 @@ def distil(run: Path) -> Data:
                 "tokens": sum(r["tokens"] for r in answered) / len(answered),
                 "anls": round(sum(r["anls"] for r in answered) / len(answered), 4),
                 "right": "".join(str(int(r["correct"])) for r in answered),
+                "same": "".join(str(int(r["agrees"])) for r in answered),
             }
         )
     return {"model": settings["model"], "seed": settings["seed"], "rows": rows}
 
 
+def joined(parts: Sequence[Data]) -> Data:
+    """Several runs as one: other selectors on the same questions of the same model.
+
+    Raises:
+        UsageError: another model or seed, unpruned answers that differ, or a row that is in two of them.
+    """
+    first = parts[0]
+    rows = {(row["task"], row["selector"], row["keep"]): row for row in first["rows"]}
+    for part in parts[1:]:
+        for name in ("model", "seed"):
+            if part[name] != first[name]:
+                raise UsageError(f"runs to join must have one {name}, got {first[name]!r} and {part[name]!r}")
+        for row in part["rows"]:
+            key = row["task"], row["selector"], row["keep"]
+            shared = row["keep"] is None  # unpruned and blind are in every run
+            if key in rows and not (shared and rows[key]["right"] == row["right"]):
+                fault = "was answered otherwise in another" if shared else "is in two of the runs"
+                raise UsageError(f"runs to join must not clash: {row['selector']} on {row['task']} {fault}")
+            rows.setdefault(key, row)
+    return {**first, "rows": list(rows.values())}
+
+
 def standings(data: Data, sees_question: bool = False) -> list[dict[str, Any]]:
     """A row a selector, the best first: its accuracy at every budget as a share of the unpruned one (each a mean over
-    tasks), and meetings won, tied and lost.
+    tasks), the share of answers that stayed the same (where it was recorded), and meetings won, tied and lost.
 
     Args:
         sees_question: rank the selectors that see the question, or those that do not; they meet their own kind alone.
@@ -73,6 +97,9 @@ def standings(data: Data, sees_question: bool = False) -> list[dict[str, Any]]:
         for keep in keeps:
             full = sum(_share(right[task, None, "full"]) for task in tasks)
             found[name][keep] = sum(_share(right[task, keep, name]) for task in tasks) / full
+        same = [_share(row["same"]) for row in kind if row["selector"] == name and "same" in row]
+        if same:
+            found[name]["same"] = sum(same) / len(same)
     return sorted(found.values(), key=lambda row: (row["lost"] - row["won"], row["selector"]))
 
 
@@ -102,10 +129,11 @@ def markdown(data: Data) -> str:
     unseeing, seeing = standings(data), standings(data, sees_question=True)
     full = [f"{r['task']} {100 * _share(r['right']):.0f}" for r in data["rows"] if r["selector"] == "full"]
     samples = len(data["rows"][0]["right"])
+    same = " same: answers that stayed the same, %, over all tasks and budgets;" if "same" in data["rows"][0] else ""
     within = ", between selectors of one table only" if seeing else ""
     lines = [
         f"{Path(data['model']).name}, {samples} questions a task; unpruned, right %: {', '.join(full)}. At each budget "
-        f"mean accuracy over the tasks, as % of the unpruned model's; meetings over tasks and budgets{within}.",
+        f"mean accuracy over the tasks, as % of the unpruned model's;{same} meetings over tasks and budgets{within}.",
     ]
     if unseeing:
         lines += ["", *_table(unseeing, False)]
@@ -126,11 +154,14 @@ def _table(rows: Sequence[dict[str, Any]], sees_question: bool) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m selector.evaluation.standings", description=__doc__)
-    parser.add_argument("source", type=Path, help="a folder that `selector compare` wrote, or distilled data (.json)")
+    parser.add_argument(
+        "source", type=Path, nargs="+", help="folders that `selector compare` wrote, or distilled data (.json)"
+    )
     parser.add_argument("--out", type=Path, help="write the distilled data here instead of printing the table")
     options = parser.parse_args(argv)
     try:
-        data = distil(options.source) if options.source.is_dir() else json.loads(options.source.read_text())
+        parts = [distil(each) if each.is_dir() else json.loads(each.read_text()) for each in options.source]
+        data = joined(parts)
     except (UsageError, OSError, json.JSONDecodeError) as error:
         print(f"standings: error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import pytest
 
 from selector.evaluation.columns import LEGEND
 from selector.evaluation.errors import UsageError
-from selector.evaluation.standings import main, markdown, standings
+from selector.evaluation.standings import joined, main, markdown, standings
 
 
 def data(**right: str) -> dict:
@@ -29,6 +29,29 @@ def test_a_meeting_is_won_only_where_the_test_says_so():
     assert [found["poor"][k] for k in ("won", "tied", "lost")] == [0, 1, 1]
     assert found["good"]["4"] == pytest.approx(0.8)
     assert list(found) == ["good", "fair", "poor"]
+
+
+def test_runs_of_other_selectors_on_the_same_questions_are_joined():
+    one, two = data(good="1111111100"), data(poor="1000000000")
+    assert joined([one, two]) == data(good="1111111100", poor="1000000000")
+    assert joined([one]) == one
+
+    with pytest.raises(UsageError, match="good on t is in two of the runs"):
+        joined([one, one])
+    two["rows"][0]["right"] = "0" * 10
+    with pytest.raises(UsageError, match="full on t was answered otherwise in another"):
+        joined([one, two])
+    with pytest.raises(UsageError, match="must have one seed, got 0 and 1"):
+        joined([one, data() | {"seed": 1}])
+
+
+def test_agreement_is_shown_where_it_was_recorded():
+    found = data(good="1111111100")
+    for row in found["rows"]:
+        row["same"] = "1111100000"
+    assert standings(found)[0]["same"] == pytest.approx(0.5)
+    assert "| selector | 4 | same | won | tied | lost |" in markdown(found)
+    assert "| good | 80 | 50 | 0 | 0 | 0 |" in markdown(found)
 
 
 def asking(found: dict, *names: str) -> dict:
