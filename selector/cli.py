@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "checkpoints/llava-next-tiny"
-SELECTORS = ["checkpoints/selector-llava-next-tiny", "ridge-leverage", "svd-prune", "lofi", "random"]
+SELECTORS = [
+    "checkpoints/selector-llava-next-tiny",
+    "checkpoints/selector-llava-next-tiny-question",
+    "checkpoints/selector-llava-next-tiny-reconstruction",
+    "ridge-leverage",
+    "svd-prune",
+    "lofi",
+    "random",
+]
 MACHINE: dict[str, Any] = {
     "model": MODEL,
     "allow": [],

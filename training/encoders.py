@@ -90,11 +90,7 @@ class VisionEncoder(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """A hash of the weights, to tell whether a checkpoint is resumed with the encoder it was started with."""
-        digest = hashlib.sha256()
-        for name, tensor in self.named_parameters():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return _digest(self)
 
     def _without_prefix(self, hidden: Tensor, pixels: Tensor, patch: int) -> Tensor:
         """Drops what precedes the patches, and measures the grid."""
@@ -149,6 +145,10 @@ class LlavaNextEncoder(VisionEncoder):
         self.patch = config.vision_config.patch_size
         self.preprocess = ProcessorTiles(AutoProcessor.from_pretrained(path, backend=backend).image_processor)
         self._freeze()
+
+    def fingerprint(self) -> str:
+        """Of the tower alone: the features are the tower's."""
+        return _digest(self, without="projector.")
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states[self.layer][:, self.prefix :]
@@ -295,6 +295,17 @@ class TimmEncoder(VisionEncoder):
         (features,) = cast("Any", self.model).forward_intermediates(pixels, **options)
         self.grid = (features.shape[-2], features.shape[-1])
         return features.flatten(2).transpose(1, 2)
+
+
+def _digest(module: nn.Module, without: str | None = None) -> str:
+    """A hash of the names and values of a module's weights, those aside whose names start with `without`."""
+    digest = hashlib.sha256()
+    for name, tensor in module.named_parameters():
+        if without is not None and name.startswith(without):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 class ProcessorTiles:

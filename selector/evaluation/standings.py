@@ -5,9 +5,10 @@
     python -m selector.evaluation.standings runs/one runs/two --out both.json
 
 The first line distils a run (what each row got right, sample by sample) into one small file, the second prints the
-table in Markdown, the third joins runs of other selectors on the same questions. Two selectors meet once in every task and at every budget, on the same questions: the better one wins
-where an exact McNemar test over those questions gives p < 0.05, else they tie. Selectors that see the question have a
-table of their own: they meet each other alone, for a choice that knows what is asked is another kind of choice.
+table in Markdown, the third joins runs of other selectors on the same questions. Two selectors meet once in every task
+and at every budget, on the same questions: the better one wins where an exact McNemar test over those questions gives
+p < 0.05, else they tie. Selectors that see the question have a table of their own: they meet each other alone, for a
+choice that knows what is asked is another kind of choice.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from training.encoders import LlavaNextEncoder
 from training.testbed.symbols import cut_labels, page_labels
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
-SELECTOR, MODEL = CHECKPOINTS / "selector-llava-next-tiny", CHECKPOINTS / "llava-next-tiny"
+SELECTOR, MODEL = CHECKPOINTS / "selector-llava-next-tiny-reconstruction", CHECKPOINTS / "llava-next-tiny"
 REAL = CHECKPOINTS / "selector-llava-next-tiny-real"
 
 
