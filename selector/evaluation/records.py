@@ -27,14 +27,20 @@ WHOLE: Shard = (0, 1)
 
 
 class Records:
-    """The records of one key, by sample id; appends survive a kill."""
+    """The records of one key, by sample id; appends survive a kill.
 
-    def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE):
+    Args:
+        fresh: forget what is there, unread: a broken file is no hindrance to starting over.
+    """
+
+    def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE, fresh: bool = False):
         self.key = key_of(settings)
         self.folder = run / self.key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / (PREDICTIONS if shard == WHOLE else f"predictions.{shard[0]}-of-{shard[1]}.jsonl")
         write_json(self.folder / SETTINGS, settings)
+        if fresh:
+            self.clear()
         read_records(self.path, repair=True)
         self.done = {record["id"]: record for record in read_folder(self.folder)}
 

@@ -85,17 +85,24 @@ def compare(
     layers = model.config.get_text_config().num_hidden_layers
     if not 0 <= layer <= layers:
         raise UsageError(f"layer must be in 0..{layers} for this model, got {layer}")
-    held = records.lock(out, shard)
+    reserved = next((label for label in selectors if label in (FULL, BLIND)), None)
+    if reserved is not None:
+        raise UsageError(f"selectors must not be called {FULL} or {BLIND}, which are the references, got {reserved!r}")
     rows = [Row(FULL)] + ([Row(BLIND)] if answers else [])
     rows += [Row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
     common = common_settings(model, processor, seed, answers, max_new_tokens) | {"layer": layer, "repeats": repeats}
-    files = {
-        task.name: [records.Records(out, common | row_settings(row, task, positions), shard) for row in rows]
-        for task in tasks
-    }
-    if fresh:
-        for file in (file for group in files.values() for file in group):
-            file.clear()
+    keyed = {task.name: [common | row_settings(row, task, positions) for row in rows] for task in tasks}
+    for group in keyed.values():
+        _refuse_shared_keys(rows, group)
+
+    held = records.lock(out, shard)
+    try:
+        files = {
+            name: [records.Records(out, settings, shard, fresh) for settings in group] for name, group in keyed.items()
+        }
+    except BaseException:
+        held.close()
+        raise
     plan: dict[str, Any] = {
         "model": model_name,
         "samples": samples,
@@ -137,6 +144,18 @@ def compare(
                     records.write_json(out / records.RUN, plan)
 
     return steps()
+
+
+def _refuse_shared_keys(rows: Sequence[Row], keyed: Sequence[Mapping[str, Any]]) -> None:
+    """Two rows of one key would be one row under two names: what the first measured would be shown for both."""
+    first: dict[str, Row] = {}
+    for row, settings in zip(rows, keyed, strict=True):
+        other = first.setdefault(records.key_of(settings), row)
+        if other is not row:
+            raise UsageError(
+                f"selectors must differ in class, arguments or weights: {other.label!r} and {row.label!r} "
+                f"at keep={row.budget} are the same"
+            )
 
 
 def sample_count(task: Task, samples: int | None) -> int:

@@ -41,6 +41,18 @@ def test_a_broken_line_inside_is_an_error(tmp_path):
         records.read_records(path)
 
 
+def test_fresh_forgets_a_broken_file_unread(tmp_path):
+    file = records.Records(tmp_path, {})
+    file.append({"id": "x"})
+    file.path.write_text("{bad\n" + file.path.read_text())
+    with pytest.raises(UsageError, match="line 1 is not JSON.*start over with --fresh"):
+        records.Records(tmp_path, {})
+    again = records.Records(tmp_path, {}, fresh=True)
+    assert again.done == {}
+    again.append({"id": "y"})
+    assert list(records.Records(tmp_path, {}).done) == ["y"]
+
+
 def test_nan_is_never_written(tmp_path):
     file = records.Records(tmp_path, {})
     with pytest.raises(ValueError, match="not JSON compliant"):

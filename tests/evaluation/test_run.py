@@ -438,6 +438,19 @@ def test_a_task_of_a_module_that_says_so_is_scored_by_anls(task, monkeypatch):
     assert scored_by_anls(task)
 
 
+def test_two_rows_never_share_records(run):
+    """Before anything runs: the second of them would show what the first measured."""
+    with pytest.raises(UsageError, match="'a' and 'b' at keep=0.5 are the same"):
+        run(selectors={"a": Random(), "b": Random(seed=0)})
+    assert not list(run.folder.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("label", ["full", "blind"])
+def test_a_selector_is_not_called_like_a_reference(run, label):
+    with pytest.raises(UsageError, match=f"must not be called full or blind.*got '{label}'"):
+        run(selectors={label: Random()})
+
+
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
 def test_a_shard_that_is_none(run, shard):
     with pytest.raises(UsageError, match="shard must be i/n"):
