@@ -116,7 +116,10 @@ def in_a_shell(body: str) -> type:
     home = types.ModuleType("shell_session")
     sys.modules["shell_session"] = home
     home.__dict__.update(Norm=Norm)
-    exec(f"def weigh(x):\n    return {body}\n\nclass Shell(Norm):\n    def score(self, t):\n        return weigh(t)\n", vars(home))
+    exec(
+        f"def weigh(x):\n    return {body}\n\nclass Shell(Norm):\n    def score(self, t):\n        return weigh(t)\n",
+        vars(home),
+    )
     return home.Shell
 
 
