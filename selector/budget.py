@@ -29,8 +29,9 @@ class Budget:
 
     Args:
         keep: an int >= 1 is a count of visual tokens an image; a float in (0, 1] is a share of them, rounded half up,
-            at least 1 (NumPy's scalars as Python's); ``"energy:p"`` keeps the smallest set of patches whose scores (which must be >= 0) sum to the
-            share p of the total; ``"threshold:t"`` keeps the patches whose score exceeds t, at least the best one.
+            at least 1; NumPy's scalars count as Python's; ``"energy:p"`` keeps the smallest set of patches whose scores
+            (which must be >= 0) sum to the share p of the total; ``"threshold:t"`` keeps the patches whose score
+            exceeds t, at least the best one.
         scope: ``"image"`` ranks all patches of an image together; ``"tile"`` gives each tile its share.
         newlines: ``"kept_rows"`` keeps the newline of a row of which a patch survives (and counts it), ``"all"`` and
             ``"none"`` speak for themselves. With a budget of everything, every newline stays under any policy.

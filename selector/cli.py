@@ -94,7 +94,7 @@ def _settings(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
 def _read_config(name: str, command: str) -> dict[str, Any]:
     import yaml
 
-    from selector.evaluation.errors import UsageError
+    from selector.errors import UsageError
 
     places = (Path(name), Path(__file__).resolve().parent.parent / name)
     path = next((place for place in places if place.is_file()), None)

@@ -97,8 +97,8 @@ def prune_inputs(
         relevance: where a selector needs `text` and the model has no text tower, see `selector.models.encode`.
 
     Raises:
-        ValueError: images without input_ids, placeholders and visual tokens do not match, the selector acts inside the language model, or the
-            selector's or budget's own errors.
+        ValueError: images without input_ids, placeholders and visual tokens do not match, the selector acts inside the
+            language model, or the selector's or budget's own errors.
     """
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions must be 'contiguous' or 'original', got {positions!r}")

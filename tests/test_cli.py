@@ -326,7 +326,7 @@ def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
 
 
 def test_debug_shows_the_traceback(call):
-    from selector.evaluation.errors import UsageError
+    from selector.errors import UsageError
 
     with pytest.raises(UsageError):
         call("compare", "--keep", "0", "--debug")

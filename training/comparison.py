@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from selector.budget import Budget
+from selector.errors import RankingError as RankingError
 from selector.methods.gumbel import GumbelSelector
 from selector.methods.norm import Norm
 from selector.methods.svd_prune import SVDPrune
@@ -29,10 +30,6 @@ from training.schedules import gumbel_top_k
 
 RIVALS = {"leverage": lambda: SVDPrune(matrix="tile"), "norm": lambda: Norm(largest=False), "uniform": Uniform}
 RANKERS = ("learned", "random", *RIVALS)
-
-
-class RankingError(RuntimeError):
-    """The deterministic ranking of a trained selector reconstructs worse than a random choice."""
 
 
 class RankingComparison(nn.Module):

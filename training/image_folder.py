@@ -11,29 +11,29 @@ from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
+from selector.errors import UnreadableImage
 from selector.evaluation.tasks.folder import ANNOTATIONS, read_annotations, split_place
+from selector.images import open_image
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ATTRIBUTION = "ATTRIBUTION.txt"
 
 
 class ImageFile:
-    """One image of a folder."""
+    """One image of a folder, opened as everywhere: see `selector.images`."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def __call__(self) -> Image.Image:
         try:
-            with Image.open(self.path) as image:
-                return image.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"image {self.path} cannot be read ({error}); "
-                "remove it or pass --data.skip_unreadable true to leave such files out"
+            return open_image(self.path)
+        except UnreadableImage as error:
+            raise UnreadableImage(
+                f"{error}; remove it or pass --data.skip_unreadable true to leave such files out"
             ) from error
 
 
@@ -126,6 +126,6 @@ def _annotated(folder: Path) -> Path | None:
 def _is_readable(path: Path) -> bool:
     try:
         ImageFile(path)()
-    except ValueError:
+    except UnreadableImage:
         return False
     return True

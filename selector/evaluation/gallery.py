@@ -10,9 +10,9 @@ from PIL import Image
 
 from selector.base import RankSelector, TokenSelector
 from selector.budget import Budget
+from selector.errors import UsageError
 from selector.evaluation import picture
 from selector.evaluation.answering import answer, prepare
-from selector.evaluation.errors import UsageError
 from selector.evaluation.evidence import evidence, model_canvas
 from selector.evaluation.metrics import exact_match
 from selector.evaluation.tasks.sample import Sample

@@ -17,7 +17,7 @@ from torch import nn
 import selector
 from selector.base import TokenSelector
 
-ASIDE = ("__init__.py", "cli.py", "hub.py", "registry.py")
+ASIDE = ("__init__.py", "cli.py", "errors.py", "hub.py", "registry.py")
 """Files of the package through which no choice passes."""
 WHOLE = 256 * 2**20
 """Modules up to this many bytes are fingerprinted whole, larger ones by 4,096 entries of every tensor."""

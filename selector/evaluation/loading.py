@@ -12,7 +12,7 @@ import torch
 import selector
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.plug import Positions
 from selector.registry import load_selector
 

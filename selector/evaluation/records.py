@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 
 FORMAT = 2
 """Raise it when the meaning of a record changes."""

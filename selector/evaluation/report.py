@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.metrics import FLIPS
 from selector.evaluation.page import render
 from selector.evaluation.page.explorer import changed_answers, explorer

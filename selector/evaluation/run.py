@@ -17,11 +17,11 @@ from typing import Any
 
 from selector.base import TokenSelector
 from selector.budget import Budget
+from selector.errors import UsageError
 from selector.evaluation import records
-from selector.evaluation.errors import UsageError
 from selector.evaluation.images import FIRST, store_image
 from selector.evaluation.measure import BLIND, FULL, Bench, Measured, Row
-from selector.evaluation.settings import common_settings, environment, row_settings, scored_by_anls, written
+from selector.evaluation.settings import common_settings, environment, row_settings, written
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
 from selector.plug import Positions
@@ -115,7 +115,7 @@ def compare(
         "environment": environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
         "fingerprint": common["model"],
         "max_new_tokens": max_new_tokens,
-        "tasks": {task.name: {"fingerprint": task.fingerprint, "anls": scored_by_anls(task)} for task in tasks},
+        "tasks": {task.name: {"fingerprint": task.fingerprint, "anls": task.anls} for task in tasks},
         "unreadable": {},
         "rows": [
             {"task": task.name, "label": row.label, "keep": written(row.budget), "key": file.key}

@@ -18,7 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.records import write_json
 from selector.evaluation.report import read_run
 from selector.evaluation.statistics import mcnemar

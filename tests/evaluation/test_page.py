@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from selector.errors import UsageError
 from selector.evaluation import records
-from selector.evaluation.errors import UsageError
 from selector.evaluation.evidence import canvas_of
 from selector.evaluation.images import store_image
 from selector.evaluation.measure import pack

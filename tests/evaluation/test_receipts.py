@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.tasks import glyphs, receipts, scans, scramble
 
 SHOPS = (

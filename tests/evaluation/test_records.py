@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from selector.errors import UsageError
 from selector.evaluation import records
-from selector.evaluation.errors import UsageError
 
 
 def test_round_trip(tmp_path):
@@ -45,7 +45,7 @@ def test_fresh_forgets_a_broken_file_unread(tmp_path):
     file = records.Records(tmp_path, {})
     file.append({"id": "x"})
     file.path.write_text("{bad\n" + file.path.read_text())
-    with pytest.raises(UsageError, match="line 1 is not JSON.*start over with --fresh"):
+    with pytest.raises(UsageError, match=r"line 1 is not JSON.*start over with --fresh"):
         records.Records(tmp_path, {})
     again = records.Records(tmp_path, {}, fresh=True)
     assert again.done == {}

@@ -7,9 +7,9 @@ import json
 import pytest
 from rich.console import Console
 
+from selector.errors import UsageError
 from selector.evaluation import records
 from selector.evaluation.columns import main_columns
-from selector.evaluation.errors import UsageError
 from selector.evaluation.metrics import FLIPS
 from selector.evaluation.report import summarize, write_report
 from selector.evaluation.tables import fitting_tables, footnotes, markdown, rich_tables

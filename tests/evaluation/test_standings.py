@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.standings import main, markdown, standings
 
 

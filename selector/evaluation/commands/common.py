@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from selector.errors import UsageError
 from selector.evaluation import loading
-from selector.evaluation.errors import UsageError
 from selector.evaluation.tasks import load_task
 from selector.evaluation.tasks.sample import Sample
 

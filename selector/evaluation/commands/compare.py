@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from selector.errors import MissingData, UsageError
 from selector.evaluation import loading
 from selector.evaluation.commands.common import load_all, positive, whole
 from selector.evaluation.commands.printing import print_report
-from selector.evaluation.errors import MissingData, UsageError
 from selector.evaluation.records import Shard
 from selector.evaluation.run import Step, compare, sample_count, shard_range
 from selector.evaluation.tasks import Task, load_task

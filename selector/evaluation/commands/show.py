@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from selector.errors import UsageError
 from selector.evaluation import gallery, loading, picture
 from selector.evaluation.commands.common import load_all, pages, positive, whole
-from selector.evaluation.errors import UsageError
-from selector.evaluation.tasks.folder import open_image
 from selector.evaluation.tasks.sample import Sample
+from selector.images import open_image
 
 
 def run(settings: dict[str, Any]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.records import IMAGES, image_name
 
 Key = tuple[str, str, str | None]

@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageFont
 
-from selector.evaluation.errors import MissingData, UsageError
+from selector.errors import MissingData, UsageError
 
 VARIABLE = "SELECTOR_DATA"
 GLYPHS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,-/()$%#&*@+':=!")
