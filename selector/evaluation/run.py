@@ -106,6 +106,7 @@ def compare(
     plan: dict[str, Any] = {
         "model": model_name,
         "samples": samples,
+        "shard": None if shard == records.WHOLE else f"{shard[0]}/{shard[1]}",
         "seed": seed,
         "answers": answers,
         "positions": positions,
@@ -115,7 +116,14 @@ def compare(
         "environment": environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
         "fingerprint": common["model"],
         "max_new_tokens": max_new_tokens,
-        "tasks": {task.name: {"fingerprint": task.fingerprint, "anls": task.anls} for task in tasks},
+        "tasks": {
+            task.name: {
+                "fingerprint": task.fingerprint,
+                "anls": task.anls,
+                "samples": sample_count(task, samples),
+            }
+            for task in tasks
+        },
         "unreadable": {},
         "rows": [
             {"task": task.name, "label": row.label, "keep": written(row.budget), "key": file.key}

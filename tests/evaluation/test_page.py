@@ -206,8 +206,8 @@ def test_markdown_lists_changed_answers(tmp_path):
     _, path = write_report([make_run(tmp_path / "run", tasks=("toy",))])
     text = path.with_suffix(".md").read_text()
     assert "Unpruned, the model is right on 100% [51, 100] of 4 questions" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("| </script><b>0?")]
-    assert line == "| </script><b>0? | red | red | “blue” theirs 0.5, theirs 8 |"
+    (line,) = [line for line in text.splitlines() if line.startswith("| &lt;/script>&lt;b>0?")]
+    assert line == "| &lt;/script>&lt;b>0? | red | red | “blue” theirs 0.5, theirs 8 |"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

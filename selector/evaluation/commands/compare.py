@@ -66,7 +66,7 @@ def run(settings: dict[str, Any]) -> int:
 
 def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> bool:
     """Drives the run behind a progress bar; True when the user interrupted it."""
-    text = TextColumn("{task.description:<12} {task.fields[seen]}")
+    text = TextColumn("{task.description:<12} {task.fields[seen]}", markup=False)
     clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
     right: dict[str, list[bool]] = {"full": [], "pruned": []}
     shares: list[float] = []
