@@ -9,7 +9,10 @@ import argparse
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from selector.errors import RankingError
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
@@ -34,12 +37,14 @@ examples
 flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --trainer.precision bf16-mixed ...
   selector-train fit --help                            every argument
   selector-train fit --config ... --print_config       every argument with its value
+
+SELECTOR_TRACEBACK=1 shows where an error comes from.
 """
 COMMANDS = ("fit", "validate", "test", "export")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Entry point; returns the exit status: 0 done, 1 a ranking worse than random, 2 what the user can put right."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
@@ -51,17 +56,32 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] == "export":
             return _export(arguments[1:])
         run(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # ours are ValueErrors, and Lightning's of a setting too
         if os.environ.get("SELECTOR_TRACEBACK"):
             raise
-        print(f"selector-train: error: {error}\n(SELECTOR_TRACEBACK=1 shows where)", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if type(error).__name__ != "RankingError":
-            raise
+        print(f"selector-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RankingError as error:
         print(f"selector-train: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _found(arguments: list[str]) -> list[str]:
+    """The arguments with each ``--config`` that is no file here, but one of the repository, as the latter."""
+    root = Path(__file__).resolve().parent.parent
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--config" and equals:
+            prefix, place = "--config=", i
+        elif argument == "--config" and i + 1 < len(arguments):
+            prefix, place, value = "", i + 1, arguments[i + 1]
+        else:
+            continue
+        if not Path(value).exists() and (root / value).is_file():
+            found[place] = f"{prefix}{root / value}"
+    return found
 
 
 def _export(arguments: list[str]) -> int:
@@ -112,7 +132,7 @@ def run(arguments: list[str]) -> LightningCLI:
     return SelectorCLI(
         SelectorModule,
         ImageModule,
-        args=arguments,
+        args=_found(arguments),
         seed_everything_default=0,
         trainer_defaults={"callbacks": [checkpoints], "log_every_n_steps": 10},
         parser_kwargs={"prog": "selector-train"},

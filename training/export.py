@@ -39,7 +39,12 @@ def export(
     told = ("encoder", "data", "objective", "steps", "tokens_per_s", "validation")
     if missing := [name for name in told if name not in about]:
         raise ValueError(f"checkpoint {checkpoint} was written by another version: it does not tell {missing}")
-    selector = GumbelSelector(**about["init_args"])
+    try:
+        selector = GumbelSelector(**about["init_args"])
+    except (KeyError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(
+            f"checkpoint {checkpoint} does not hold the arguments of a GumbelSelector: {error!r}"
+        ) from error
     weights = {name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)}
     try:
         selector.load_state_dict(weights, strict=True)
@@ -120,9 +125,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint must be a .ckpt file of a training run, got {str(path)!r}, which is none")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {path} cannot be read safely (weights only): {error}") from error
-    if not isinstance(state, dict) or "selector" not in state or "state_dict" not in state:
+    parts = [state.get(name) for name in ("selector", "state_dict")] if isinstance(state, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"checkpoint {path} was not written by selector-train: it has no entry 'selector'")
     return state
 

@@ -120,7 +120,8 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
             or type(record.get("index", 0)) is not int
         ):
             raise UsageError(
-                f"{path} line {number} is no record, it needs an id and an index: {record!r:.80}; repair it or start over with --fresh"
+                f"{path} line {number} is no record, it needs an id and an index: {record!r:.80}; "
+                "repair it or start over with --fresh"
             )
         records.append(record)
     return records

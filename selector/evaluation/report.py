@@ -130,7 +130,7 @@ def _check_record(record: Record, folder: Path) -> None:
     numbers = {name: float for name in (*MEANS, *PLAIN, *COSTS, *TIMES, "peak_bytes") if record.get(name) is not None}
     for name, kind in (numbers | wanted).items():
         value = record.get(name)
-        if not isinstance(value, kind if kind is not float else (int, float)) or (kind is int and value < 0):
+        if not isinstance(value, kind if kind is not float else (int, float)) or (type(value) is int and value < 0):
             raise UsageError(
                 f"{folder}: the record of sample {record['id']!r:.80} must have {name} as {kind.__name__}, "
                 f"got {value!r:.80}; delete the folder and run the same `selector compare` again"

@@ -75,13 +75,7 @@ def compare(
     Returns:
         A step a record; the iteration drives the run, and stopping it loses nothing.
     """
-    for task in tasks:
-        if samples is None and task.size is None:
-            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
-    if not 0 <= shard[0] < shard[1]:
-        raise UsageError(f"shard must be i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
-    if fresh and shard != records.WHOLE:
-        raise UsageError("fresh must not go with a shard: it would forget what the other shards wrote")
+    check_part(tasks, samples, shard, fresh)
     layers = model.config.get_text_config().num_hidden_layers
     if not 0 <= layer <= layers:
         raise UsageError(f"layer must be in 0..{layers} for this model, got {layer}")
@@ -140,6 +134,7 @@ def compare(
             for task in tasks:
                 total = sample_count(task, samples)
                 share = len(range(*shard_range(shard, total)))
+                index = -1
                 for index, sample in enumerate(task.samples(total, seed)):
                     if index % shard[1] == shard[0]:
                         for row, record, opened in _records(bench, index, sample, rows, files[task.name]):
@@ -147,11 +142,24 @@ def compare(
                                 name = records.image_name(task.fingerprint, seed, sample.id)
                                 store_image(out, name, sample.image, opened.canvas)
                             yield Step(task.name, index, share, row, record, opened is not None)
+                if task.unreadable and index < 0:
+                    raise UsageError(f"task {task.name!r}: none of its {len(task.unreadable)} images can be read")
                 if task.unreadable:
                     plan["unreadable"][task.name] = task.unreadable
                     records.write_json(out / records.RUN, plan)
 
     return steps()
+
+
+def check_part(tasks: Sequence[Task], samples: int | None, shard: records.Shard, fresh: bool) -> None:
+    """Refuses a choice of samples that cannot be; the arguments are those of `compare`."""
+    for task in tasks:
+        if samples is None and task.size is None:
+            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
+    if not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"shard must be i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
+    if fresh and shard != records.WHOLE:
+        raise UsageError("fresh must not go with a shard: it would forget what the other shards wrote")
 
 
 def _refuse_shared_keys(rows: Sequence[Row], keyed: Sequence[Mapping[str, Any]]) -> None:

@@ -157,7 +157,7 @@ def test_resuming_with_another_encoder_is_refused(tmp_path, fit, tiny_model, cap
     other.save_pretrained(changed, state_dict=state)
     tiny_model()[1].save_pretrained(changed)
     arguments = [part for part in fit() if "encoder.path" not in part]
-    assert main([*arguments, f"--model.encoder.path={changed}", f"--ckpt_path={checkpoint(tmp_path)}"]) == 1
+    assert main([*arguments, f"--model.encoder.path={changed}", f"--ckpt_path={checkpoint(tmp_path)}"]) == 2
     assert "ckpt_path was trained on another encoder" in capsys.readouterr().err
 
 
@@ -255,21 +255,23 @@ def test_bad_inputs_end_with_one_line(tmp_path, fit, capsys, arguments, message)
     names = {"EMPTY": str(tmp_path / "empty"), "NOWHERE": str(tmp_path / "nowhere")}
     for short, path in names.items():
         arguments = [part.replace(short, path) for part in arguments]
-    assert main(fit(*arguments)) == 1
-    assert message in capsys.readouterr().err
+    assert main(fit(*arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert [line for line in error.splitlines() if "error" in line] == [error.splitlines()[-1]]
 
 
 def test_export_names_what_is_no_checkpoint(tmp_path, capsys):
-    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 1
+    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 2
     assert "checkpoint must be a .ckpt file of a training run" in capsys.readouterr().err
     torch.save({"model": 1}, tmp_path / "foreign.ckpt")
-    assert main(["export", str(tmp_path / "foreign.ckpt"), str(tmp_path / "out")]) == 1
+    assert main(["export", str(tmp_path / "foreign.ckpt"), str(tmp_path / "out")]) == 2
     assert "was not written by selector-train" in capsys.readouterr().err
     torch.save({"selector": {"encoder": {}, "data": ""}, "state_dict": {}}, tmp_path / "older.ckpt")
-    assert main(["export", str(tmp_path / "older.ckpt"), str(tmp_path / "out")]) == 1
+    assert main(["export", str(tmp_path / "older.ckpt"), str(tmp_path / "out")]) == 2
     assert "it does not tell ['objective', 'steps', 'tokens_per_s', 'validation']" in capsys.readouterr().err
     torch.save({"selector": Path("a")}, tmp_path / "pickled.ckpt")
-    assert main(["export", str(tmp_path / "pickled.ckpt"), str(tmp_path / "out")]) == 1
+    assert main(["export", str(tmp_path / "pickled.ckpt"), str(tmp_path / "out")]) == 2
     assert "cannot be read safely" in capsys.readouterr().err
 
 
