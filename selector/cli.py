@@ -99,7 +99,7 @@ def _settings(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
     if command not in DEFAULTS:
         return arguments
     config = arguments.pop("config", None)
-    chosen = (_read_config(config, command) if config else {}) | arguments
+    chosen = (_read_config(config, command) if config is not None else {}) | arguments
     return DEFAULTS[command] | chosen | {"given": sorted(chosen)}
 
 

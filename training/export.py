@@ -42,9 +42,7 @@ def export(
     try:
         selector = GumbelSelector(**about["init_args"])
     except (KeyError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint} does not hold the arguments of a GumbelSelector: {error!r}"
-        ) from error
+        raise ValueError(f"checkpoint {checkpoint} holds no arguments of a GumbelSelector: {error!r}") from error
     weights = {name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)}
     try:
         selector.load_state_dict(weights, strict=True)

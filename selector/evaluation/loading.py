@@ -29,8 +29,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def find_folder(name: str) -> Path | None:
     """The folder of that name: from the current folder, else from the root of the repository installed here."""
     for path in (Path(name), Path(selector.__file__).parent.parent / name):
-        if path.is_dir():
-            return path
+        try:
+            if name and path.is_dir():
+                return path
+        except OSError:  # a name that no folder can have
+            return None
     return None
 
 
@@ -148,7 +151,8 @@ def _label(spec: str | Mapping[str, Any]) -> tuple[str, str | Mapping[str, Any]]
     named = _NAMED.fullmatch(spec)
     if named and find_folder(spec) is None:
         return named[1], str(_label(named[2])[1])
-    folder = find_folder(spec) if "/" in spec or Path(spec).is_dir() else None
+    folder = find_folder(spec)
+    folder = folder if "/" in spec or folder == Path(spec) else None
     return (folder.resolve().name, str(folder)) if folder else (spec, spec)
 
 
