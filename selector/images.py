@@ -37,7 +37,7 @@ def open_image(path: str | Path) -> Image.Image:
             numbers whose white is not known.
     """
     with _opened(Path(path)) as image:
-        return _rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -74,7 +74,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UnreadableImage(f"image {path} cannot be read ({reason})") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB, by the rules of this module; it is not turned.
+
+    Raises:
+        ValueError: integers or floats whose white is not known.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         return _eight_bit(image).convert("RGB")
     if not image.has_transparency_data:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from selector import images
 from selector.errors import UnreadableImage
-from selector.images import image_size, open_image
+from selector.images import image_size, open_image, to_rgb
 from training.image_folder import ImageFile
 
 
@@ -120,6 +120,13 @@ def test_the_limit_is_named_before_anything_is_decoded(tmp_path, read, monkeypat
     monkeypatch.setattr(images, "MAX_PIXELS", 99)
     with pytest.raises(UnreadableImage, match="10 x 10 pixels, more than 99"):
         read(tmp_path / "small.png")
+
+
+def test_an_image_in_memory_is_read_by_the_same_rules():
+    deep = Image.fromarray(ramp(np.uint16, 65535))
+    assert len(np.unique(np.asarray(to_rgb(deep)))) == 256
+    with pytest.raises(ValueError, match="integer pixels must be within 0 to 65535"):
+        to_rgb(Image.new("I", (4, 4), 70_000))
 
 
 def test_what_is_no_regular_file(tmp_path, read):

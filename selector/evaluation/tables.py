@@ -117,6 +117,7 @@ def settings_line(summary: Summary) -> str:
     """The settings that figures depend on, in one line."""
     where = summary["environment"]
     number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples a task"
+    number = f"shard {summary['shard']} of {number}" if summary.get("shard") else number
     threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
     return (
         f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {where['dtype']}; "

@@ -108,6 +108,16 @@ def test_a_missing_folder_is_named(monkeypatch, tmp_path):
         scans.fingerprint()
 
 
+def test_a_changed_scan_changes_the_fingerprint(written):
+    data, _ = written
+    before, file = scans.fingerprint(data), scans.receipts(data)[0].file
+    kept = file.read_bytes()
+    file.write_bytes(kept + b" ")
+    changed = scans.fingerprint(data)
+    file.write_bytes(kept)
+    assert changed != before == scans.fingerprint(data)
+
+
 def test_glyphs_are_found(written):
     data, truth = written
     assert [r.monospaced for r in scans.receipts(data)] == [False, True] * 4

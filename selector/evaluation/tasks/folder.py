@@ -67,7 +67,7 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
         _check_sizes(file, row, folder / ANNOTATIONS, number)
     digest = hashlib.sha256((folder / ANNOTATIONS).read_bytes() + b"boxes" * filters.boxes)
     for file in files:
-        digest.update(f"{file.name} {_content(file, skip_unreadable)}\n".encode())
+        digest.update(f"{file.name} {content(file, skip_unreadable)}\n".encode())
     unreadable: list[str] = []
 
     def samples(count: int, seed: int) -> Iterator[Sample]:
@@ -260,7 +260,7 @@ def _check_sizes(file: Path, row: dict[str, Any], annotations: Path, number: int
         )
 
 
-def _content(file: Path, skip_unreadable: bool) -> str:
+def content(file: Path, skip_unreadable: bool) -> str:
     """Hash of a file's bytes; "unreadable" where it cannot be read and such images are left out."""
     try:
         with file.open("rb") as stream:

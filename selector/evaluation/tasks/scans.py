@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from selector.errors import MissingData, UsageError
-from selector.evaluation.tasks.folder import ANNOTATIONS, read_annotations
+from selector.evaluation.tasks.folder import ANNOTATIONS, content, read_annotations
 
 VARIABLE = "SELECTOR_DATA"
 GLYPHS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,-/()$%#&*@+':=!")
@@ -85,8 +85,11 @@ def folder(data: Path | None) -> Path:
 
 
 def fingerprint(data: Path | None = None) -> str:
-    """Changes when the annotations do."""
-    return hashlib.sha256((folder(data) / ANNOTATIONS).read_bytes()).hexdigest()[:16]
+    """Changes when the annotations or the bytes of a scan do."""
+    digest = hashlib.sha256((folder(data) / ANNOTATIONS).read_bytes())
+    for receipt in receipts(data):
+        digest.update(content(receipt.file, skip_unreadable=False).encode())
+    return digest.hexdigest()[:16]
 
 
 def receipts(data: Path | None = None) -> tuple[Receipt, ...]:
