@@ -261,6 +261,20 @@ def test_bad_inputs_end_with_one_line(tmp_path, fit, capsys, arguments, message)
     assert [line for line in error.splitlines() if "error" in line] == [error.splitlines()[-1]]
 
 
+def test_a_config_of_the_repository_is_found_from_anywhere(tmp_path, monkeypatch):
+    """As `selector compare --config` finds its own; a file of that name here wins."""
+    from training.cli import _found
+
+    monkeypatch.chdir(tmp_path)
+    name, root = "configs/train/tiny.yaml", Path(__file__).resolve().parent.parent.parent
+    assert _found(["fit", "--config", name]) == ["fit", "--config", str(root / name)]
+    assert _found(["fit", f"--config={name}", "--name", "x"]) == ["fit", f"--config={root / name}", "--name", "x"]
+    assert _found(["fit", "--config", "none.yaml", "--config"]) == ["fit", "--config", "none.yaml", "--config"]
+    (tmp_path / "configs/train").mkdir(parents=True)
+    (tmp_path / name).write_text("{}")
+    assert _found(["fit", "--config", name]) == ["fit", "--config", name]
+
+
 def test_export_names_what_is_no_checkpoint(tmp_path, capsys):
     assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 2
     assert "checkpoint must be a .ckpt file of a training run" in capsys.readouterr().err
