@@ -20,6 +20,7 @@ _HOME = {
     "GreedySelector": "base",
     "GridPool": "methods.grid_pool",
     "GumbelSelector": "methods.gumbel",
+    "ImageTransformer": "methods.image_transformer",
     "LRCP": "methods.lrcp",
     "LoFi": "methods.lofi",
     "Merge": "methods.merge",
@@ -30,6 +31,7 @@ _HOME = {
     "PruMergePlus": "methods.prumerge_plus",
     "Random": "methods.random",
     "RankSelector": "base",
+    "RidgeLeverage": "methods.ridge_leverage",
     "SCOPE": "methods.scope",
     "SVDPrune": "methods.svd_prune",
     "ScoreSelector": "base",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from selector.methods.farthest_point import FarthestPoint
     from selector.methods.grid_pool import GridPool
     from selector.methods.gumbel import GumbelSelector
+    from selector.methods.image_transformer import ImageTransformer
     from selector.methods.lofi import LoFi
     from selector.methods.lrcp import LRCP
     from selector.methods.merge import Merge
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
     from selector.methods.prumerge import PruMerge
     from selector.methods.prumerge_plus import PruMergePlus
     from selector.methods.random import Random
+    from selector.methods.ridge_leverage import RidgeLeverage
     from selector.methods.scope import SCOPE
     from selector.methods.svd_prune import SVDPrune
     from selector.methods.tome import ToMe
@@ -91,6 +95,7 @@ __all__ = [
     "GreedySelector",
     "GridPool",
     "GumbelSelector",
+    "ImageTransformer",
     "LoFi",
     "Merge",
     "Mix",
@@ -100,6 +105,7 @@ __all__ = [
     "PruMergePlus",
     "Random",
     "RankSelector",
+    "RidgeLeverage",
     "SVDPrune",
     "ScoreSelector",
     "Selection",

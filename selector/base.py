@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,9 +22,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selector.budget import Budget
+from selector.calibration import COMMAND, Calibration
 from selector.groups import Groups
 from selector.merging import Selection
 from selector.tokens import VisualTokens
+
+QUESTION_FIELDS = frozenset({"question", "text"})
+"""Fields of `VisualTokens` that come from the user's question."""
 
 
 class TokenSelector(nn.Module, ABC):
@@ -52,6 +57,21 @@ class TokenSelector(nn.Module, ABC):
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         """The keep mask, and how dropped tokens flow into kept ones (None: they are gone)."""
         return Selection(self(tokens, budget))
+
+    def resolved(self, budget: Budget) -> Budget:
+        """The budget itself, or for ``keep="auto:s"`` the threshold that the selector's calibration gives.
+
+        Raises:
+            ValueError: ``auto`` without a calibration for that share and newline policy.
+        """
+        if budget.is_auto:
+            raise ValueError(f"keep={budget.keep!r} is a threshold on scores, and {type(self).__name__} has no scores")
+        return budget
+
+    @property
+    def sees_question(self) -> bool:
+        """Whether what is kept of an image may differ per question: `needs` names a field of `QUESTION_FIELDS`."""
+        return not self.needs.isdisjoint(QUESTION_FIELDS)
 
     @property
     def init_args(self) -> dict[str, Any]:
@@ -102,14 +122,31 @@ class TokenSelector(nn.Module, ABC):
 
 
 class RankSelector(TokenSelector):
-    """Ranks visual tokens for a given budget; higher survives."""
+    """Ranks visual tokens for a given budget; higher survives.
+
+    Attributes:
+        calibration: the thresholds of ``keep="auto:s"``; stored in a checkpoint, and no argument of the constructor.
+    """
+
+    calibration: Calibration | None = None
 
     @abstractmethod
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
         """Scores whose order the budget cuts. Values where ``tokens.valid`` is False are ignored."""
 
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
+        budget = self.resolved(budget)
         return budget.select(self.ranking(tokens, budget), tokens)
+
+    def resolved(self, budget: Budget) -> Budget:
+        if not budget.is_auto:
+            return budget
+        if self.calibration is None:
+            raise ValueError(
+                f"keep={budget.keep!r} needs a calibrated selector, and this {type(self).__name__} is not: run "
+                f"`{COMMAND} SELECTOR --shares {str(budget).partition(':')[2]} --out FOLDER` and load that folder"
+            )
+        return replace(budget, keep=f"threshold:{self.calibration.threshold(budget)!r}")
 
 
 class ScoreSelector(RankSelector):
@@ -128,6 +165,11 @@ class GreedySelector(RankSelector):
 
     With a budget an image the tokens of an image compete, with a budget a tile those of each tile.
     """
+
+    def resolved(self, budget: Budget) -> Budget:
+        if budget.is_auto:
+            raise ValueError(f"keep={budget.keep!r} is a threshold on scores, and {type(self).__name__} picks a number")
+        return budget
 
     @abstractmethod
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:

@@ -31,7 +31,8 @@ class Budget:
         keep: an int >= 1 is a count of visual tokens an image; a float in (0, 1] is a share of them, rounded half up,
             at least 1; NumPy's scalars count as Python's; ``"energy:p"`` keeps the smallest set of patches whose scores
             (which must be >= 0) sum to the share p of the total; ``"threshold:t"`` keeps the patches whose score
-            exceeds t, at least the best one.
+            exceeds t, at least the best one; ``"auto:s"`` keeps the share s in (0, 1) on average over images, by a
+            threshold that the selector's calibration knows (see `selector.calibration`).
         scope: ``"image"`` ranks all patches of an image together; ``"tile"`` gives each tile its share.
         newlines: ``"kept_rows"`` keeps the newline of a row of which a patch survives (and counts it), ``"all"`` and
             ``"none"`` speak for themselves. With a budget of everything, every newline stays under any policy.
@@ -52,6 +53,15 @@ class Budget:
         if self.newlines not in get_args(Newlines):
             raise ValueError(f"newlines must be one of {get_args(Newlines)}, got {self.newlines!r}")
         _check_keep(self.keep)
+        if self.is_auto:
+            object.__setattr__(self, "keep", f"auto:{float(str(self.keep).partition(':')[2])}")  # auto:.20 is auto:0.2
+            if self.scope != "image":
+                raise ValueError(f"keep={self.keep!r} has one threshold for all tiles: scope must be 'image'")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether a calibrated selector has to say what it means, see `TokenSelector.resolved`."""
+        return isinstance(self.keep, str) and self.keep.startswith("auto:")
 
     @classmethod
     def parse(
@@ -116,6 +126,8 @@ class Budget:
         if rule == "threshold":
             kept = tokens.packed(scores, -math.inf) > float(value)
             return kept.scatter(1, best, True)
+        if rule == "auto":
+            raise ValueError(f"keep={self.keep!r} has to be resolved by a calibrated selector: `selector calibrate`")
         if bool((scores[tokens.valid] < 0).any()):
             raise ValueError(f"keep={self.keep!r} adds scores up: they must be >= 0, got {float(scores.min()):.4g}")
         share = float(value) * (1 - 1e-6)  # float32 scores that reach the share exactly must not miss it by rounding
@@ -187,14 +199,18 @@ def _mass_before(mass: Float[Tensor, "R C"], order: Int[Tensor, "R C"]) -> Float
 
 
 def _check_keep(keep: int | float | str | np.number) -> None:
-    rule = "an int >= 1, a float in (0, 1], 'energy:p' with p in (0, 1] or 'threshold:t'"
+    rule = "an int >= 1, a float in (0, 1], 'energy:p' with p in (0, 1], 'threshold:t' or 'auto:s' with s in (0, 1)"
     if isinstance(keep, str):
         name, _, value = keep.partition(":")
         try:
             number = float(value)
         except ValueError:
             number = math.nan
-        ok = (name == "energy" and 0 < number <= 1) or (name == "threshold" and math.isfinite(number))
+        ok = (
+            (name == "energy" and 0 < number <= 1)
+            or (name == "threshold" and math.isfinite(number))
+            or (name == "auto" and 0 < number < 1)
+        )
     elif isinstance(keep, bool):
         ok = False
     elif isinstance(keep, int):

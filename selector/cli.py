@@ -1,4 +1,4 @@
-"""The command line: ``selector compare | show | bench | list | report``.
+"""The command line: ``selector compare | show | bench | calibrate | stability | list | report``.
 
 Only the parser lives here, so that ``selector --help`` answers at once; the commands are in
 `selector.evaluation.commands` and are imported when one runs. Settings come from three places, the later wins: the
@@ -18,20 +18,22 @@ from typing import Any, NoReturn
 from selector.errors import UsageError
 
 MODEL = "checkpoints/llava-next-tiny"
-SELECTORS = ["checkpoints/selector-llava-next-tiny", "svd-prune", "lofi", "random"]
-COMMON: dict[str, Any] = {
+SELECTORS = ["checkpoints/selector-llava-next-tiny", "ridge-leverage", "svd-prune", "lofi", "random"]
+MACHINE: dict[str, Any] = {
     "model": MODEL,
-    "selectors": SELECTORS,
     "allow": [],
-    "scope": "image",
-    "newlines": "kept_rows",
-    "positions": "original",
-    "seed": 0,
     "device": "auto",
     "dtype": "auto",
     "device_map": None,
     "attention": None,
     "threads": None,
+}
+COMMON: dict[str, Any] = MACHINE | {
+    "selectors": SELECTORS,
+    "scope": "image",
+    "newlines": "kept_rows",
+    "positions": "original",
+    "seed": 0,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "compare": COMMON
@@ -49,11 +51,37 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 48, "scores": False},
     "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
+    "stability": MACHINE
+    | {
+        "selectors": SELECTORS,
+        "seeds": [],
+        "keep": [0.25, 64],
+        "scope": "image",
+        "newlines": "kept_rows",
+        "tasks": ["documents", "scenes"],
+        "samples": 30,
+        "seed": 0,
+        "out": None,
+        "skip_unreadable": False,
+    },
+    "calibrate": MACHINE
+    | {
+        "tasks": ["documents", "charts", "scenes"],
+        "samples": 100,
+        "shares": [0.5, 0.25, 0.1],
+        "newlines": ["kept_rows"],
+        "tolerance": 0.01,
+        "seed": 1,
+        "out": None,
+        "skip_unreadable": False,
+    },
 }
-LISTS = ("selectors", "allow", "keep", "tasks")
 KINDS: dict[str, type | tuple[type, ...]] = {
     "selectors": (str, dict),
+    "seeds": (str, dict),
     "keep": (int, float, str),
+    "shares": (int, float, str),
+    "tolerance": (int, float),
     "samples": object,  # an int or "all", which is said where it is read
     **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
     **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
@@ -72,7 +100,33 @@ examples:
 A selector is a name (selector list), a name with arguments (svd-prune:energy=0.5,center=false), a checkpoint folder,
 or hf:owner/name; NAME=SPEC gives it another name in the tables (mine=checkpoints/my-selector). A budget (--keep) is
 what stays: 64 is a count of visual tokens per image, newline tokens and base view included; 0.25 is a share of them;
-energy:0.9 and threshold:0 are adaptive.
+energy:0.9 and threshold:0 are adaptive; auto:0.25 is a quarter on average over images, for a selector that
+`selector calibrate` has prepared.
+"""
+STABILITY = """\
+Every image is shifted by one patch (the edge repeated), compressed to JPEG quality 50, and cropped by 3% from each side
+(resized back). The kept patches are compared where they lie in the original image, each with the nearest patch of the
+changed one. --seeds compares several trainings of one recipe with each other, on the unchanged images. Beside each
+figure stands that of random choices of as many tokens. The table is Markdown.
+
+examples:
+  selector stability --selectors checkpoints/my-selector svd-prune lofi --tasks documents --keep 0.25 64 --samples 50
+  selector stability --selectors lofi --seeds runs/seed-0 runs/seed-1 runs/seed-2 --out runs/stability.json
+"""
+CALIBRATE = """\
+With --keep auto:0.2 a threshold on the selector's scores decides, so that an image full of text keeps more than a flat
+one, and the average over images is 20%. Which threshold does that depends on selector, model and images: this command
+finds it on the images of some tasks, for every share asked for, and writes a checkpoint that has the table in its
+config.json. The average is of measured tokens, newline tokens and base view included, as `selector compare` prints it;
+every image keeps at least one patch. An earlier calibration is replaced. Shares in between are not interpolated.
+
+examples:
+  selector calibrate checkpoints/my-selector --tasks documents charts --samples 100 --shares 0.5 0.25 0.1
+  selector calibrate lofi --shares 0.2 --out runs/lofi-calibrated
+  selector compare --selectors runs/lofi-calibrated --keep auto:0.2 0.2
+
+The samples are others than those of `selector compare`, whose seed is 0: a threshold should not be judged on the images
+that it was found on. A folder of images is the same under every seed but for its order: give held-out images there.
 """
 
 
@@ -125,10 +179,9 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
             raise UsageError(
                 f"config {name!r}: unknown setting {key!r}" + (f"; did you mean {close[0]}?" if close else "")
             )
-        if (key in LISTS) != isinstance(value, list):
-            raise UsageError(
-                f"config {name!r}: {key} must be {'a list' if key in LISTS else 'one value'}, got {value!r}"
-            )
+        listed = isinstance(DEFAULTS[command][key], list)
+        if listed != isinstance(value, list):
+            raise UsageError(f"config {name!r}: {key} must be {'a list' if listed else 'one value'}, got {value!r}")
         _check_kind(name, key, value, DEFAULTS[command][key])
     return content
 
@@ -139,7 +192,7 @@ def _check_kind(config: str, key: str, value: Any, default: Any) -> None:
     if kind is object:
         return
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    for item in value if key in LISTS else [value]:
+    for item in value if isinstance(value, list) else [value]:
         if item is None and default is None:
             continue
         if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
@@ -179,6 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _show(add("show", "a PNG of what each selector keeps of an image"))
     _bench(add("bench", "selection time against the prefill and against a full SVD, measured in one run"))
+    _calibrate(add("calibrate", "find the thresholds of --keep auto:SHARE, stored in a checkpoint", CALIBRATE))
+    _stability(add("stability", "whether a changed image, or another training, keeps the same places", STABILITY))
     listing = add("list", "the selectors: name, paper, whether trained, what they need, what they rank")
     listing.add_argument("--markdown", action="store_true", help="the table of the README, without checkpoints")
     listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
@@ -271,12 +326,65 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _shared(parser: argparse.ArgumentParser, command: str) -> None:
-    keep = " ".join(map(str, DEFAULTS[command]["keep"]))
-    parser.add_argument("--config", metavar="YAML", help="settings by the names of the flags; flags win")
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    defaults = DEFAULTS["calibrate"]
+    parser.add_argument("selector", metavar="SELECTOR", help="a checkpoint folder, a name, or hf:owner/name")
+    _machine(parser, "calibrate")
     parser.add_argument(
-        "--model", metavar="NAME", help=f"checkpoint folder or hub name of a LLaVA-NeXT (default: {MODEL})"
+        "--tasks", nargs="+", metavar="TASK", help=f"whose images (default: {' '.join(defaults['tasks'])})"
     )
+    parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        metavar="SHARE",
+        help=f"of all visual tokens, between 0 and 1 (default: {' '.join(map(str, defaults['shares']))})",
+    )
+    parser.add_argument(
+        "--newlines",
+        nargs="+",
+        metavar="POLICY",
+        help=f"kept_rows, all, none: thresholds for each (default: {' '.join(defaults['newlines'])})",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help=f"by how much of a share the measured one may miss it (default: {defaults['tolerance']})",
+    )
+    parser.add_argument("--seed", type=int, help=f"of the samples (default: {defaults['seed']})")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="the calibrated checkpoint (default: SELECTOR itself, where it is a folder)"
+    )
+    parser.add_argument(
+        "--skip-unreadable",
+        action=argparse.BooleanOptionalAction,
+        help="leave images out that cannot be decoded (default: an error)",
+    )
+
+
+def _stability(parser: argparse.ArgumentParser) -> None:
+    defaults = DEFAULTS["stability"]
+    _shared(parser, "stability")
+    parser.add_argument(
+        "--seeds", nargs="+", metavar="SPEC", help="two or more trainings of one recipe (default: none are compared)"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help=f"whose images (default: {' '.join(defaults['tasks'])})"
+    )
+    parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
+    parser.add_argument("--out", metavar="JSON", help="the figures as a file (default: none)")
+    parser.add_argument(
+        "--skip-unreadable",
+        action=argparse.BooleanOptionalAction,
+        help="leave images out that cannot be decoded, and name them (default: an error)",
+    )
+
+
+def _shared(parser: argparse.ArgumentParser, command: str) -> None:
+    defaults = DEFAULTS[command]
+    keep = " ".join(map(str, defaults["keep"]))
+    _machine(parser, command)
     parser.add_argument(
         "--selectors", nargs="+", metavar="SPEC", help="selectors to compare (default: " + " ".join(SELECTORS) + ")"
     )
@@ -285,20 +393,31 @@ def _shared(parser: argparse.ArgumentParser, command: str) -> None:
     )
     parser.add_argument(
         "--scope",
-        help=f"image: all patches of an image compete; tile: each tile gets its share (default: {COMMON['scope']})",
+        help=f"image: all patches of an image compete; tile: each tile gets its share (default: {defaults['scope']})",
     )
     parser.add_argument(
         "--newlines",
-        help=f"newline tokens: kept_rows (those of rows with a kept patch), all, none (default: {COMMON['newlines']})",
+        help="newline tokens: kept_rows (those of rows with a kept patch), all, none "
+        f"(default: {defaults['newlines']})",
     )
+    if "positions" in defaults:
+        parser.add_argument(
+            "--positions",
+            help="position ids: original (gaps where tokens were dropped) or contiguous (no gaps) "
+            f"(default: {defaults['positions']})",
+        )
+    parser.add_argument("--seed", type=int, help=f"of the samples (default: {defaults['seed']})")
+
+
+def _machine(parser: argparse.ArgumentParser, command: str) -> None:
+    """What runs, and on what."""
+    defaults = DEFAULTS[command]
+    parser.add_argument("--config", metavar="YAML", help="settings by the names of the flags; flags win")
     parser.add_argument(
-        "--positions",
-        help="position ids: original (gaps where tokens were dropped) or contiguous (no gaps) "
-        f"(default: {COMMON['positions']})",
+        "--model", metavar="NAME", help=f"checkpoint folder or hub name of a LLaVA-NeXT (default: {defaults['model']})"
     )
-    parser.add_argument("--seed", type=int, help=f"of the samples (default: {COMMON['seed']})")
-    parser.add_argument("--device", help=f"cpu, cuda, ... (default: {COMMON['device']})")
-    parser.add_argument("--dtype", help=f"auto (as stored), float32, bfloat16, float16 (default: {COMMON['dtype']})")
+    parser.add_argument("--device", help=f"cpu, cuda, ... (default: {defaults['device']})")
+    parser.add_argument("--dtype", help=f"auto (as stored), float32, bfloat16, float16 (default: {defaults['dtype']})")
     parser.add_argument("--device-map", metavar="MAP", help="spread a large model, e.g. auto (needs accelerate)")
     parser.add_argument("--attention", metavar="NAME", help="attn_implementation of the model, e.g. eager")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 1 for a small model)")

@@ -1,5 +1,7 @@
 """Selector checkpoints: ``config.json`` (class_path + init_args + metadata), ``model.safetensors``, ``README.md``.
 
+A calibrated selector's ``config.json`` also holds its calibration (see `selector.calibration`).
+
 Loading is strict and safe: the class must be known or explicitly allowed, every tensor must be there with its shape,
 none may be left over, and nothing is ever unpickled.
 """
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from selector import calibration
 
 if TYPE_CHECKING:
     from selector.base import TokenSelector
@@ -37,6 +41,8 @@ def save(
         "init_args": selector.init_args,
         "metadata": metadata or {},
     }
+    if calibrations := calibration.collect(selector):
+        config["calibration"] = calibrations
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in selector.state_dict().items()}
     _write(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     _write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
@@ -53,9 +59,7 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
     """
     from selector.registry import build
 
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = _download(name_or_path)
+    folder = _folder(name_or_path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no selector checkpoint: {name} is missing")
@@ -81,6 +85,10 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{folder / WEIGHTS} holds NaN or infinity in {', '.join(broken)}")
+    try:
+        calibration.attach(selector, config.get("calibration", {}))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     return selector.eval()
 
 
@@ -96,6 +104,14 @@ def _check_size(make: Callable[[], TokenSelector], folder: Path) -> None:
         raise ValueError(f"{folder / CONFIG} asks for {wanted:,} bytes of weights, {WEIGHTS} holds {there:,}")
 
 
+def about(name_or_path: str | Path) -> tuple[dict[str, Any], str | None]:
+    """(metadata, card) of a checkpoint that `load` takes, to save them again with it."""
+    folder = _folder(name_or_path)
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("metadata", {}), text
+
+
 def push(selector: TokenSelector, repo_id: str, private: bool = False, card: str | None = None) -> str:
     """Uploads a checkpoint to the Hugging Face hub (needs a login)."""
     from huggingface_hub import HfApi
@@ -105,6 +121,11 @@ def push(selector: TokenSelector, repo_id: str, private: bool = False, card: str
     with tempfile.TemporaryDirectory() as folder:
         save(selector, folder, card=card)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def _folder(name_or_path: str | Path) -> Path:
+    folder = Path(name_or_path)
+    return folder if folder.is_dir() else _download(name_or_path)
 
 
 def _download(name: str | Path) -> Path:

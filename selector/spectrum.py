@@ -1,4 +1,4 @@
-"""Spectra of token matrices: leverage scores, energy rank, inverse participation ratio, effective rank.
+"""Spectra of token matrices: (ridge) leverage scores, energy rank, inverse participation ratio, effective rank.
 
 Pure linear algebra, batched over the leading dimensions. Singular values s_1 >= s_2 >= ... of F ``[N, D]``;
 p_i = s_i² / Σ s²; rank-k leverage of token t: l_t = ‖U[t, :k]‖², in [0, 1], Σ_t l_t = k.
@@ -14,6 +14,7 @@ makes it mean anything, so that case warns.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Method = Literal["exact", "fast"]
+RIDGE_ERROR = 1e-2
+"""Bound on the rounding of ridge leverage scores from which on they are computed in the next larger type."""
 
 
 class FullRankWarning(UserWarning):
@@ -86,6 +89,59 @@ def leverage_scores(
     scores = (left.square() * inside[..., None, :]).sum(-1) * present
     scores = scores if features.dtype == torch.float64 else scores.float()
     return Leverage(scores.clamp(0, 1), used)
+
+
+def ridge_leverage_scores(
+    features: Float[Tensor, "*B N D"],
+    *,
+    alpha: float = 1.0,
+    center: bool = True,
+    normalize_rows: bool = False,
+    mask: Bool[Tensor, "*B N"] | None = None,
+) -> Float[Tensor, "*B N"]:
+    """Ridge leverage of the rows of each matrix: x_i (XᵀX + λI)⁻¹ x_iᵀ, λ = alpha · ‖X‖² / D.
+
+    X is the matrix after centring, and λ is `alpha` times the mean of the diagonal of the ``[D, D]`` Gram matrix XᵀX,
+    whatever N is. With X = U S Vᵀ the score of row i is Σ_j U[i, j]² s_j² / (s_j² + λ): a soft cut at s_j² ≈ λ where
+    `leverage_scores` cuts hard at a rank, so no cut is degenerate. A larger alpha lowers every score; towards 0 they
+    become the leverage at full rank. Scores depend neither on the scale nor on the rotation of the rows.
+
+    One Cholesky factor of the smaller Gram matrix: with G = XXᵀ and N < D, diag(G (G + λI)⁻¹) = 1 − λ diag((G + λI)⁻¹).
+
+    Source: Alaoui and Mahoney 2015 (arXiv 1411.0306), there for Nyström approximation in kernel ridge regression.
+
+    Args:
+        features: ``[*B, N, D]``, any float type; computed in float32 (uncentred, given float64, or alpha too small for
+            float32: in float64), factorised in float64.
+        alpha: strength of the ridge, > 0.
+        center: subtract the mean row first (otherwise a strong common mean sets λ).
+        normalize_rows: scale rows to unit length after centring.
+        mask: ``[*B, N]`` rows that exist; the others get score 0 and do not influence the rest.
+
+    Returns:
+        Scores ``[*B, N]`` in [0, 1]; their sum is the effective dimension Σ_j s_j² / (s_j² + λ). 0 for a matrix without
+        variance.
+
+    Raises:
+        ValueError: alpha not finite, not above 0 or too small for float64 at this width; NaN or infinity in features.
+    """
+    width = features.shape[-1]
+    _check_alpha(alpha, width)
+    matrix, present = _prepare(features, center, normalize_rows, mask)
+    # Only ratios matter, and entries near 1 neither overflow nor vanish when squared.
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    matrix = matrix / largest.masked_fill(largest == 0, 1)
+    if _ridge_error(alpha, width, matrix.dtype) > RIDGE_ERROR:
+        matrix = matrix.double()
+    total = matrix.square().sum((-2, -1), dtype=torch.float64)
+    ridge = (alpha * total / width).masked_fill(total == 0, 1)  # a zero matrix: any ridge gives zero scores
+    if matrix.shape[-2] < width:
+        scores = 1 - ridge[..., None] * _inverse_factor(matrix @ matrix.mT, ridge).square().sum(-2)
+    else:
+        factor = _inverse_factor(matrix.mT @ matrix, ridge)
+        scores = (matrix @ factor.mT.to(matrix.dtype)).square().sum(-1)
+    scores = (scores * present).clamp(0, 1)  # rounding alone can leave the range
+    return scores if features.dtype == torch.float64 else scores.float()
 
 
 def residual_norms(
@@ -170,6 +226,29 @@ def _gram(matrix: Float[Tensor, "*B N D"]) -> tuple[Float[Tensor, "*B N R"], Flo
     squares, vectors = squares.flip(-1).clamp(min=0), vectors.flip(-1)
     tiny = torch.finfo(matrix.dtype).tiny
     return (matrix @ vectors) / squares.clamp(min=tiny).sqrt()[..., None, :], squares
+
+
+def _inverse_factor(gram: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"]) -> Float[Tensor, "*B M M"]:
+    """L⁻¹ in float64, of G + λI = L Lᵀ: the inverse of the sum is its transpose times itself."""
+    identity = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    lower = torch.linalg.cholesky(gram.double() + ridge[..., None, None] * identity)
+    return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+
+
+def _ridge_error(alpha: float, width: int, dtype: torch.dtype) -> float:
+    """Bound, up to a small factor, on what the rounding of a Gram matrix of this type does to a ridge leverage score.
+
+    The rounding is about eps · ‖X‖², and it is weighed against λ = alpha · ‖X‖² / D.
+    """
+    return torch.finfo(dtype).eps * width / alpha
+
+
+def _check_alpha(alpha: float, width: int) -> None:
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be finite and above 0, got {alpha}")
+    if _ridge_error(alpha, width, torch.float64) > RIDGE_ERROR:
+        least = torch.finfo(torch.float64).eps * width / RIDGE_ERROR
+        raise ValueError(f"alpha must be at least {least:.1e} for rows of width {width} in float64, got {alpha}")
 
 
 def _subspace(

@@ -37,6 +37,9 @@ class VisualTokens:
         cls_attention: ``[T, N]`` attention from CLS at the feature layer, mean over heads.
         keys: ``[T, N, k]`` attention keys of the layer that produced the features, mean over heads.
         text: ``[T, N]`` relevance of each token to the prompt, the higher the more.
+        question: ``[I, Q, d]`` the language model's input embeddings of the text that follows each image in its prompt
+            (the user's words and what the chat template puts around them), zero where `question_mask` is False.
+        question_mask: ``[I, Q]`` which of these are real.
     """
 
     features: Float[Tensor, "T N D"]
@@ -47,6 +50,8 @@ class VisualTokens:
     cls_attention: Float[Tensor, "T N"] | None = None
     keys: Float[Tensor, "T N k"] | None = None
     text: Float[Tensor, "T N"] | None = None
+    question: Float[Tensor, "I Q d"] | None = None
+    question_mask: Bool[Tensor, "I Q"] | None = None
 
     def __post_init__(self) -> None:
         h, w = self.grid
@@ -73,11 +78,28 @@ class VisualTokens:
         value = getattr(self, name)
         if value is None:
             raise ValueError(f"{type(reader).__name__} reads `{name}` of the visual tokens, and these tokens have none")
-        valid = self.valid if value.ndim == 2 else self.valid[..., None]
-        value = torch.where(valid, value, 0)  # what the language model never sees must not matter
-        if not bool(torch.isfinite(value).all()):
+        valid = self.valid
+        if not bool(valid.all()):  # what the language model never sees must not matter
+            value = torch.where(valid if value.ndim == 2 else valid[..., None], value, 0)
+        # A sum is many times faster than a look at every value; finite values may overflow it, so it only excuses.
+        if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} must be finite: {type(reader).__name__} got NaN or infinity for a visual token")
         return value
+
+    def read_question(self, reader: object) -> tuple[Float[Tensor, "I Q d"], Bool[Tensor, "I Q"]]:
+        """The text beside each image, and which of its tokens are real.
+
+        Raises:
+            ValueError: these tokens were made without a question, or an image has no text behind it; naming the reader.
+        """
+        name = type(reader).__name__
+        if self.question is None or self.question_mask is None:
+            raise ValueError(
+                f"{name} reads the question (`question`), and these tokens have none: give a prompt beside the image"
+            )
+        if not bool(self.question_mask.any(1).all()):
+            raise ValueError(f"{name} reads the question, and an image of this batch has no text behind it")
+        return self.question, self.question_mask
 
     @property
     def num_images(self) -> int:

@@ -21,6 +21,16 @@ def leverage(features, rank=None, energy=None, center=True, normalize_rows=False
     return (left[:, :rank] ** 2).sum(1), rank
 
 
+def ridge_leverage(features, alpha=1.0, center=True):
+    """x_i (XᵀX + λI)⁻¹ x_iᵀ of one [N, D] matrix by the explicit inverse, λ = alpha · mean diagonal of XᵀX."""
+    matrix = np.asarray(features, dtype=np.float64)
+    if center:
+        matrix = matrix - matrix.mean(0)
+    gram = matrix.T @ matrix
+    inverse = np.linalg.inv(gram + alpha * np.diag(gram).mean() * np.eye(len(gram)))
+    return np.array([row @ inverse @ row for row in matrix])
+
+
 def spectrum_shares(features):
     values = np.linalg.svd(np.asarray(features, dtype=np.float64), compute_uv=False)
     return values**2 / (values**2).sum()

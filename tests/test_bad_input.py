@@ -436,6 +436,8 @@ TRAINING = [
     (["export", "older.ckpt", "out"], "was written by another version"),
     (["export", "bare.ckpt", "out"], "holds no arguments"),
     (["export", "sizes.ckpt", "out"], "heads must be >= 1"),
+    (["export", "elsewhere.ckpt", "out"], "holds a Elsewhere, which is none of GumbelSelector, ImageTransformer"),
+    (["export", "unnamed.ckpt", "out"], "holds a [{}], which is none of"),
     (["export", "pickled.ckpt", "out"], "cannot be read safely"),
 ]
 
@@ -445,6 +447,7 @@ TRAINING = [
 )
 def test_training(capsys, arguments, word):
     told = dict.fromkeys(("encoder", "data", "objective", "steps", "tokens_per_s", "validation"), "")
+    told["class"] = "GumbelSelector"
     sizes = {"init_args": GUMBEL["init_args"] | {"heads": 0}}
     for name, content in {
         "foreign": {"model": 1},
@@ -453,6 +456,8 @@ def test_training(capsys, arguments, word):
         "older": {"selector": {}, "state_dict": {}},
         "bare": {"selector": told, "state_dict": {}},
         "sizes": {"selector": told | sizes, "state_dict": {}},
+        "elsewhere": {"selector": told | {"class": "Elsewhere"}, "state_dict": {}},
+        "unnamed": {"selector": told | {"class": [{}]}, "state_dict": {}},
         "pickled": {"selector": Path("a")},
     }.items():
         torch.save(content, f"{name}.ckpt")

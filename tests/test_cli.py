@@ -56,7 +56,7 @@ def test_help_imports_no_torch():
     code += "assert not {'torch', 'transformers', 'rich', 'yaml'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for word in ("compare", "show", "bench", "list", "report", "examples:"):
+    for word in ("compare", "show", "bench", "calibrate", "stability", "list", "report", "examples:"):
         assert word in done.stdout
 
 
@@ -65,7 +65,7 @@ def test_report_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", ["compare", "show", "bench", "list", "report"])
+@pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "stability", "list", "report"])
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
@@ -73,18 +73,22 @@ def test_help_of_every_command(command, capsys):
     assert command in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["compare", "show", "bench"])
+@pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "stability"])
 def test_help_names_every_default_as_it_is(command, monkeypatch, capsys):
     """Other defaults, other help: no figure in it is a text of its own."""
     monkeypatch.setenv("COLUMNS", "500")
     changed = {"max_new_tokens": 4711, "repeats": 4712, "out": "elsewhere.png", "seed": 4713, "scope": "halves"}
     changed |= {"newlines": "some", "positions": "odd", "device": "abacus", "dtype": "float7", "samples": 4714}
     changed |= {"baseline": "nobody", "layer": 4715, "tasks": ["a", "b"], "keep": [4716]}
+    changed |= {"shares": [0.47], "tolerance": 0.18}
     known = cli.DEFAULTS[command]
+    if command in ("calibrate", "stability"):
+        del changed["out"]  # none by default
+    if command == "calibrate":
+        changed["newlines"] = ["some", "most"]
     for name, value in changed.items():
         if name in known:
             monkeypatch.setitem(known, name, value)
-            monkeypatch.setitem(cli.COMMON, name, value) if name in cli.COMMON else None
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     shown = capsys.readouterr().out
@@ -104,11 +108,11 @@ def test_tiny_yaml_equals_the_defaults():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_is_valid(path):
     from selector.evaluation import loading
-    from selector.evaluation.commands.compare import _tasks
+    from selector.evaluation.commands.common import find_tasks
 
     settings = cli._settings("compare", {"config": str(path)})
     loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
-    assert _tasks(settings["tasks"], False)  # a task whose data is not here is left out
+    assert find_tasks("compare", settings["tasks"], False)  # a task whose data is not here is left out
     names = [s for s in settings["selectors"] if "/" not in s]
     assert len(loading.load_selectors(names, loading.find_device("cpu"))) == len(names)
 
@@ -306,6 +310,76 @@ def test_bench(call, model):
     assert code == 0
     for word in ("full SVD", "prefill", "random", "of the full prefill"):
         assert word in out
+
+
+def test_calibrate_then_compare(call, model):
+    """A method's name gives a new checkpoint, a checkpoint is calibrated in place; both keep what they say."""
+    from selector import TokenSelector
+
+    common = ["--model", model, "--tasks", "documents", "scenes", "--samples", "8"]
+    options = [*common, "--shares", "0.5", "0.25", "--tolerance", "0.05"]
+    code, out, _ = call("calibrate", "lofi:rank=2", *options, "--out", "runs/lofi")
+    assert code == 0
+    assert "auto:0.25" in out
+    assert "Selector: runs/lofi" in out
+    about = TokenSelector.from_pretrained("runs/lofi").calibration.about
+    assert (about["tasks"], about["images"], about["seed"]) == ({"documents": 8, "scenes": 8}, 16, 1)
+
+    own = ["--selectors", "runs/lofi", "--seed", "1", "--no-answers"]
+    code, out, _ = call("compare", *common, *own, "--keep", "0.25", "0.5", "auto:0.25")
+    assert code == 0
+    assert "all tasks · " in out
+    results = json.loads(Path("runs/compare/results.json").read_text())
+    assert [row["keep"] for row in results["pooled"]] == [None, "0.25", "auto:0.25", "0.5"]
+    fixed, average = results["pooled"][1:3]
+    (point,) = [p for p in TokenSelector.from_pretrained("runs/lofi").calibration.points if p.share == 0.25]
+    assert average["tokens"] / average["full_tokens"] == pytest.approx(point.measured)
+    assert average["tokens"] == pytest.approx(fixed["tokens"], rel=0.06)
+    by_task = {row["task"]: row["tokens"] for row in results["rows"] if row["keep"] == "auto:0.25"}
+    assert len(set(by_task.values())) == 2  # task by task it is not a quarter
+
+    weights, card = Path("runs/lofi/model.safetensors"), Path("runs/lofi/README.md")
+    card.write_text("# mine\n")
+    before = weights.read_bytes()
+    code, out, _ = call("calibrate", "runs/lofi", *options, "--shares", "0.3", "--newlines", "none", "all")
+    assert code == 0
+    again = TokenSelector.from_pretrained("runs/lofi").calibration
+    assert [(p.share, p.newlines) for p in again.points] == [(0.3, "none"), (0.3, "all")]
+    assert (weights.read_bytes(), card.read_text()) == (before, "# mine\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lofi", "--out", "x", "--shares", "1.5"], r"shares must lie between 0 and 1, got '1\.5'"),
+        (["lofi", "--out", "x", "--shares", "half"], "shares must lie between 0 and 1, got 'half'"),
+        (["lofi", "--out", "x", "--shares", "0.5", "0.50"], r"shares must be different, 0\.50 is there twice"),
+        (["lofi", "--out", "x", "--newlines", "some"], "newlines must be of kept_rows, all, none, .* got 'some'"),
+        (["lofi", "--out", "x", "--tolerance", "2"], r"tolerance must be in \[0, 1\), got 2"),
+        (["lofi", "--out", "x", "--samples", "all"], "samples must be a number for the task 'scenes'"),
+        (["lofi"], "out must name the folder to write: 'lofi' is no folder"),
+        (["svd-prone", "--out", "x"], "unknown selector 'svd-prone'"),
+        (["divprune", "--out", "x"], r"divprune: keep='auto:0\.5' is adaptive and needs scores"),
+        (["norm:merge=nearest", "--out", "x"], "a Merge has no scores; calibrate what it is made of"),
+        (["lofi:rank=2", "--out", "x", "--shares", "0.0001"], r"share 0\.0001 .* cannot be met within 1%"),
+    ],
+)
+def test_mistakes_of_calibrate(call, model, arguments, message):
+    common = ["--model", model, "--tasks", "scenes", "--samples", "2"]
+    code, out, err = call("calibrate", *common, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.splitlines()[-1].startswith("selector calibrate: error: ")
+    assert re.search(message, err), err
+    assert not Path("x").exists()
+
+
+def test_compare_names_the_command_that_calibrates(call, model):
+    code, _, err = call("compare", "--model", model, "--selectors", "random", "--keep", "auto:0.25", "--samples", "1")
+    assert code == 2
+    assert "random: keep='auto:0.25' needs a calibrated selector" in err
+    assert "run `selector calibrate SELECTOR --shares 0.25 --out FOLDER`" in err
+    assert not list(Path().rglob("predictions.jsonl"))
 
 
 def test_list(call):

@@ -18,6 +18,7 @@ from selector.spectrum import (
     energy_rank,
     inverse_participation_ratio,
     leverage_scores,
+    ridge_leverage_scores,
     singular_values,
 )
 
@@ -153,3 +154,112 @@ def test_ipr_and_effective_rank():
 def test_energy_rank_edges():
     squares = torch.tensor([4.0, 3.0, 2.0, 1.0])
     assert [int(energy_rank(squares, e)) for e in (0.01, 0.4, 0.41, 0.7, 1.0)] == [1, 1, 2, 2, 4]
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 24), (24, 60), (40, 40)])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("alpha", [1e-6, 0.1, 1.0, 30.0])
+def test_ridge_leverage_against_the_explicit_inverse(n, d, center, alpha):
+    """At alpha 1e-6 a float32 Gram matrix would drown the ridge."""
+    matrix = decaying(n, d, mean=3.0)
+    scores = ridge_leverage_scores(matrix, alpha=alpha, center=center)
+    assert scores.dtype == torch.float32
+    np.testing.assert_allclose(scores.numpy(), references.ridge_leverage(matrix, alpha, center), atol=2e-5)
+
+
+@pytest.mark.parametrize(("n", "d"), [(576, 1024), (576, 256)])
+def test_ridge_leverage_of_a_clip_sized_matrix_in_float32(n, d):
+    matrix = decaying(n, d, power=0.8, mean=2.0)
+    np.testing.assert_allclose(ridge_leverage_scores(matrix), references.ridge_leverage(matrix), atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    n=st.integers(2, 40),
+    d=st.integers(2, 40),
+    scale=st.floats(1e-3, 1e3),
+    alpha=st.floats(1e-3, 1e2),
+)
+def test_ridge_properties(seed, n, d, scale, alpha):
+    matrix = decaying(n, d, seed=seed, mean=1.0).double()
+    scores = ridge_leverage_scores(matrix, alpha=alpha)
+    assert bool(((scores >= 0) & (scores <= 1)).all())
+    stronger = ridge_leverage_scores(matrix, alpha=1.5 * alpha)
+    assert bool((stronger < scores).all())
+    squares = singular_values(matrix, center=True).square()
+    dimension = squares / (squares + alpha * squares.sum() / d)
+    assert float(scores.sum()) == pytest.approx(float(dimension.sum()), rel=1e-6)
+    rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+    order = torch.randperm(n)
+    same = {"atol": 1e-8, "rtol": 0}
+    torch.testing.assert_close(ridge_leverage_scores(matrix @ rotation * scale, alpha=alpha), scores, **same)
+    torch.testing.assert_close(ridge_leverage_scores(matrix[order], alpha=alpha), scores[order], **same)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), n=st.integers(2, 20), d=st.integers(21, 40))
+def test_both_forms_of_the_ridge_agree(seed, n, d):
+    """Rows that do not exist make the matrix tall, and the same scores come from the other Gram matrix."""
+    matrix = decaying(n, d, seed=seed, mean=1.0)
+    tall = torch.cat([matrix, torch.full((d, d), 99.0)])
+    mask = torch.arange(n + d) < n
+    wide_scores, tall_scores = ridge_leverage_scores(matrix), ridge_leverage_scores(tall, mask=mask)
+    torch.testing.assert_close(tall_scores[:n], wide_scores, atol=1e-5, rtol=0)
+    assert not tall_scores[n:].any()
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 8), (8, 30)])
+def test_a_vanishing_ridge_is_full_leverage(n, d):
+    matrix = decaying(n, d, mean=1.0).double()
+    want, _ = references.leverage(matrix, rank=min(n - 1, d))
+    np.testing.assert_allclose(ridge_leverage_scores(matrix, alpha=1e-10), want, atol=1e-6)
+
+
+def test_ridge_leverage_of_a_batch_is_one_by_one():
+    batch = torch.stack([decaying(30, 20, power=p, seed=s) * 10.0**s for s, p in enumerate((0.5, 1.0, 2.0))])
+    mask = torch.arange(30) < torch.tensor([[30], [12], [0]])
+    scores = ridge_leverage_scores(batch, mask=mask)
+    for i, count in enumerate((30, 12)):
+        alone = ridge_leverage_scores(batch[i, :count])
+        torch.testing.assert_close(scores[i, :count], alone, atol=1e-5, rtol=0)
+        assert not scores[i, count:].any()
+    assert not scores[2].any()
+
+
+@pytest.mark.parametrize("shape", [(2, 10, 6), (2, 6, 10), (2, 1, 6)])
+@pytest.mark.parametrize("center", [True, False])
+def test_ridge_leverage_without_variance(shape, center):
+    assert not ridge_leverage_scores(torch.zeros(shape), center=center).any()
+    same = ridge_leverage_scores(torch.full(shape, 3.7), center=center)
+    rank_one = shape[2] / (shape[2] + 1) / shape[1]  # uncentred: s² / (s² + s² / D), shared by the rows
+    torch.testing.assert_close(same, torch.full(shape[:2], 0.0 if center else rank_one), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize(("n", "d"), [(20, 8), (8, 20)])
+def test_the_size_of_tokens_does_not_reach_the_ridge(size, n, d):
+    matrix = decaying(n, d)
+    torch.testing.assert_close(ridge_leverage_scores(matrix * size), ridge_leverage_scores(matrix), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (0.0, "alpha must be finite and above 0, got 0.0"),
+        (-2.0, "alpha must be finite and above 0, got -2.0"),
+        (math.inf, "alpha must be finite and above 0, got inf"),
+        (1e-15, r"alpha must be at least 8.9e-14 for rows of width 4 in float64, got 1e-15"),
+    ],
+)
+def test_bad_ridges(alpha, message):
+    with pytest.raises(ValueError, match=message):
+        ridge_leverage_scores(torch.randn(6, 4), alpha=alpha)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_ridge_leverage_refuses_non_finite_features(bad):
+    matrix = torch.ones(5, 4)
+    matrix[2, 1] = bad
+    with pytest.raises(ValueError, match="features must be finite"):
+        ridge_leverage_scores(matrix)

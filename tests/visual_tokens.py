@@ -35,6 +35,8 @@ def anyres(seed: int = 0, images: int = 2, dtype: torch.dtype = torch.float32, d
         cls_attention=draw().mul(2).softmax(1).to(dtype),
         keys=draw(6).to(dtype),
         text=draw().to(dtype),
+        question=torch.randn(images, 5, dim + 2, generator=generator).to(dtype),
+        question_mask=torch.arange(5)[None] < torch.arange(3, 3 + images).clamp(max=5)[:, None],
     )
     return replace(tokens, projected=tokens.projected * tokens.valid[..., None])
 
@@ -62,6 +64,12 @@ def only(tokens: VisualTokens, i: int) -> VisualTokens:
         for name in ("features", "projected", "cls_attention", "keys", "text")
     }
     image = torch.zeros(int(mine.sum()), dtype=torch.long)
+    if tokens.question is not None and tokens.question_mask is not None:
+        real = int(tokens.question_mask[i].sum())
+        fields |= {
+            "question": tokens.question[i : i + 1, :real],
+            "question_mask": tokens.question_mask[i : i + 1, :real],
+        }
     return VisualTokens(grid=tokens.grid, image=image, slots=torch.where(slots >= 0, slots - first, slots), **fields)
 
 
@@ -72,4 +80,5 @@ def ragged(seed: int = 0) -> VisualTokens:
     slots = both.slots.clone()
     slots[1] = torch.nn.functional.pad(short, (0, slots.shape[1] - len(short)), value=-2)
     fields = {name: getattr(both, name)[:4] for name in ("features", "projected", "cls_attention", "keys", "text")}
-    return VisualTokens(grid=both.grid, image=torch.tensor([0, 0, 0, 1]), slots=slots, **fields)
+    asked = {"question": both.question, "question_mask": both.question_mask}
+    return VisualTokens(grid=both.grid, image=torch.tensor([0, 0, 0, 1]), slots=slots, **fields, **asked)

@@ -1,6 +1,7 @@
 """Features of a small image set, encoded once and kept in memory.
 
-Encoding is on the fly by default: the features of 100,000 CLIP tiles would take 118 GB even at 16 bits.
+Encoding is on the fly by default: the features of 100,000 CLIP tiles would take 118 GB even at 16 bits. Sets too large
+for memory: `training.disk_cache`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ HELP = """\
 Train a visual-token selector on the frozen features of a vision encoder.
 
 commands
-  fit        train; writes runs/train/NAME/version_N/ with checkpoints/best.ckpt, last.ckpt, config.yaml, metrics.csv
+  fit        train; writes runs/train/NAME/version_N/ with checkpoints/best.ckpt (the best validation), last.ckpt (the
+             last one; Ctrl-C or SIGTERM: the step under way), config.yaml, metrics.csv
   validate   compare the rankings on the validation images: --config ... --ckpt_path best.ckpt of a run
   test       the same on the test images
   export     write a checkpoint as a selector folder: selector-train export CKPT FOLDER
@@ -31,8 +32,15 @@ examples
   selector-train fit --config configs/train/tiny.yaml --data.images PHOTOS     your images
   selector-train fit --config configs/train/timm.yaml --model.encoder.init_args.name vit_base_patch16_clip_224.openai
   selector-train fit --config configs/train/tiny.yaml --trainer.fast_dev_run true
-  selector-train fit --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt         go on with a run
+  selector-train fit --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt         go on with a run, as if it
+                                                                                had never stopped, in a new version_N
+  selector-train fit --config configs/train/llava-next.yaml --data.images PHOTOS --data.cache_dir CACHE
   selector-train export runs/train/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector
+
+encode once instead of at every step
+  --data.cache_features true    features in memory, for small sets
+  --data.cache_dir CACHE        features on disk, for large ones; read again by later runs, goes on where it was stopped
+  --data.cache_dtype float32    how they are stored there (default: bfloat16, half the room)
 
 flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --trainer.precision bf16-mixed ...
   selector-train fit --help                            every argument
@@ -67,23 +75,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _found(arguments: list[str]) -> list[str]:
-    """The arguments with each ``--config`` that is no file here, but one of the repository, as the latter."""
-    root = Path(__file__).resolve().parent.parent
-    found = list(arguments)
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--config" and equals:
-            prefix, place = "--config=", i
-        elif argument == "--config" and i + 1 < len(arguments):
-            prefix, place, value = "", i + 1, arguments[i + 1]
-        else:
-            continue
-        if not Path(value).exists() and (root / value).is_file():
-            found[place] = f"{prefix}{root / value}"
-    return found
-
-
 def _export(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="selector-train export", description="Write a checkpoint as a selector folder."
@@ -101,9 +92,10 @@ def _export(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> LightningCLI:
     """Runs one Lightning command; returns the CLI object (its `trainer`, `model` and `datamodule`)."""
-    from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+    from training import answers  # noqa: F401 (objectives can be named in YAML once their classes are known)
+    from training.checkpoints import BestCheckpoint, LastCheckpoint
     from training.data import ImageModule
     from training.module import SelectorModule
 
@@ -128,16 +120,31 @@ def run(arguments: list[str]) -> LightningCLI:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")  # it is: see main
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen encoder
     warnings.filterwarnings("ignore", ".*dirpath has changed from.*")  # a resumed run writes to a version of its own
-    checkpoints = ModelCheckpoint(monitor="val/rec_learned", mode="min", filename="best", save_last=True)
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # the data module is: see its state
     return SelectorCLI(
         SelectorModule,
         ImageModule,
-        args=_found(arguments),
+        args=_with_configs(arguments),
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [checkpoints], "log_every_n_steps": 10},
+        trainer_defaults={"callbacks": [BestCheckpoint(), LastCheckpoint()], "log_every_n_steps": 10},
         parser_kwargs={"prog": "selector-train"},
         auto_configure_optimizers=False,
     )
+
+
+def _with_configs(arguments: list[str]) -> list[str]:
+    """Configs that are not below the current folder, but in the repository installed here, by their full path."""
+    root = Path(__file__).resolve().parent.parent
+    found = list(arguments)
+    for place, argument in enumerate(arguments):
+        flag, sign, name = argument.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        if not sign and place + 1 < len(arguments):
+            place, name = place + 1, arguments[place + 1]
+        if name and not Path(name).is_file() and (root / name).is_file():
+            found[place] = f"{flag}={root / name}" if sign else str(root / name)
+    return found
 
 
 def _loggers(root: str, name: str, wandb: str) -> list[Any]:

@@ -1,9 +1,11 @@
-"""Validation of a ranking: the deterministic top-K against training-free ones, by one reconstructor.
+"""Validation of a ranking: the deterministic top-K against training-free ones.
 
 Training sees noisy masks, which can look fine while the ranking behind them is upside down. So what is measured here
-is what inference will do: the highest scores survive, no noise. The lower the error of the dropped tokens, the better.
+is what inference will do: the highest scores survive, no noise. By one reconstructor for all rankings (the lower the
+error of the dropped tokens, the better), or by the frozen model's answers (the closer to its answers with all tokens,
+the better).
 
-Shapes: B tiles, N patches, D encoder width.
+Shapes: B tiles, N patches per tile, C channels of the table, L packed slots.
 """
 
 from __future__ import annotations
@@ -17,19 +19,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from selector.base import ScoreSelector
 from selector.budget import Budget
 from selector.errors import RankingError as RankingError
-from selector.methods.gumbel import GumbelSelector
 from selector.methods.norm import Norm
+from selector.methods.ridge_leverage import RidgeLeverage
 from selector.methods.svd_prune import SVDPrune
 from selector.methods.uniform import Uniform
+from selector.table import TableSelector
 from selector.tokens import VisualTokens
 from training.autoencoder import Reconstructor
 from training.losses import dropped_mean, token_error
+from training.objectives import Step
 from training.schedules import gumbel_top_k
 
 RIVALS = {"leverage": lambda: SVDPrune(matrix="tile"), "norm": lambda: Norm(largest=False), "uniform": Uniform}
 RANKERS = ("learned", "random", *RIVALS)
+ANSWER_RIVALS = {"leverage": RidgeLeverage}
 
 
 class RankingComparison(nn.Module):
@@ -57,14 +63,15 @@ class RankingComparison(nn.Module):
 
     def measure(
         self,
-        selector: GumbelSelector,
+        selector: TableSelector,
         reconstructor: Reconstructor,
         tokens: VisualTokens,
         noise: Callable[[int], torch.Generator],
     ) -> Iterator[tuple[str, MeanMetric]]:
         """Updates every meter with a batch; yields (name, meter), for the logger. `noise(i)` is a seeded generator."""
         features = tokens.features
-        target = selector.normalized(features)
+        target = selector.table(tokens)
+        tiles = VisualTokens.from_features(features, tokens.grid)  # every tile has the same budget
         scores = {
             "learned": selector.score(tokens).float(),
             "random": torch.rand(features.shape[:2], generator=noise(0)).to(features),
@@ -73,7 +80,7 @@ class RankingComparison(nn.Module):
             budget, at = Budget(share, newlines="none"), percent(share)
             for ranker in RANKERS:
                 rival = ranker in RIVALS
-                mask = self.rivals[ranker](tokens, budget) if rival else budget.select(scores[ranker], tokens)
+                mask = self.rivals[ranker](tiles, budget) if rival else budget.select(scores[ranker], tiles)
                 mask = mask.float()
                 rebuilt = reconstructor(target, mask).float()
                 error = dropped_mean(token_error(rebuilt, target), mask)
@@ -91,6 +98,10 @@ class RankingComparison(nn.Module):
         """What the meters say, by name."""
         return {name: float(self._meter(name).compute()) for name in self.names}
 
+    def criterion(self, seen: dict[str, float]) -> float:
+        """What checkpoints are chosen by: the learned ranking's mean error."""
+        return seen["rec_learned"]
+
     def losses_to_random(self, seen: dict[str, float]) -> list[str]:
         """The shares at which the learned ranking lost, with both errors."""
         found = []
@@ -107,6 +118,80 @@ class RankingComparison(nn.Module):
         meter = self._meter(name)
         meter.update(value, weight)
         return name, meter
+
+
+class AnswerComparison(nn.Module):
+    """Meters of a validation by answers: `kl_RANKER_PERCENT` (nats per token of the answer, from the model with all
+    tokens), `same_RANKER_PERCENT` (share of answers that stay the same, token by token), and their means.
+
+    A question counts once, and an image's tokens are ranked together as in a comparison: the budget is a share of all
+    its visual tokens, newlines included.
+
+    Args:
+        shares: shares of an image's tokens that are kept, each in (0, 1).
+    """
+
+    RANKERS = ("learned", "random", *ANSWER_RIVALS)
+
+    def __init__(self, shares: Sequence[float]):
+        super().__init__()
+        self.shares = tuple(shares)
+        self.names = [f"{what}_{r}_{percent(at)}" for what in ("kl", "same") for r in self.RANKERS for at in shares]
+        self.names += [f"{what}_{r}" for what in ("kl", "same") for r in self.RANKERS]
+        self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self.names})
+        self.rivals = nn.ModuleDict({name: make() for name, make in ANSWER_RIVALS.items()})
+
+    def measure(self, step: Step, noise: Callable[[int], torch.Generator]) -> Iterator[tuple[str, MeanMetric]]:
+        """Updates every meter with the questions about an image; yields (name, meter), for the logger."""
+        tokens, learned = step.tokens, step.slot_scores.detach()
+        language, taught, encoded = step.asked()
+        questions = list(range(len(taught.log_probs)))
+        rankings: dict[str, list[tuple[Tensor, list[int]]]] = {
+            # One ranking for all questions, or one for each.
+            "learned": [(tokens.unpacked(row[None]), [i]) for i, row in enumerate(learned)]
+            if len(learned) > 1
+            else [(tokens.unpacked(learned), questions)],
+            "random": [(torch.rand(tokens.valid.shape, generator=noise(0)).to(learned), questions)],
+        }
+        for share in self.shares:
+            budget = Budget(share)
+            for ranker in self.RANKERS:
+                passes = rankings.get(ranker)
+                if passes is None:
+                    passes = [(cast("ScoreSelector", self.rivals[ranker]).score(tokens), questions)]
+                for scores, asked in passes:
+                    keep = budget.select(scores, tokens)[0]
+                    said = language.answer_log_probs(encoded, taught.conversation, asked, keep=keep)
+                    for index, logs in zip(asked, said, strict=True):
+                        truth = taught.log_probs[index]
+                        divergence = (truth.exp() * (truth - logs)).sum(-1).mean()
+                        same = (truth.argmax(-1) == logs.argmax(-1)).all().float()
+                        yield from self._update(ranker, share, divergence, same)
+
+    def values(self) -> dict[str, float]:
+        """What the meters say, by name."""
+        return {name: float(cast("MeanMetric", self.meters[_key(name)]).compute()) for name in self.names}
+
+    def criterion(self, seen: dict[str, float]) -> float:
+        """What checkpoints are chosen by: the learned ranking's mean divergence."""
+        return seen["kl_learned"]
+
+    def losses_to_random(self, seen: dict[str, float]) -> list[str]:
+        """The shares at which the learned ranking lost, with both divergences."""
+        return [
+            f"{at}% kept (KL learned {ours:.4g}, random {theirs:.4g})"
+            for at in map(percent, self.shares)
+            if (ours := seen[f"kl_learned_{at}"]) > (theirs := seen[f"kl_random_{at}"])
+        ]
+
+    def _update(
+        self, ranker: str, share: float, divergence: Float[Tensor, ""], same: Float[Tensor, ""]
+    ) -> Iterator[tuple[str, MeanMetric]]:
+        for what, value in (("kl", divergence), ("same", same)):
+            for name in (f"{what}_{ranker}_{percent(share)}", f"{what}_{ranker}"):
+                meter = cast("MeanMetric", self.meters[_key(name)])
+                meter.update(value)
+                yield name, meter
 
 
 def _agreement(

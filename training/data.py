@@ -1,17 +1,22 @@
-"""Images to train on: a folder, or generated pages that need no file at all.
+"""Images to train on, and what is asked about them: a folder, or generated pages that need no file at all.
 
-A row of the dataset is one image, already cut into the encoder's pixel tiles ``[T, 3, H, W]``; a batch is the tiles of
-`batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every tile
-is one training example. With `cache_features` the tiles are encoded once and batches hold features ``[T, N, D]``.
+For a selector that learns from answers a row of the dataset is a conversation about one image, and a batch is a list
+of them. Otherwise a row is one image, already cut into the encoder's pixel tiles ``[T, 3, H, W]``; a batch is the tiles
+of `batch_size` images, one under the other, so its height varies where images have different numbers of tiles. Every
+tile is one training example. With `cache_features` or `cache_dir` the tiles are encoded once, and batches hold features
+``[T, N, D]``: from memory (`training.cache`) or from a folder (`training.disk_cache`).
 
 How a folder is split: `training.image_folder`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from PIL import Image
@@ -20,11 +25,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from training.cache import FeatureCache
-from training.encoders import Preprocess, VisionEncoder
-from training.image_folder import ImageFile, credits, even_sample, list_images, split_by_hash
+from training.conversations import Conversation, Converse
+from training.disk_cache import StoredType, disk_cache
+from training.encoders import LlavaNextModel, Preprocess, VisionEncoder
+from training.image_folder import (
+    ImageFile,
+    credits,
+    digest_files,
+    even_sample,
+    list_images,
+    questions_of,
+    split_by_hash,
+)
 
-Generated = Literal["documents", "scenes", "charts", "mixed"]
 MIXED = ("documents", "scenes", "charts")
+KINDS = (*MIXED, "receipts")
+"""Generated pages, and windows of real receipts (they need the environment variable SELECTOR_DATA)."""
+
+Turns = tuple[tuple[str, str | None], ...]
+"""Questions and answers; None: not known."""
 
 
 class ImageModule(LightningDataModule):
@@ -38,12 +57,17 @@ class ImageModule(LightningDataModule):
         val_images: the same of the held-out images in validation; `test` takes all of them.
         skip_unreadable: leave out files that cannot be decoded, and say how many, instead of stopping at the first;
             costs one pass over the folder.
-        generated: what to draw without a folder: pages of text, scenes of shapes, charts, or all in turn.
+        generated: what to draw without a folder: ``documents``, ``scenes``, ``charts`` or ``receipts`` (windows of real
+            receipts, where the environment variable SELECTOR_DATA names them), several of them in turn, joined by "+"
+            (``documents+documents+charts``), or ``mixed`` for documents, scenes and charts.
         generated_train: number of generated training images.
         generated_val: number of generated images for validation, and as many others for `test`.
         batch_size: images a step and process; an AnyRes image brings all its tiles.
         workers: loader processes.
         cache_features: encode every image once and keep the features in memory (small sets only).
+        cache_dir: folder to keep the features in, encoded once and read by every later run on the same images and
+            encoder; `cache_features` then has no part in it. An interrupted encoding goes on where it was.
+        cache_dtype: how `cache_dir` stores them; bfloat16 takes half the room.
         seed: of the generated pages and of the order of images.
     """
 
@@ -54,19 +78,28 @@ class ImageModule(LightningDataModule):
         train_images: int | None = None,
         val_images: int | None = None,
         skip_unreadable: bool = False,
-        generated: Generated = "mixed",
+        generated: str = "mixed",
         generated_train: int = 1200,
         generated_val: int = 100,
         batch_size: int = 8,
         workers: int = 0,
         cache_features: bool = False,
+        cache_dir: str | None = None,
+        cache_dtype: StoredType = "bfloat16",
         seed: int = 0,
     ):
         super().__init__()
         if not 0 < val_share < 1:
             raise ValueError(f"data.val_share must be in (0, 1), got {val_share}")
-        if generated not in get_args(Generated):
-            raise ValueError(f"data.generated must be one of {get_args(Generated)}, got {generated!r}")
+        kinds = MIXED if generated == "mixed" else tuple(generated.split("+"))
+        if not set(kinds) <= set(KINDS):
+            raise ValueError(
+                f"data.generated must be 'mixed' or one or more of {KINDS} joined by '+', got {generated!r}"
+            )
+        if cache_dtype not in get_args(StoredType):
+            raise ValueError(f"data.cache_dtype must be one of {get_args(StoredType)}, got {cache_dtype!r}")
+        if cache_dir == "":
+            raise ValueError("data.cache_dir must name a folder, got ''")
         for name, number in (
             ("generated_train", generated_train),
             ("generated_val", generated_val),
@@ -80,11 +113,19 @@ class ImageModule(LightningDataModule):
             raise ValueError("data.images must be a folder where data.train_images or data.val_images is given")
         self.images, self.val_share, self.skip_unreadable = images, val_share, skip_unreadable
         self.train_images, self.val_images = train_images, val_images
-        self.generated, self.generated_train, self.generated_val = generated, generated_train, generated_val
+        self.kinds, self.generated, self.generated_train, self.generated_val = (
+            kinds,
+            generated,
+            generated_train,
+            generated_val,
+        )
         self.batch_size, self.workers, self.cache_features, self.seed = batch_size, workers, cache_features, seed
-        self._sets: dict[str, Dataset[Tensor]] = {}
+        self.cache_dir = cache_dir
+        self.cache_dtype: StoredType = cache_dtype
+        self._sets: dict[str, Dataset[Any]] = {}
         self._paths: list[Path] | None = None
         self._credits: str | None = None
+        self._batches_done = 0  # of the epoch that a checkpoint was written in
 
     def describe(self) -> str:
         """For the model card."""
@@ -97,11 +138,20 @@ class ImageModule(LightningDataModule):
     def credits(self) -> str:
         """For the model card: sources and licences of the images trained on, in Markdown; empty without any."""
         if self._credits is None:
-            self._credits = credits(self.images, self._split("train")) if self.images else ""
+            self._credits = credits(self.images, self._split("train")) if self.images else self._credits_of_scans()
         return self._credits
 
+    def _credits_of_scans(self) -> str:
+        """Windows of receipts are images of a folder too."""
+        if "receipts" not in self.kinds:
+            return ""
+        from selector.evaluation.tasks.scans import receipts
+
+        files = [receipt.file for receipt in receipts(None) if receipt.split == "train"]
+        return credits(files[0].parent.parent, files)
+
     def setup(self, stage: str) -> None:
-        """Lists (and with `cache_features` encodes) what the stage needs; errors in the data surface here."""
+        """Lists (and with a cache encodes) what the stage needs; errors in the data surface here."""
         assert self.trainer is not None  # for the type checker: Lightning sets it before
         encoder = cast("VisionEncoder", self.trainer.lightning_module.encoder)
         self.credits()  # a file that cannot be read is better found before training than at its first checkpoint
@@ -110,15 +160,77 @@ class ImageModule(LightningDataModule):
             if split not in self._sets:
                 self._sets[split] = self._dataset(split, encoder)
 
-    def _dataset(self, split: str, encoder: VisionEncoder) -> Dataset[Tensor]:
-        load: Sequence[Callable[[], Image.Image]]
-        if self.images is not None:
-            load = [ImageFile(path) for path in self._split(split)]
-        else:
-            count = self.generated_train if split == "train" else self.generated_val
-            load = [_Page(self.generated, split, self.seed, index) for index in range(count)]
-        tiles = TileDataset(load, encoder.preprocess)
+    def _dataset(self, split: str, encoder: VisionEncoder) -> Dataset[Any]:
+        if self._asks():
+            return self._conversations(split, encoder)
+        tiles = TileDataset(self._loaders(split), encoder.preprocess)
+        if self.cache_dir is not None:
+            return self._on_disk(split, tiles, encoder)
         return FeatureCache(tiles, encoder) if self.cache_features else tiles
+
+    def _loaders(self, split: str) -> Sequence[Callable[[], Image.Image]]:
+        """What makes the images of a split, one by one."""
+        if self.images is not None:
+            return [ImageFile(path) for path in self._split(split)]
+        return [_PageImage(page) for page in self._pages(split)]
+
+    def _on_disk(self, split: str, tiles: TileDataset, encoder: VisionEncoder) -> Dataset[Tensor]:
+        assert self.trainer is not None  # for the type checker
+        assert self.cache_dir is not None
+        return disk_cache(
+            self.cache_dir,
+            tiles,
+            encoder,
+            self._contents(split, tiles),
+            self.cache_dtype,
+            device=self.trainer.strategy.root_device,  # where Lightning will move the encoder only later
+            workers=self.workers,
+            verify=self.trainer.local_rank == 0,
+        )
+
+    def _contents(self, split: str, tiles: TileDataset) -> dict[str, Any]:
+        """Plain values that change whenever an image of the split does."""
+        if self.images is not None:
+            names = [path.relative_to(self.images).as_posix() for path in self._split(split)]
+            return {"files": len(names), "digest": digest_files(self.images, names)}
+        pages = hashlib.sha256()
+        for load in tiles.load[:6]:  # what the generator draws, so that a changed one is another
+            pages.update(load().tobytes())
+        return {
+            "generated": self.generated,
+            "split": split,
+            "seed": self.seed,
+            "pages": len(tiles),
+            "digest": pages.hexdigest()[:16],
+        }
+
+    def _conversations(self, split: str, encoder: VisionEncoder) -> Dataset[Any]:
+        if not isinstance(encoder, LlavaNextModel):
+            raise ValueError(f"model.encoder must be a LlavaNextModel to ask questions, got {type(encoder).__name__}")
+        if self.cache_features or self.cache_dir is not None:
+            raise ValueError(
+                "data.cache_features must be false and data.cache_dir unset where questions are asked: "
+                "the image itself is needed"
+            )
+        pages: Sequence[Callable[[], Asked]]
+        if self.images is None:
+            pages = self._pages(split)
+        else:
+            asked = questions_of(self._split(split))
+            pages = [_AskedFile(ImageFile(path), turns) for path, turns in asked.items() if turns]
+            if not pages:
+                raise ValueError(
+                    f"data.images must hold questions to learn from answers: no image of {self.images!r} ({split}) has "
+                    "`qa` in an annotations.jsonl beside it"
+                )
+        return ConversationDataset(pages, encoder.converse)
+
+    def _pages(self, split: str) -> list[_Page]:
+        count = self.generated_train if split == "train" else self.generated_val
+        return [_Page(self.kinds[index % len(self.kinds)], split, self.seed, index) for index in range(count)]
+
+    def _asks(self) -> bool:
+        return bool(self.trainer and getattr(self.trainer.lightning_module, "asks", False))
 
     def _split(self, split: str) -> list[Path]:
         if self.images is None:
@@ -130,29 +242,61 @@ class ImageModule(LightningDataModule):
             return even_sample(train, self.train_images)
         return even_sample(held_out, self.val_images if split == "val" else None)
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None  # for the type checker
         # One sampler for any number of processes; its order depends on seed and epoch alone: a resumed run repeats it.
-        sampler = DistributedSampler(
+        sampler = ResumableSampler(
             self._sets["train"], self.trainer.world_size, self.trainer.global_rank, shuffle=True, seed=self.seed
         )
+        sampler.start, self._batches_done = self._batches_done * self.batch_size, 0
         return self._loader("train", sampler)
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch has come, in batches: a checkpoint written within an epoch goes on from there."""
+        assert self.trainer is not None  # for the type checker
+        progress = cast("Any", self.trainer.fit_loop.epoch_loop.batch_progress.current)
+        return {"batches_done": progress.processed % int(self.trainer.num_training_batches)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batches_done = state_dict["batches_done"]
+
+    def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val", None)
 
-    def test_dataloader(self) -> DataLoader[Tensor]:
+    def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test", None)
 
-    def _loader(self, split: str, sampler: DistributedSampler | None) -> DataLoader[Tensor]:
-        return DataLoader(
+    def _loader(self, split: str, sampler: DistributedSampler | None) -> DataLoader[Any]:
+        return LateLoader(
             self._sets[split],
             self.batch_size,
             sampler=sampler,
             num_workers=self.workers,
-            collate_fn=torch.cat,
+            collate_fn=list if self._asks() else torch.cat,
             persistent_workers=self.workers > 0,
         )
+
+
+class LateLoader(DataLoader[Tensor]):
+    """Asks the sampler for its order with the first batch, not before.
+
+    Lightning makes the first iterator before a resumed run knows its epoch, and workers start on it at once: without
+    this they load the images in the order of epoch 0.
+    """
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+class ResumableSampler(DistributedSampler[Any]):
+    """Leaves out the first `start` images of this process in the first epoch it is asked for."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = list(super().__iter__())
+        start, self.start = self.start, 0
+        return iter(indices[start:])
 
 
 class TileDataset(Dataset[Tensor]):
@@ -168,15 +312,70 @@ class TileDataset(Dataset[Tensor]):
         return self.preprocess(self.load[index]())
 
 
+@dataclass(frozen=True)
+class Asked:
+    """An image and what is asked about it."""
+
+    image: Image.Image
+    turns: Turns
+
+
+class ConversationDataset(Dataset[Conversation]):
+    """Images and their questions as a model reads them."""
+
+    def __init__(self, pages: Sequence[Callable[[], Asked]], converse: Converse):
+        self.pages, self.converse = pages, converse
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def __getitem__(self, index: int) -> Conversation:
+        asked = self.pages[index]()
+        return self.converse(asked.image, asked.turns)
+
+
+class _AskedFile:
+    """One image of a folder with the questions about it."""
+
+    def __init__(self, load: ImageFile, turns: Turns):
+        self.load, self.turns = load, turns
+
+    def __call__(self) -> Asked:
+        return Asked(self.load(), self.turns)
+
+
 class _Page:
-    """One generated page; validation pages come from another seed, test pages from the test stream."""
+    """One generated page; validation pages come from another seed, test pages from the test stream.
+
+    It is drawn once and kept as a PNG: a window of a receipt takes longer to make than a step of training.
+    """
 
     def __init__(self, kind: str, split: str, seed: int, index: int):
         self.kind, self.split, self.index = kind, split, index
         self.seed = seed + 1_000_003 if split == "val" else seed
+        self._drawn: tuple[bytes, Turns] | None = None
 
-    def __call__(self) -> Image.Image:
+    def __call__(self) -> Asked:
+        if self._drawn is None:
+            self._drawn = self._draw()
+        png, turns = self._drawn
+        with Image.open(io.BytesIO(png)) as image:
+            return Asked(image.convert("RGB"), turns)
+
+    def _draw(self) -> tuple[bytes, Turns]:
         from selector.evaluation.tasks import generator
 
-        kind = MIXED[self.index % len(MIXED)] if self.kind == "mixed" else self.kind
-        return generator(kind).page("test" if self.split == "test" else "train", self.seed, self.index).image
+        page = generator(self.kind).page("test" if self.split == "test" else "train", self.seed, self.index)
+        png = io.BytesIO()
+        page.image.save(png, "PNG", compress_level=1)
+        return png.getvalue(), tuple((turn.question, turn.answer) for turn in page.turns)
+
+
+class _PageImage:
+    """The image of a page alone."""
+
+    def __init__(self, page: _Page):
+        self.page = page
+
+    def __call__(self) -> Image.Image:
+        return self.page().image

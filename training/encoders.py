@@ -5,6 +5,7 @@ and input size), and ``forward`` returns what a selector will read at inference:
 patches, prefix tokens (CLS, registers) removed.
 
     LlavaNextEncoder      the tower inside a LLaVA-NeXT; images become AnyRes tiles exactly as its processor makes them
+    LlavaNextModel        a whole LLaVA-NeXT, for a selector that learns from its answers
     TransformersEncoder   CLIP, SigLIP, DINOv2, ViT, ... from a model folder (or a hub name)
     TimmEncoder           any timm model with patch features
 
@@ -17,12 +18,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
+
+from selector.evaluation.loading import find_folder
+from selector.models import Encoded, encode
+from selector.table import Inputs
+from training.conversations import Conversation, Converse
 
 Preprocess = Callable[[Image.Image], Tensor]
 """An RGB image to its pixel tiles ``[T, 3, H, W]``; picklable, so that loader workers can run it."""
@@ -57,6 +63,18 @@ class VisionEncoder(nn.Module, ABC):
     @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
         return self.encode(pixels)
+
+    def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
+        """The features as a language model would see them; only a vision-language model's encoder can tell."""
+        raise ValueError(f"{self.name} has no projector: a selector of its features needs model.inputs features")
+
+    def width_of(self, inputs: Inputs) -> int:
+        """Channels of the table that a selector with these inputs reads."""
+        if inputs == "features":
+            return self.dim
+        blank = torch.zeros(1, self.num_patches, self.dim, device=next(self.parameters()).device)
+        projected = self.project(blank).shape[-1]
+        return projected if inputs == "projected" else self.dim + projected
 
     @property
     def num_patches(self) -> int:
@@ -104,7 +122,7 @@ class LlavaNextEncoder(VisionEncoder):
         super().__init__()
         from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
 
-        _must_exist(path, "path")
+        path = _find(path, "path")
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "llava_next":
             raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {config.model_type!r}")
@@ -125,6 +143,7 @@ class LlavaNextEncoder(VisionEncoder):
         self.path, self.backend = path, backend
         self.name = f"{Path(path).name} vision tower, layer {config.vision_feature_layer}"
         self.tower = model.model.vision_tower
+        self.projector = model.model.multi_modal_projector
         self.layer = config.vision_feature_layer
         self.prefix = 1 if config.vision_feature_select_strategy == "default" else 0
         self.patch = config.vision_config.patch_size
@@ -135,6 +154,73 @@ class LlavaNextEncoder(VisionEncoder):
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states[self.layer][:, self.prefix :]
         self.grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
         return hidden
+
+    @torch.no_grad()
+    def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
+        return self.projector(features)
+
+
+class LlavaNextModel(VisionEncoder):
+    """A whole LLaVA-NeXT, frozen: its tower as above, and its language model to learn from.
+
+    Args:
+        path: folder (or hub name) of the LLaVA-NeXT, with its processor.
+        backend: of the image processor; "pil" gives the same pixels everywhere.
+        dtype: of the frozen weights; the selector itself stays in float32.
+        gradient_checkpointing: compute the language model's layers again in the backward pass instead of keeping what
+            they computed: memory for time.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        backend: str = "pil",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
+
+        path = _find(path, "path")
+        if (kind := AutoConfig.from_pretrained(path).model_type) != "llava_next":
+            raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {kind!r}")
+        with _quiet():
+            loaded: Any = LlavaNextForConditionalGeneration
+            self.model: Any = loaded.from_pretrained(path, dtype=getattr(torch, dtype))
+        processor = AutoProcessor.from_pretrained(path, backend=backend)
+        config = self.model.config
+        self.path, self.backend, self.dtype = path, backend, dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.name = f"{Path(path).name}, layer {config.vision_feature_layer}"
+        self.layer, self.patch = config.vision_feature_layer, config.vision_config.patch_size
+        self.prefix = 1 if config.vision_feature_select_strategy == "default" else 0
+        self.preprocess = ProcessorTiles(processor.image_processor)
+        self.converse = Converse(processor, config.image_token_id)
+        if gradient_checkpointing:
+            self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._freeze()
+
+    @property
+    def question_dim(self) -> int:
+        """Width of the embeddings of a question."""
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        tower = self.model.model.vision_tower
+        hidden = tower(pixels.to(self.model.dtype), output_hidden_states=True).hidden_states[self.layer]
+        self.grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
+        return hidden[:, self.prefix :]
+
+    @torch.no_grad()
+    def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
+        return self.model.model.multi_modal_projector(features.to(self.model.dtype)).float()
+
+    @torch.no_grad()
+    def encoded(self, conversation: Conversation, needs: frozenset[str]) -> Encoded:
+        """The image of a conversation, as the model's own code encodes it; the question is left to the caller."""
+        found = encode(self.model, {**conversation.pixels, "input_ids": None}, needs - {"question"})
+        assert found is not None  # for the type checker: there are pixels
+        return found
 
 
 class TransformersEncoder(VisionEncoder):
@@ -150,7 +236,7 @@ class TransformersEncoder(VisionEncoder):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModel
 
-        _must_exist(path, "path")
+        path = _find(path, "path")
         with _quiet():
             model = AutoModel.from_pretrained(path, dtype=torch.float32)
             self.preprocess = ProcessorTiles(AutoImageProcessor.from_pretrained(path, backend=backend))
@@ -250,8 +336,13 @@ class _quiet:
             logging.enable_progress_bar()
 
 
-def _must_exist(path: str, argument: str) -> None:
-    """A path that looks local must be there; otherwise it would be taken for a hub name and fail obscurely."""
+def _find(path: str, argument: str) -> str:
+    """A model folder: from the current folder, else from the root of the repository installed here; or a hub name.
+
+    A path that looks local must be there; otherwise it would be taken for a hub name and fail obscurely.
+    """
     local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.split("/")[0] == "checkpoints"
-    if local and not Path(path).is_dir():
+    found = find_folder(path)
+    if local and found is None:
         raise FileNotFoundError(f"{argument} must be a model folder, got {path!r}, which does not exist")
+    return path if found is None else str(found)

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 
 PREFIX = "selector."
+_RULES = {
+    "GumbelSelector": "it ranks the patches of each tile, as in arXiv 2503.16660.",
+    "ImageTransformer": "it ranks all patches of an image together, base view and tiles.",
+}
 
 
 def export(
@@ -33,21 +37,25 @@ def export(
         ValueError: not a checkpoint of this package, or tensors missing, left over or misshapen.
     """
     from selector.methods.gumbel import GumbelSelector
+    from selector.methods.image_transformer import ImageTransformer
 
     state = _read(Path(checkpoint))
     about = state["selector"]
-    told = ("encoder", "data", "objective", "steps", "tokens_per_s", "validation")
+    told = ("class", "encoder", "data", "objective", "steps", "tokens_per_s", "validation")
     if missing := [name for name in told if name not in about]:
         raise ValueError(f"checkpoint {checkpoint} was written by another version: it does not tell {missing}")
+    classes = {cls.__name__: cls for cls in (GumbelSelector, ImageTransformer)}
+    if about["class"] not in [*classes]:  # a list: whatever the file holds can be compared, but not hashed
+        raise ValueError(f"checkpoint {checkpoint} holds a {about['class']}, which is none of {', '.join(classes)}")
     try:
-        selector = GumbelSelector(**about["init_args"])
+        selector = classes[about["class"]](**about["init_args"])
     except (KeyError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"checkpoint {checkpoint} holds no arguments of a GumbelSelector: {error!r}") from error
+        raise ValueError(f"checkpoint {checkpoint} holds no arguments of a {about['class']}: {error!r}") from error
     weights = {name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)}
     try:
         selector.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"checkpoint {checkpoint} does not fit a GumbelSelector: {error}") from error
+        raise ValueError(f"checkpoint {checkpoint} does not fit a {about['class']}: {error}") from error
     metadata = {name: about[name] for name in told}
     metadata["torch"] = str(torch.__version__)
     config = _run_config(Path(checkpoint))
@@ -73,8 +81,7 @@ def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | 
         "---",
         f"# {name}",
         "",
-        "A learned visual-token selector (GumbelSelector, after arXiv 2503.16660): it ranks the patches of a tile by",
-        "how badly the others reconstruct them, and the highest survive.",
+        f"A learned visual-token selector ({about['class']}): {_RULES[about['class']]} The highest scores survive.",
         "",
         "```python",
         "from selector import TokenSelector",
@@ -94,14 +101,41 @@ def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | 
         lines.append(f"| made with | `{command}` |")
     if has_yaml:
         lines.append("| every setting | `training.yaml`, as Lightning resolved it |")
-    return "\n".join([*lines, "", *_validation_table(about["validation"])]) + "\n"
+    tables = [*_validation_table(about["validation"]), *_answer_table(about["validation"])]
+    if not tables:
+        tables = ["The checkpoint was written before any validation."]
+    return "\n".join([*lines, "", *tables]) + "\n"
+
+
+def _answer_table(seen: dict[str, float]) -> list[str]:
+    """Divergence from the unpruned model's answers, and answers that stay the same, per ranking and kept share."""
+    shares = [name.removeprefix("kl_learned_") for name in seen if name.startswith("kl_learned_")]
+    measured = [name.removeprefix("kl_").rpartition("_") for name in seen if name.startswith("kl_")]
+    rankers = list(dict.fromkeys(ranker for ranker, _, share in measured if share in shares))
+    if not shares:
+        return []
+    rows = [
+        f"| {ranker} | "
+        + " | ".join(f"{seen[f'kl_{ranker}_{at}']:.3f} / {100 * seen[f'same_{ranker}_{at}']:.0f}" for at in shares)
+        + " |"
+        for ranker in rankers
+    ]
+    return [
+        "",
+        "On held-out pages, against the model with all visual tokens: KL of the answers (nats per token; lower is",
+        "better) / answers that stay the same, token by token, in %:",
+        "",
+        "| kept | " + " | ".join(f"{share}%" for share in shares) + " |",
+        "|---|" + "---|" * len(shares),
+        *rows,
+    ]
 
 
 def _validation_table(seen: dict[str, float]) -> list[str]:
     """Reconstruction error of dropped tokens by the same reconstructor, for each ranking and kept share."""
     shares = [name.removeprefix("rec_learned_") for name in seen if name.startswith("rec_learned_")]
     if not shares:
-        return ["The checkpoint was written before any validation."]
+        return []
     measured = [name.removeprefix("rec_").rpartition("_") for name in seen if name.startswith("rec_")]
     rankers = list(dict.fromkeys(ranker for ranker, _, share in measured if share in shares))
     rows = [

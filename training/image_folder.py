@@ -6,6 +6,7 @@ A folder is split by a hash of each file's name, so that the split does not chan
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -15,7 +16,7 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
 from selector.errors import UnreadableImage
-from selector.evaluation.tasks.folder import ANNOTATIONS, read_annotations, split_place
+from selector.evaluation.tasks.folder import ANNOTATIONS, answer_of, read_annotations, split_place
 from selector.images import open_image
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -82,6 +83,31 @@ def even_sample(paths: Sequence[Path], count: int | None) -> list[Path]:
     turns = zip_longest(*(folders[name] for name in sorted(folders)))
     chosen = set([path for path in chain.from_iterable(turns) if path is not None][:count])
     return [path for path in paths if path in chosen]
+
+
+def questions_of(paths: Sequence[Path]) -> dict[Path, tuple[tuple[str, str | None], ...]]:
+    """Questions about each image with their answers (None where there is none), from the annotations beside it.
+
+    Raises:
+        UsageError: annotations that break a rule, with the line.
+    """
+    places = {path.parent: _annotated(path.parent) for path in paths}
+    rows = {
+        (place, row["image"]): row.get("qa") or []
+        for place in set(places.values()) - {None}
+        for _, row in read_annotations(place / ANNOTATIONS)  # pyright: ignore[reportOptionalOperand]
+    }
+    asked = {path: rows.get((places[path.parent], path.name), []) for path in paths}
+    return {path: tuple((turn["q"], answer_of(turn)) for turn in turns) for path, turns in asked.items()}
+
+
+def digest_files(root: str | Path, names: Sequence[str]) -> str:
+    """A hash of these files of a folder: of their names and contents, in this order."""
+    digest = hashlib.sha256()
+    for name in names:
+        with (Path(root) / name).open("rb") as file:
+            digest.update(f"{len(name)}:{name}".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def credits(root: str | Path, paths: Sequence[Path]) -> str:

@@ -1,20 +1,11 @@
-"""The LightningModule: a Gumbel-Softmax selector and a reconstructor, trained on frozen features.
+"""The LightningModule: a selector, what it is trained for, and how it is judged while it trains.
 
-Paper: "When Less is Enough" (arXiv 2503.16660): keep what the other tokens cannot reconstruct. Objectives:
+The encoder (or the whole vision-language model) stays frozen. A batch is the tiles of some images, or conversations
+about some images; objectives (`training.objectives`, `training.answers`) turn it into a loss. Validation looks at the
+deterministic ranking, which is what inference uses: the noisy masks of training can look fine while the ranking behind
+them is upside down. Training ends with an error where the ranking loses to random choices.
 
-    paper             Gumbel-Softmax masks, straight-through; ``||F_rec - F||^2 + max(mean(M), p)``
-    straight_through  one ranking for every budget: Gumbel masks of a sampled, exact size, straight-through
-    sampled_budget    the default: the same masks, but the score is regressed onto the log error of each dropped token
-
-The ranking can come out upside down (blank patches kept, text dropped). In our prototypes on a small text-reading tower
-it did when the threshold of the straight-through top-k was kept out of the graph: then every score is only ever pushed
-up, all rise together, their spread vanishes, and no ranking is left. With the threshold in the graph the gradient sums
-to zero over a tile (tested) and the ranking was right side up. The regression is the default because it asks least of
-the reconstructor (``tests/training/test_ranking.py``). Random masks alone are not enough: the reconstructor then never
-sees the masks of the ranking it serves. The figures of the shipped selector are in its card; those prototypes are not
-part of the repository, so none of theirs is given here.
-
-Shapes: B tiles, N patches, D encoder width; masks are 1 where a token is kept.
+Shapes: B tiles, N patches per tile, C channels of the table that the selector reads.
 """
 
 from __future__ import annotations
@@ -29,152 +20,197 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from selector.methods.gumbel import GumbelSelector
+from selector.methods.image_transformer import ImageTransformer
+from selector.table import FIELDS, Inputs, TableSelector
 from selector.tokens import VisualTokens
+from training.answers import AnswerSaliency
 from training.autoencoder import Reconstructor
-from training.comparison import RankingComparison, RankingError
+from training.comparison import AnswerComparison, RankingComparison, RankingError
+from training.conversations import Conversation
 from training.data import ImageModule
-from training.encoders import VisionEncoder
-from training.losses import drop_error_regression, dropped_mean, paper_loss, token_error
-from training.schedules import gumbel_top_k, random_mask, rate_factor, sampled_keep, temperature
+from training.encoders import LlavaNextModel, VisionEncoder
+from training.language import FrozenLanguageModel
+from training.objectives import Objective, SampledBudget, Step
+from training.schedules import rate_factor
+from training.teacher import AnswersFrom, Teacher
 
-Objective = Literal["sampled_budget", "straight_through", "paper"]
+Architecture = Literal["gumbel", "image-transformer"]
+Batch = Tensor | list[Conversation]
 
 
 class SelectorModule(LightningModule):
-    """Trains a `GumbelSelector` and its reconstructor.
+    """Trains a selector.
 
     Args:
-        encoder: the frozen vision encoder, by class_path (`training.encoders`).
-        objective: ``"sampled_budget"``, ``"straight_through"`` or ``"paper"``; see above.
-        kept_range: smallest and largest share of a tile kept in a step of a sampled budget.
-        random_share: share of the steps, from the start, whose masks are uniformly random, of sampled budgets, so that
-            the reconstructor is right before its errors count; after them the selector draws the masks.
-        proportion: p of the paper's clamp, the wanted share of kept tokens (paper).
-        regularizer: weight of the clamp; the paper leaves the norm's scale, and so this weight, open (paper).
-        width: width of both Transformers; None takes the encoder's.
-        layers: of each Transformer.
+        encoder: the frozen vision encoder, or vision-language model, by class_path (`training.encoders`).
+        objectives: what to train for, by class_path (`training.objectives`, `training.answers`), added up by their
+            weights; None trains `SampledBudget`.
+        architecture: ``"gumbel"`` (the paper's: layers over the patches of a tile) or ``"image-transformer"`` (layers
+            over all tokens of an image).
+        inputs: what the selector reads and the reconstructor rebuilds: the encoder's ``"features"``, the
+            ``"projected"`` tokens, or ``"both"`` side by side.
+        question: the selector reads the question (image-transformer, trained on answers).
+        width: width of selector and reconstructor; None takes the width of what they read.
+        layers: Transformer layers of each.
         heads: attention heads of each.
-        mlp_ratio: of each.
+        mlp_ratio: width of the MLPs in units of `width`.
+        question_layers: layers of an image-transformer that read the question, behind the others.
+        pool: side in patches of the cells over which an image-transformer averages keys and values.
         learning_rate: AdamW's, after the warm-up.
         weight_decay: AdamW's.
         warmup_steps: linear warm-up of the learning rate.
-        temperature_start: of the Gumbel-Softmax (paper), or scale of the Gumbel noise on the ranking (sampled_budget),
-            at the first step.
-        temperature_end: at the last; geometric in between.
-        statistics_batches: training batches from which the mean and spread of each feature channel are estimated.
-        kept_shares: shares of a tile's tokens at which validation compares the rankings.
+        clip_norm: largest norm of the gradient; 0 does not clip.
+        statistics_batches: training batches from which mean and spread of each channel are estimated.
+        kept_shares: shares of the tokens at which validation compares the rankings.
+        answers_from: texts along which teacher and student are compared: the ``"model"``'s own greedy answers, or those
+            of the ``"data"`` where there are any.
+        answer_tokens: longest answer of the model, in tokens.
+        answers_dir: folder in which the model's answers are kept for later runs; None keeps them in memory.
+        questions: at most so many questions per image and step.
         allow_worse_than_random: end without an error even if the deterministic ranking loses to random choices.
-        seed: of all mask noise.
+        seed: of all noise.
     """
 
     def __init__(
         self,
         encoder: VisionEncoder,
-        objective: Objective = "sampled_budget",
-        kept_range: tuple[float, float] = (0.05, 0.75),
-        random_share: float = 0.5,
-        proportion: float = 0.3,
-        regularizer: float = 1.0,
+        objectives: list[Objective] | None = None,
+        architecture: Architecture = "gumbel",
+        inputs: Inputs = "features",
+        question: bool = False,
         width: int | None = None,
         layers: int = 3,
         heads: int = 4,
         mlp_ratio: float = 2.0,
+        pool: int = 2,
+        question_layers: int = 1,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 50,
-        temperature_start: float = 1.0,
-        temperature_end: float = 0.5,
+        clip_norm: float = 1.0,
         statistics_batches: int = 20,
         kept_shares: tuple[float, ...] = (0.5, 0.25, 0.1),
+        answers_from: AnswersFrom = "model",
+        answer_tokens: int = 48,
+        answers_dir: str | None = None,
+        questions: int = 6,
         allow_worse_than_random: bool = False,
         seed: int = 0,
     ):
         super().__init__()
-        _check(objective, kept_range, random_share, proportion, temperature_end, temperature_start, kept_shares)
+        self.objectives = objectives or [SampledBudget()]
+        self.asks = any(objective.asks for objective in self.objectives)
+        self._check(encoder, architecture, question, kept_shares, questions)
         self.encoder = encoder
-        self.objective, self.kept_range, self.random_share = objective, kept_range, random_share
-        self.proportion, self.regularizer = proportion, regularizer
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
-        self.temperature_start, self.temperature_end = temperature_start, temperature_end
-        self.statistics_batches, self.kept_shares = statistics_batches, kept_shares
-        self.allow_worse_than_random, self.seed = allow_worse_than_random, seed
-        sizes = (encoder.dim, encoder.num_patches, width, layers, heads, mlp_ratio)
-        self.selector = GumbelSelector(*sizes)
-        self.reconstructor = Reconstructor(*sizes)
-        self.comparison = RankingComparison(kept_shares)
+        self.clip_norm, self.statistics_batches, self.kept_shares = clip_norm, statistics_batches, kept_shares
+        self.questions, self.allow_worse_than_random, self.seed = questions, allow_worse_than_random, seed
+
+        dim = encoder.width_of(inputs)
+        self.selector: TableSelector
+        if architecture == "gumbel":
+            self.selector = GumbelSelector(dim, encoder.num_patches, width, layers, heads, mlp_ratio, inputs)
+        else:
+            asked = encoder.question_dim if question and isinstance(encoder, LlavaNextModel) else None
+            sizes = width or dim, layers, heads, mlp_ratio, pool
+            self.selector = ImageTransformer(dim, inputs, *sizes, asked, question_layers)
+
+        # Without an objective that rebuilds there is nothing for a reconstructor to learn.
+        self.reconstructor: Reconstructor | None = None
+        self.comparison: RankingComparison | None = None
+        if any(objective.reconstructs for objective in self.objectives):
+            self.reconstructor = Reconstructor(dim, encoder.num_patches, width, layers, heads, mlp_ratio)
+            self.comparison = RankingComparison(kept_shares)
+        self.teacher: Teacher | None = None
+        self.answer_comparison: AnswerComparison | None = None
+        if self.asks and isinstance(encoder, LlavaNextModel):
+            language = FrozenLanguageModel(encoder.model)
+            looks = any(isinstance(each, AnswerSaliency) and each.looks for each in self.objectives)
+            self.teacher = Teacher(language, answers_from, answer_tokens, answers_dir, encoder.fingerprint(), looks)
+            self.answer_comparison = AnswerComparison(kept_shares)
+
         self.last_validation: dict[str, float] = {}
         self._trained = 0, 0.0  # tokens and seconds of this run
         self.register_load_state_dict_post_hook(_encoder_is_not_loaded)
 
+    def _check(
+        self,
+        encoder: VisionEncoder,
+        architecture: Architecture,
+        question: bool,
+        kept_shares: tuple[float, ...],
+        questions: int,
+    ) -> None:
+        if architecture not in get_args(Architecture):
+            raise ValueError(f"model.architecture must be one of {get_args(Architecture)}, got {architecture!r}")
+        if not kept_shares or not all(0 < share < 1 for share in kept_shares):
+            raise ValueError(f"model.kept_shares must be shares in (0, 1), got {kept_shares}")
+        if questions < 1:
+            raise ValueError(f"model.questions must be at least 1, got {questions}")
+        if self.asks and not isinstance(encoder, LlavaNextModel):
+            names = ", ".join(type(objective).__name__ for objective in self.objectives if objective.asks)
+            raise ValueError(f"model.encoder must be a LlavaNextModel for {names}, got a {type(encoder).__name__}")
+        if question and architecture != "image-transformer":
+            raise ValueError(f"model.question needs architecture image-transformer, got {architecture!r}")
+        if question and (not self.asks or any(objective.reconstructs for objective in self.objectives)):
+            raise ValueError("model.question needs objectives that ask questions, and none that reconstructs")
+
     # ---- training
 
-    def features(self, batch: Tensor) -> Float[Tensor, "B N D"]:
-        """Encoder features of a batch, which holds pixels ``[B, 3, H, W]`` or cached features ``[B, N, D]``."""
-        return (batch if batch.ndim == 3 else self.encoder(batch)).float()
+    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+        progress, generator = self.global_step / self._total_steps(), self._generator(self.global_step)
+        losses, logs = [], []
+        for step in self._steps(batch, progress, generator):
+            for objective in self.objectives:
+                loss = objective(step)
+                losses.append(objective.weight * loss.value)
+                logs.append(loss.logs)
+        images = len(batch) if isinstance(batch, list) else 1
+        total = torch.stack(losses).sum() / images
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Float[Tensor, ""]:
-        features = self.features(batch)
-        step, total = self.global_step, self._total_steps()
-        tau = temperature(step, total, self.temperature_start, self.temperature_end)
-        loss, logs = getattr(self, f"_{self.objective}")(
-            features, tau, step < self.random_share * total, self._generator(step)
-        )
-        self.log_dict({"train/loss": loss.detach(), "train/temperature": tau})
-        self.log_dict(logs, prog_bar=True)
-        return loss
+        self.log("train/loss", total.detach())
+        for name in dict.fromkeys(name for entry in logs for name in entry):
+            values = [entry[name].float() for entry in logs if name in entry]
+            self.log(name, torch.stack(values).mean(), prog_bar=True)
+        return total
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def _steps(self, batch: Batch, progress: float, generator: torch.Generator) -> list[Step]:
+        """What the objectives get: all tiles of a batch at once, or one image with its questions after the other."""
+        if isinstance(batch, Tensor):
+            return [Step(self._tokens(batch), self.selector, progress, generator, self.reconstructor)]
+        assert self.teacher is not None  # for the type checker: only with a teacher are there conversations
+        steps = []
+        for conversation in batch:
+            there = conversation.to(self.device)
+            encoded = self._encoded(there)
+            taught = self.teacher(encoded, there).sampled(self.questions, generator)
+            parts = self.reconstructor, self.teacher.language, taught, encoded
+            steps.append(Step(encoded.tokens, self.selector, progress, generator, *parts))
+        return steps
+
+    def _tokens(self, batch: Tensor) -> VisualTokens:
+        """Visual tokens of pixels ``[B, 3, H, W]`` or cached features ``[B, N, D]``, each tile by itself."""
+        features = batch if batch.ndim == 3 else self.encoder(batch)
+        extra = {"projected": self.encoder.project(features)} if "projected" in self.selector.needs else {}
+        return VisualTokens.from_features(features.float(), self.encoder.grid, **extra)
+
+    def _encoded(self, conversation: Conversation) -> Any:
+        assert isinstance(self.encoder, LlavaNextModel)  # for the type checker: checked by the constructor
+        return self.encoder.encoded(conversation, self.selector.needs | {"features", "projected"})
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._began = time.monotonic()
 
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        patches = len(batch) * self.encoder.grid[0] * self.encoder.grid[1]
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        tiles = len(batch) if isinstance(batch, Tensor) else sum(int(c.pixels["pixel_values"].shape[1]) for c in batch)
+        patches = tiles * self.encoder.num_patches
         seconds = time.monotonic() - self._began
-        self.log("train/tokens_per_s", patches / seconds, prog_bar=True)
+        self.log("train/tokens_per_s", patches / seconds, prog_bar=True, batch_size=1)
         self._trained = self._trained[0] + patches, self._trained[1] + seconds
 
-    def _sampled_budget(
-        self, features: Float[Tensor, "B N D"], tau: float, at_random: bool, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = self.selector.score(VisualTokens.from_features(features, self.encoder.grid)).float()
-        batch, patches = scores.shape
-        keep = sampled_keep(patches, self.kept_range, generator)
-        if at_random:
-            mask = random_mask(batch, patches, keep, generator).to(scores)
-        else:
-            mask = gumbel_top_k(scores, keep, tau, generator).detach()
-        target = self.selector.normalized(features)
-        error = token_error(self.reconstructor(target, mask), target)
-        rebuild, rank = dropped_mean(error, mask), drop_error_regression(scores, error, mask)
-        return rebuild + rank, {"rec": rebuild.detach(), "rank": rank.detach(), "keep": mask.mean()}
-
-    def _straight_through(
-        self, features: Float[Tensor, "B N D"], tau: float, at_random: bool, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = self.selector.score(VisualTokens.from_features(features, self.encoder.grid)).float()
-        batch, patches = scores.shape
-        keep = sampled_keep(patches, self.kept_range, generator)
-        if at_random:  # only the reconstructor learns; the selector stays in the graph, as DDP wants it
-            mask = random_mask(batch, patches, keep, generator).to(scores) + 0 * scores.sum()
-        else:
-            mask = gumbel_top_k(scores, keep, tau, generator)
-        target = self.selector.normalized(features)
-        error = token_error(self.reconstructor(target, mask), target)
-        return error.mean(), {"rec": dropped_mean(error, mask).detach(), "keep": mask.detach().mean()}
-
-    def _paper(
-        self, features: Float[Tensor, "B N D"], tau: float, at_random: bool, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.random.fork_rng(devices=[features.device] if features.is_cuda else []):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            mask, logits = self.selector.sample(features, tau)
-        if at_random:  # only the reconstructor learns; the selector stays in the graph, as DDP wants it
-            batch, patches = mask.shape
-            keep = sampled_keep(patches, self.kept_range, generator)
-            mask = random_mask(batch, patches, keep, generator).to(mask) + 0 * logits.sum()
-        target = self.selector.normalized(features)
-        error = token_error(self.reconstructor(target, mask), target)
-        loss = paper_loss(error, mask, self.proportion, self.regularizer)
-        return loss, {"rec": dropped_mean(error, mask.detach()).detach(), "keep": mask.detach().mean()}
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.clip_norm:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
 
     def _generator(self, step: int) -> torch.Generator:
         """Noise of one step and process: a resumed run draws what the uninterrupted one would have drawn."""
@@ -188,16 +224,14 @@ class SelectorModule(LightningModule):
         return int(total)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            [*self.selector.parameters(), *self.reconstructor.parameters()],
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-        )
+        parts = [self.selector] if self.reconstructor is None else [self.selector, self.reconstructor]
+        parameters = [parameter for part in parts for parameter in part.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         total = self._total_steps()
         factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate_factor(s, total, self.warmup_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
-    # ---- feature statistics
+    # ---- statistics of what the selector reads
 
     def on_fit_start(self) -> None:
         """Estimates mean and spread of every channel on the first batches; a resumed run has them in its checkpoint."""
@@ -206,47 +240,69 @@ class SelectorModule(LightningModule):
         mean, std = self._statistics()
         self.selector.feature_mean.copy_(mean)
         self.selector.feature_std.copy_(std)
-        rank_zero_info(f"feature spread per channel: {float(std.min()):.3g} to {float(std.max()):.3g}")
+        rank_zero_info(f"spread per channel: {float(std.min()):.3g} to {float(std.max()):.3g}")
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         loader = self.trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
-        width = self.encoder.dim
-        sums = torch.zeros(2, width, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, self.selector.dim, dtype=torch.float64, device=self.device)
         count = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(loader):
             if index == self.statistics_batches:
                 break
-            table = self.features(batch.to(self.device)).flatten(0, 1).double()
-            sums += torch.stack([table.sum(0), table.pow(2).sum(0)])
-            count += len(table)
+            for table in self._raw_tables(batch):
+                sums += torch.stack([table.sum(0), table.pow(2).sum(0)])
+                count += len(table)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         count = self.trainer.strategy.reduce(count, reduce_op="sum")
         mean, square = sums / count
         std = (square - mean.pow(2)).clamp(min=0).sqrt()
         return mean.float(), torch.where(std > 1e-6, std, 1.0).float()  # a constant channel stays as it is
 
-    # ---- validation: the deterministic ranking against random and leverage, by the same reconstructor
+    def _raw_tables(self, batch: Batch) -> list[Float[Tensor, "M C"]]:
+        """What the selector would read of every valid token, before it is normalised."""
+        if isinstance(batch, Tensor):
+            found = [self._tokens(batch.to(self.device))]
+        else:
+            found = [self._encoded(conversation.to(self.device)).tokens for conversation in batch]
+        fields = FIELDS[self.selector.inputs]
+        return [torch.cat([tokens.read(f, self) for f in fields], -1)[tokens.valid].double() for tokens in found]
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    # ---- validation: the deterministic ranking against training-free ones
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._compare(batch, batch_idx, "val")
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._compare(batch, batch_idx, "test")
 
-    def _compare(self, batch: Tensor, batch_idx: int, stage: str) -> None:
-        tokens = VisualTokens.from_features(self.features(batch), self.encoder.grid)
-        rows = len(tokens.features)
-
+    def _compare(self, batch: Batch, batch_idx: int, stage: str) -> None:
         def noise(draw: int) -> torch.Generator:
             return self._generator(-1 - 3 * batch_idx - draw)
 
-        for name, meter in self.comparison.measure(self.selector, self.reconstructor, tokens, noise):
-            main = name in ("rec_learned", "rec_random")
-            self.log(f"{stage}/{name}", meter, on_step=False, on_epoch=True, batch_size=rows, prog_bar=main)
+        for step in self._steps(batch, 1.0, noise(0)):
+            if self.comparison is not None and self.reconstructor is not None:
+                rows = len(step.tokens.features)
+                measured = self.comparison.measure(self.selector, self.reconstructor, step.tokens, noise)
+                for name, meter in measured:
+                    self._log(f"{stage}/{name}", meter, rows, bar=name in ("rec_learned", "rec_random"))
+            if self.answer_comparison is not None:
+                for name, meter in self.answer_comparison.measure(step, noise):
+                    self._log(f"{stage}/{name}", meter, 1, bar=name in ("kl_learned", "kl_random"))
+
+    def _log(self, name: str, meter: Any, rows: int, bar: bool) -> None:
+        self.log(name, meter, on_step=False, on_epoch=True, batch_size=rows, prog_bar=bar)
+
+    @property
+    def comparisons(self) -> list[RankingComparison | AnswerComparison]:
+        """How the ranking is judged: by reconstruction, by answers, or both."""
+        return [each for each in (self.comparison, self.answer_comparison) if each is not None]
 
     def on_validation_epoch_end(self) -> None:
+        seen = {name: value for each in self.comparisons for name, value in each.values().items()}
+        # What checkpoints are chosen by: everything that was trained for, lower is better.
+        self.log("val/criterion", sum(each.criterion(seen) for each in self.comparisons), sync_dist=True)
         if not self.trainer.sanity_checking:
-            self.last_validation = self.comparison.values()
+            self.last_validation = seen
 
     def on_train_end(self) -> None:
         """Fails when the deterministic ranking ended below random: noisy training masks hide that."""
@@ -255,10 +311,10 @@ class SelectorModule(LightningModule):
         if not self.last_validation:
             rank_zero_warn("no validation ran, so the ranking was never compared with random choices")
             return
-        lost = self.comparison.losses_to_random(self.last_validation)
+        lost = [text for each in self.comparisons for text in each.losses_to_random(self.last_validation)]
         if lost and not self.allow_worse_than_random:
             raise RankingError(
-                f"the deterministic ranking reconstructs worse than random tokens at {', '.join(lost)}; "
+                f"the deterministic ranking is worse than random tokens at {', '.join(lost)}; "
                 "train longer, or pass --model.allow_worse_than_random true to end without this error"
             )
 
@@ -267,11 +323,12 @@ class SelectorModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["selector"] = {
+            "class": type(self.selector).__name__,
             "init_args": self.selector.init_args,
             "encoder": {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint()},
             "data": data.describe() if isinstance(data, ImageModule) else "unknown",
             "credits": data.credits() if isinstance(data, ImageModule) else "",
-            "objective": self.objective,
+            "objective": " + ".join(_describe(objective) for objective in self.objectives),
             "steps": self.global_step,
             "validation": dict(self.last_validation),
             "tokens_per_s": self._trained[0] / max(self._trained[1], 1e-9),
@@ -284,31 +341,15 @@ class SelectorModule(LightningModule):
                 f"ckpt_path was trained on another encoder: {checkpoint['selector']['encoder']['name']} ({theirs}), "
                 f"this run has {self.encoder.name} ({ours})"
             )
+        self.last_validation = dict(checkpoint["selector"]["validation"])
+
+
+def _describe(objective: Objective) -> str:
+    """For the card: the name, and the weight where it is not 1."""
+    name = type(objective).__name__
+    return name if objective.weight == 1 else f"{objective.weight:g} {name}"
 
 
 def _encoder_is_not_loaded(module: nn.Module, keys: Any) -> None:
     """The encoder's weights are never in a checkpoint, so they are not missing from it."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith("encoder.")]
-
-
-def _check(
-    objective: str,
-    kept_range: tuple[float, float],
-    random_share: float,
-    proportion: float,
-    cold: float,
-    hot: float,
-    kept_shares: tuple[float, ...],
-) -> None:
-    if objective not in get_args(Objective):
-        raise ValueError(f"model.objective must be one of {get_args(Objective)}, got {objective!r}")
-    if not 0 < kept_range[0] <= kept_range[1] < 1:
-        raise ValueError(f"model.kept_range must be 0 < smallest <= largest < 1, got {kept_range}")
-    if not 0 <= random_share <= 1:
-        raise ValueError(f"model.random_share must be in [0, 1], got {random_share}")
-    if not 0 < proportion <= 1:
-        raise ValueError(f"model.proportion must be in (0, 1], got {proportion}")
-    if not 0 < cold <= hot:
-        raise ValueError(f"model.temperature_end must be in (0, temperature_start], got {cold} and {hot}")
-    if not kept_shares or not all(0 < share < 1 for share in kept_shares):
-        raise ValueError(f"model.kept_shares must be shares in (0, 1), got {kept_shares}")

@@ -20,9 +20,9 @@ def rate_factor(step: int, total: int, warmup: int, last: float = 0.05) -> float
     return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def temperature(step: int, total: int, start: float, end: float) -> float:
-    """Geometric from `start` at the first step to `end` at the last."""
-    return start * (end / start) ** min(1.0, step / max(1, total - 1))
+def temperature(progress: float, start: float, end: float) -> float:
+    """Geometric from `start` at progress 0 to `end` at progress 1 and after."""
+    return start * (end / start) ** min(1.0, progress)
 
 
 def sampled_keep(num_patches: int, shares: tuple[float, float], generator: torch.Generator) -> int:

@@ -8,6 +8,21 @@ from typing import Any
 
 Row = dict[str, Any]
 Summary = dict[str, Any]
+MARK = "†"
+LEGEND = f"{MARK} sees the question: what is kept of an image differs per question."
+
+
+POOLED = "all tasks"
+"""What the tables call the tasks together."""
+
+
+def share_of(keep: str | None) -> str | None:
+    """What budgets are grouped by: ``auto:0.2`` is 0.2 on average, and stands beside it."""
+    return None if keep is None else keep.removeprefix("auto:")
+
+
+def is_auto(row: Row) -> bool:
+    return share_of(row["keep"]) != row["keep"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +33,20 @@ class Column:
     text: Callable[[Row], str]
     value: Callable[[Row], Any]
     note: str
+
+
+def marked(label: str, sees_question: bool) -> str:
+    """How tables write a selector; `LEGEND` says what the mark means."""
+    return label + MARK if sees_question else label
+
+
+def selector_name(row: Row) -> str:
+    return marked(row["selector"], row["sees_question"])
+
+
+def legend(summary: Summary) -> list[str]:
+    """What the mark means, where a selector of the run has it."""
+    return [LEGEND] if any(row["sees_question"] for row in summary["rows"]) else []
 
 
 def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) -> Column:
@@ -59,8 +88,13 @@ def _versus(header: str, field: str, note: str) -> Column:
     return Column(header, text, lambda r: None if r[field] is None else r[field]["difference"], note)
 
 
-KEEP = Column("keep", lambda r: r["keep"] or "", lambda r: r["tokens"], "what may stay: a count or a share")
-SELECTOR = Column("selector", lambda r: r["selector"], lambda r: r["selector"], "full: unpruned; blind: no image")
+KEEP = Column(
+    "keep",
+    lambda r: r["keep"] or "",
+    lambda r: r["tokens"],
+    "what may stay: a count or a share (auto: on average)",
+)
+SELECTOR = Column("selector", selector_name, lambda r: r["selector"], "full: unpruned; blind: no image")
 SAMPLES = Column("n", lambda r: str(r["samples"]), lambda r: r["samples"], "samples")
 TOKENS = Column(
     "tokens", lambda r: _tokens(r), lambda r: r["tokens"], "visual tokens that reached the language model (mean)"
@@ -74,7 +108,7 @@ MENDED = _flips("w→r", "wrong_to_right", "answers that selection mended")
 
 def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
     """Head to head: what was right, what stayed the same, what it took. Columns without any figure are left out."""
-    wanted = summary["tasks"].values() if task is None else [summary["tasks"][task]]
+    wanted = summary["tasks"].values() if task in (None, POOLED) else [summary["tasks"][task]]
     anls = [_plain("ANLS", "anls", 1, "mean normalised Levenshtein similarity × 100", 100.0)]
     columns = [
         KEEP,
@@ -85,6 +119,7 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         *(anls if any(each["anls"] for each in wanted) else []),
         _versus("vs full", "versus_full", "points right more than the unpruned model, paired; *: McNemar, Holm < 0.05"),
         _versus(f"vs {summary['baseline']}", "versus_baseline", "the same against the baseline at the same budget"),
+        _versus("vs fixed", "versus_fixed", "a share on average against the same share of every image, same selector"),
         SAME,
         BROKEN,
         MENDED,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from selector.evaluation.columns import selector_name
+
 Row = dict[str, Any]
 
 
@@ -28,7 +30,7 @@ def sentences(rows: list[Row]) -> list[str]:
     if silent is not None and silent["agreement"] < 1:
         flips, gap = silent["flips"], 100 * silent["versus_full"]["difference"]
         lines.append(
-            f"Silent change: {silent['selector']} at keep {silent['keep']} has the unpruned accuracy to within 2 "
+            f"Silent change: {selector_name(silent)} at keep {silent['keep']} has the unpruned accuracy to within 2 "
             f"points ({gap:+.0f}), and yet {100 * (1 - silent['agreement']):.0f}% of its answers are others "
             f"({flips['right_to_wrong']} broken, {flips['wrong_to_right']} mended, "
             f"{flips['wrong_to_wrong']} wrong in other words)."

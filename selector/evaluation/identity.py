@@ -16,6 +16,7 @@ from torch import nn
 
 import selector
 from selector.base import TokenSelector
+from selector.budget import Budget
 
 ASIDE = ("__init__.py", "cli.py", "errors.py", "hub.py", "registry.py")
 """Files of the package through which no choice passes."""
@@ -47,15 +48,19 @@ def code(package: Path = Path(selector.__file__).parent) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(module: TokenSelector) -> dict[str, Any]:
+def identity(module: TokenSelector, budget: Budget | None = None) -> dict[str, Any]:
     """What a selector is, whatever it was called: class, arguments, weights, and the sources of the files it is from.
 
     The sources are in so that a method under development never meets the records of its earlier self: its own file,
     those it inherits from, and those of the selectors it is composed of.
 
+    Args:
+        budget: with ``keep="auto:s"``, the threshold that the selector's calibration gives is part of what it is.
+
     Raises:
         TypeError: an argument that is not kept under its own name, or that JSON cannot write: two selectors that differ
             in it would share their records.
+        ValueError: a selector that is not calibrated for that budget.
     """
     cls = type(module)
     arguments = module.init_args
@@ -68,12 +73,15 @@ def identity(module: TokenSelector) -> dict[str, Any]:
             ) from error
     classes = {base for part in module.modules() for base in type(part).__mro__ if issubclass(base, TokenSelector)}
     source = "".join(sorted({_source(base) for base in classes}))
-    return {
+    known = {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "init_args": arguments,
         "weights": fingerprint(module),
         "source": hashlib.sha256(source.encode()).hexdigest()[:16],
     }
+    if budget is not None and budget.is_auto:
+        known["calibrated"] = module.resolved(budget).keep
+    return known
 
 
 def _source(cls: type) -> str:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 
 import selector
+from selector import calibration
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
 from selector.errors import UsageError
@@ -113,7 +114,7 @@ def load_selectors(
     chosen: dict[str, TokenSelector] = {}
     first: dict[str, str] = {}
     for spec in specs:
-        label, source = _label(spec)
+        label, source = label_of(spec)
         if label in chosen:
             raise UsageError(
                 f"selectors must be different, {label!r} is there twice; NAME=SPEC gives one another name, "
@@ -126,18 +127,18 @@ def load_selectors(
             )
         try:
             chosen[label] = load_selector(source, allow=allow).to(device).eval()
-            key = json.dumps(identity(chosen[label]), sort_keys=True)
+            key = json.dumps([identity(chosen[label]), calibration.collect(chosen[label])], sort_keys=True)
         except (ValueError, TypeError, OSError, OverflowError, RuntimeError) as error:
             raise UsageError(f"selectors: {_one_line(error)}") from error
         if first.setdefault(key, label) != label:
             raise UsageError(
-                f"selectors must be different, {first[key]!r} and {label!r} are one selector: same class, arguments "
-                "and weights"
+                f"selectors must be different, {first[key]!r} and {label!r} are one selector: same class, arguments, "
+                "weights and calibration"
             )
     return chosen
 
 
-def _label(spec: str | Mapping[str, Any]) -> tuple[str, str | Mapping[str, Any]]:
+def label_of(spec: str | Mapping[str, Any]) -> tuple[str, str | Mapping[str, Any]]:
     """What the table calls a selector, and what it is loaded from."""
     if isinstance(spec, Mapping):
         given = spec.get("init_args") or {}
@@ -150,7 +151,7 @@ def _label(spec: str | Mapping[str, Any]) -> tuple[str, str | Mapping[str, Any]]
         raise UsageError(f"selectors must be names, folders or mappings, got {spec!r}")
     named = _NAMED.fullmatch(spec)
     if named and find_folder(spec) is None:
-        return named[1], str(_label(named[2])[1])
+        return named[1], str(label_of(named[2])[1])
     folder = find_folder(spec)
     folder = folder if "/" in spec or folder == Path(spec) else None
     return (folder.resolve().name, str(folder)) if folder else (spec, spec)

@@ -127,6 +127,11 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
     return records
 
 
+def seeing_question(plan: Mapping[str, Any]) -> frozenset[str]:
+    """Labels of a run's selectors that see the question; a plan of an older version names none, and had none."""
+    return frozenset(row["label"] for row in plan["rows"] if row.get("sees_question", False))
+
+
 def key_of(settings: Mapping[str, Any]) -> str:
     """Folder name of an experiment: a hash of everything that its records depend on."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

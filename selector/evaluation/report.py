@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from selector.errors import UsageError
+from selector.evaluation.columns import POOLED, is_auto, share_of
 from selector.evaluation.metrics import FLIPS
 from selector.evaluation.page import render
 from selector.evaluation.page.explorer import changed_answers, explorer
-from selector.evaluation.records import RUN, read_folder, write_json, write_text
+from selector.evaluation.records import RUN, read_folder, seeing_question, write_json, write_text
 from selector.evaluation.statistics import (
     bootstrap_mean,
     holm,
@@ -33,6 +34,7 @@ from selector.evaluation.statistics import (
 from selector.evaluation.tables import markdown
 
 Record = dict[str, Any]
+Tables = dict[tuple[str, str, str | None], list[Record]]
 SHARES = {"accuracy": "correct", "agreement": "agrees"}
 MEANS = [
     *("anls", "nll_shift", "first_token_kl", "first_token_js", "forced_kl", "forced_js"),
@@ -46,32 +48,58 @@ REPORT_HTML, REPORT_MD, RESULTS = "report.html", "report.md", "results.json"
 
 
 def summarize(run: Path) -> dict[str, Any]:
-    """Figures of every row: {"model", ..., "rows": [...], "correlations": [...]}.
+    """Figures of every row: {"model", ..., "rows": [...], "pooled": [...], "correlations": [...]}.
+
+    Pooled are the same rows over all tasks together, where a budget is a share on average (``auto:0.2``): task by task
+    it does not keep that share.
 
     Raises:
         UsageError: no run there, one of an older format, or broken records.
     """
     settings, tables = read_run(run)
-    baseline = settings["baseline"]
-    rows = []
-    for (task, label, keep), found in tables.items():
-        against = tables.get((task, baseline, keep)) if label != baseline and keep else None
-        versus = {
-            "versus_full": _difference(found, _unpruned(found)) if keep else None,
-            "versus_baseline": _difference(found, against) if against else None,
-        }
-        rows.append({"task": task, "selector": label, "keep": keep} | _figures(found) | versus)
-    for versus in ("versus_full", "versus_baseline"):
-        tested = [row[versus] for row in rows if row[versus] is not None]
-        for found, adjusted in zip(tested, holm([t["p"] for t in tested]), strict=True):
-            found |= {"p_holm": adjusted, "tests": len(tested)}
+    baseline, seeing = settings["baseline"], seeing_question(settings)
+    rows = _rows(tables, baseline, seeing)
+    averaged = any(is_auto(row) for row in rows) and len(settings["tasks"]) > 1
     return {name: value for name, value in settings.items() if name != "rows"} | {
         "rows": rows,
+        "pooled": _rows(_pooled(tables), baseline, seeing) if averaged else [],
         "correlations": _correlations(rows),
     }
 
 
-def read_run(run: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str | None], list[Record]]]:
+def _rows(tables: Tables, baseline: str | None, seeing: frozenset[str]) -> list[dict[str, Any]]:
+    """The figures of every row, budgets of one share (0.2 and auto:0.2) beside each other."""
+    rows = []
+    for (task, label, keep), found in tables.items():
+        against = tables.get((task, baseline or "", keep)) if label != baseline and keep else None
+        fixed = tables.get((task, label, share_of(keep))) if keep and share_of(keep) != keep else None
+        versus = {
+            "versus_full": _difference(found, _unpruned(found)) if keep else None,
+            "versus_baseline": _difference(found, against) if against else None,
+            "versus_fixed": _difference(found, fixed) if fixed else None,
+        }
+        row = {"task": task, "selector": label, "keep": keep, "sees_question": label in seeing}
+        rows.append(row | _figures(found) | versus)
+    for versus in ("versus_full", "versus_baseline", "versus_fixed"):
+        tested = [row[versus] for row in rows if row[versus] is not None]
+        for found, adjusted in zip(tested, holm([t["p"] for t in tested]), strict=True):
+            found |= {"p_holm": adjusted, "tests": len(tested)}
+    places: dict[tuple[str, str | None], int] = {}
+    for row in rows:
+        places.setdefault((row["task"], share_of(row["keep"])), len(places))
+    return sorted(rows, key=lambda row: places[row["task"], share_of(row["keep"])])
+
+
+def _pooled(tables: Tables) -> Tables:
+    """The records of every selector and budget over all tasks: what a share on average is an average over."""
+    pooled: Tables = {}
+    for (task, label, keep), found in tables.items():
+        named = [record | {"id": f"{task}/{record['id']}"} for record in found]
+        pooled.setdefault((POOLED, label, keep), []).extend(named)
+    return pooled
+
+
+def read_run(run: Path) -> tuple[dict[str, Any], Tables]:
     """(what was run, the records of every row by task, label and budget)."""
     if not (run / RUN).is_file():
         raise UsageError(f"run must be a folder that `selector compare` wrote, {run / RUN} does not exist")

@@ -83,7 +83,7 @@ def compare(
     if reserved is not None:
         raise UsageError(f"selectors must not be called {FULL} or {BLIND}, which are the references, got {reserved!r}")
     rows = [Row(FULL)] + ([Row(BLIND)] if answers else [])
-    rows += [Row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
+    rows += [_row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
     common = common_settings(model, processor, seed, answers, max_new_tokens) | {"layer": layer, "repeats": repeats}
     keyed = {task.name: [common | row_settings(row, task, positions) for row in rows] for task in tasks}
     for group in keyed.values():
@@ -120,7 +120,13 @@ def compare(
         },
         "unreadable": {},
         "rows": [
-            {"task": task.name, "label": row.label, "keep": written(row.budget), "key": file.key}
+            {
+                "task": task.name,
+                "label": row.label,
+                "keep": written(row.budget),
+                "sees_question": row.selector is not None and row.selector.sees_question,
+                "key": file.key,
+            }
             for task in tasks
             for row, file in zip(rows, files[task.name], strict=True)
         ],
@@ -182,6 +188,14 @@ def sample_count(task: Task, samples: int | None) -> int:
 def shard_range(shard: records.Shard, total: int) -> tuple[int, int, int]:
     """Arguments of the range of sample numbers that a shard takes."""
     return shard[0], total, shard[1]
+
+
+def _row(label: str, selector: TokenSelector, budget: Budget) -> Row:
+    try:
+        selector.resolved(budget)
+    except ValueError as error:  # not calibrated for it: better said now than at the first sample
+        raise UsageError(f"{label}: {error}") from error
+    return Row(label, selector, budget)
 
 
 def _records(

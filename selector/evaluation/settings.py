@@ -69,7 +69,7 @@ def row_settings(row: Row, task: Task, positions: Positions) -> dict[str, Any]:
     chosen: dict[str, Any] = {"reference": row.label}
     if row.selector is not None and row.budget is not None:
         chosen = {
-            "selector": identity(row.selector),
+            "selector": identity(row.selector, row.budget),
             "keep": row.budget.keep,
             "scope": row.budget.scope,
             "newlines": row.budget.newlines,

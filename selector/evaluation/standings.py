@@ -5,7 +5,8 @@
 
 The first line distils a run (what each row got right, sample by sample) into one small file, the second prints the
 table in Markdown. Two selectors meet once in every task and at every budget, on the same questions: the better one wins
-where an exact McNemar test over those questions gives p < 0.05, else they tie.
+where an exact McNemar test over those questions gives p < 0.05, else they tie. Selectors that see the question have a
+table of their own: they meet each other alone, for a choice that knows what is asked is another kind of choice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from selector.errors import UsageError
-from selector.evaluation.records import write_json
+from selector.evaluation.columns import LEGEND, marked
+from selector.evaluation.records import seeing_question, write_json
 from selector.evaluation.report import read_run
 from selector.evaluation.statistics import mcnemar
 
@@ -29,6 +31,7 @@ Data = dict[str, Any]
 def distil(run: Path) -> Data:
     """What a run measured, as little of it as the standings need: ``right`` has a 1 or 0 for every sample."""
     settings, tables = read_run(run)
+    seeing = seeing_question(settings)
     rows = []
     for (task, label, keep), found in tables.items():
         answered = sorted((r for r in found if "correct" in r), key=lambda r: r["index"])
@@ -39,6 +42,7 @@ def distil(run: Path) -> Data:
                 "task": task,
                 "selector": label,
                 "keep": keep,
+                "sees_question": label in seeing,
                 "tokens": sum(r["tokens"] for r in answered) / len(answered),
                 "anls": round(sum(r["anls"] for r in answered) / len(answered), 4),
                 "right": "".join(str(int(r["correct"])) for r in answered),
@@ -47,13 +51,19 @@ def distil(run: Path) -> Data:
     return {"model": settings["model"], "seed": settings["seed"], "rows": rows}
 
 
-def standings(data: Data) -> list[dict[str, Any]]:
+def standings(data: Data, sees_question: bool = False) -> list[dict[str, Any]]:
     """A row a selector, the best first: its accuracy at every budget as a share of the unpruned one (each a mean over
-    tasks), and meetings won, tied and lost."""
+    tasks), and meetings won, tied and lost.
+
+    Args:
+        sees_question: rank the selectors that see the question, or those that do not; they meet their own kind alone.
+            Data distilled before this was recorded holds none that do.
+    """
     right = {(row["task"], row["keep"], row["selector"]): row["right"] for row in data["rows"]}
     tasks = list(dict.fromkeys(task for task, _, _ in right))
     keeps = list(dict.fromkeys(keep for _, keep, _ in right if keep))
-    names = list(dict.fromkeys(name for _, keep, name in right if keep))
+    kind = [row for row in data["rows"] if row["keep"] and row.get("sees_question", False) == sees_question]
+    names = list(dict.fromkeys(row["selector"] for row in kind))
     found = {name: {"selector": name, "won": 0, "tied": 0, "lost": 0} for name in names}
     for task in tasks:
         for keep in keeps:
@@ -87,22 +97,31 @@ def _share(right: str) -> float:
 
 
 def markdown(data: Data) -> str:
-    """The standings as a Markdown table, with what they were measured on above."""
-    rows = standings(data)
-    keeps = [name for name in rows[0] if name not in ("selector", "won", "tied", "lost")]
+    """The standings as Markdown, with what they were measured on above: a table of the selectors that do not see the
+    question, and below it, where there are any, one of those that do."""
+    unseeing, seeing = standings(data), standings(data, sees_question=True)
     full = [f"{r['task']} {100 * _share(r['right']):.0f}" for r in data["rows"] if r["selector"] == "full"]
     samples = len(data["rows"][0]["right"])
+    within = ", between selectors of one table only" if seeing else ""
     lines = [
         f"{Path(data['model']).name}, {samples} questions a task; unpruned, right %: {', '.join(full)}. At each budget "
-        "mean accuracy over the tasks, as % of the unpruned model's; meetings over tasks and budgets.",
-        "",
-        "| selector | " + " | ".join(keeps) + " | won | tied | lost |",
-        "|---|" + "---|" * (len(keeps) + 3),
+        f"mean accuracy over the tasks, as % of the unpruned model's; meetings over tasks and budgets{within}.",
     ]
+    if unseeing:
+        lines += ["", *_table(unseeing, False)]
+    if seeing:
+        lines += ["", LEGEND, "", *_table(seeing, True)]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]], sees_question: bool) -> list[str]:
+    keeps = [name for name in rows[0] if name not in ("selector", "won", "tied", "lost")]
+    lines = ["| selector | " + " | ".join(keeps) + " | won | tied | lost |", "|---|" + "---|" * (len(keeps) + 3)]
     for row in rows:
         shares = " | ".join(f"{100 * row[keep]:.0f}" for keep in keeps)
-        lines.append(f"| {row['selector']} | {shares} | {row['won']} | {row['tied']} | {row['lost']} |")
-    return "\n".join(lines)
+        name = marked(row["selector"], sees_question)
+        lines.append(f"| {name} | {shares} | {row['won']} | {row['tied']} | {row['lost']} |")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from selector.evaluation.columns import (
     KEEP,
+    POOLED,
     SAMPLES,
     SELECTOR,
     Column,
@@ -20,7 +21,9 @@ from selector.evaluation.columns import (
     Summary,
     consistency_columns,
     cost_columns,
+    legend,
     main_columns,
+    share_of,
 )
 from selector.evaluation.findings import sentences
 
@@ -41,10 +44,10 @@ def fitting_tables(summary: Summary, width: int) -> tuple[list[Table], list[str]
 
 
 def rich_tables(summary: Summary, without: Sequence[str] = ()) -> list[Table]:
-    """One table a task; budgets in groups, the best selector of each group in bold."""
+    """One table a task (and one of all, where a budget is an average); budgets in groups, the best of each in bold."""
     tables = []
-    for task in summary["tasks"]:
-        rows = [row for row in summary["rows"] if row["task"] == task]
+    for task in tables_of(summary):
+        rows = rows_of(summary, task)
         title = " · ".join([task, str(summary["model"]), *([done(summary, task)] if done(summary, task) else [])])
         table = Table(title=Text(title), title_justify="left", title_style="bold")
         shown = [column for column in main_columns(summary, task) if column.header not in without]
@@ -53,7 +56,7 @@ def rich_tables(summary: Summary, without: Sequence[str] = ()) -> list[Table]:
             table.add_column(escape(column.header), justify=side, no_wrap=True)
         best = best_rows(rows)
         for i, row in enumerate(rows):
-            group_ends = i + 1 < len(rows) and rows[i + 1]["keep"] != row["keep"]
+            group_ends = i + 1 < len(rows) and share_of(rows[i + 1]["keep"]) != share_of(row["keep"])
             style = "dim" if row["keep"] is None else ("bold green" if id(row) in best else None)
             table.add_row(*(Text(column.text(row)) for column in shown), style=style, end_section=group_ends)
         tables.append(table)
@@ -72,6 +75,8 @@ def markdown(runs: Mapping[str, Summary]) -> str:
             for title, columns in (("consistency", consistency_columns(summary)), ("cost", cost_columns(summary))):
                 if len(columns) > 3:
                     lines += [plain(f"### {task}: {title}"), "", *_markdown_table(summary, task, columns), ""]
+        if summary["pooled"]:
+            lines += [f"## {POOLED}", "", *_markdown_table(summary, POOLED, main_columns(summary)), ""]
         lines += [f"- {plain(note)}" for note in notes(summary)] + [""]
     seen: dict[str, str] = {}
     for summary in runs.values():
@@ -82,7 +87,7 @@ def markdown(runs: Mapping[str, Summary]) -> str:
 
 
 def _markdown_table(summary: Summary, task: str, columns: Sequence[Column]) -> list[str]:
-    rows = [row for row in summary["rows"] if row["task"] == task]
+    rows = rows_of(summary, task)
     best = best_rows(rows)
     lines = ["| " + " | ".join(plain(column.header) for column in columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
@@ -103,6 +108,8 @@ def plain(text: str) -> str:
 
 def done(summary: Summary, task: str) -> str:
     """What of a task is there, where it is not all of it: "shard 0/4: 2 of 8 samples"; else nothing."""
+    if task == POOLED:  # each of its tasks says so itself
+        return ""
     total = summary["tasks"][task].get("samples")
     counts = [row["samples"] for row in summary["rows"] if row["task"] == task]
     missing = len(summary["unreadable"].get(task, []))
@@ -128,7 +135,8 @@ def settings_line(summary: Summary) -> str:
 def notes(summary: Summary) -> list[str]:
     """What the whole run says beside its tables."""
     how = {"original": "those of the whole prompt, with gaps", "contiguous": "counted anew, without gaps"}
-    lines = [f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']})."]
+    lines = legend(summary)
+    lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
     for found in summary["correlations"]:
         if found["rank"] is not None and found["shift"] == "ipr_shift":
             where = f" on {found['task']}" if found["task"] else ""
@@ -158,16 +166,29 @@ def notes(summary: Summary) -> list[str]:
 def footnotes(summary: Summary, run: Path) -> str:
     """What the columns of the terminal's table mean, and the notes."""
     columns = [c for c in main_columns(summary) if c not in (KEEP, SELECTOR, SAMPLES)]
-    legend = "; ".join(f"{column.header}: {column.note}" for column in columns)
-    return "\n".join([legend, *notes(summary), f"Records: {run}"])
+    meanings = "; ".join(f"{column.header}: {column.note}" for column in columns)
+    return "\n".join([meanings, *notes(summary), f"Records: {run}"])
+
+
+def tables_of(summary: Summary) -> list[str]:
+    """The tasks, and all of them together where a budget is a share on average."""
+    return [*summary["tasks"], *([POOLED] if summary["pooled"] else [])]
+
+
+def rows_of(summary: Summary, task: str) -> list[Row]:
+    return [row for row in (*summary["rows"], *summary["pooled"]) if row["task"] == task]
 
 
 def best_rows(rows: Sequence[Row]) -> set[int]:
-    """The most accurate rows of each budget (evidence where nothing was answered); ties too, but not if all tie."""
+    """The most accurate rows of each budget (evidence where nothing was answered); ties too, but not if all tie.
+
+    A share on average competes with the fixed share over all tasks only: task by task it keeps more or less.
+    """
     best = set()
     field = "accuracy" if any(row["accuracy"] is not None for row in rows) else "evidence"
-    for keep in {row["keep"] for row in rows} - {None}:
-        group = [row for row in rows if row["keep"] == keep and row[field] is not None]
+    budget_of = [share_of(row["keep"]) if row["task"] == POOLED else row["keep"] for row in rows]
+    for keep in set(budget_of) - {None}:
+        group = [row for row, own in zip(rows, budget_of, strict=True) if own == keep and row[field] is not None]
         top = max((row[field] for row in group), default=None)
         winners = {id(row) for row in group if row[field] == top}
         best |= winners if len(winners) < len(group) else set()

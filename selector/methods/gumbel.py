@@ -3,9 +3,10 @@
 Known from the paper: three Transformer layers and a linear Gumbel-Softmax head give a binary mask over one tile's
 encoder features (1 keep, 0 drop); at inference tokens are ranked by logit and a fixed number stays. Width, heads and
 positions are not fixed there, hence arguments. Departures: features are normalised per channel with statistics of the
-training set (CLIP features have huge norms), and by default the training serves every budget with one ranking.
+training set (CLIP features have huge norms), the projected tokens may be read instead or beside them, and by default
+the training serves every budget with one ranking.
 
-Shapes: B tiles, N patches, D encoder width. The head has two classes, 0 = drop and 1 = keep: a Gumbel-Softmax over a
+Shapes: B tiles, N patches, C channels read. The head has two classes, 0 = drop and 1 = keep: a Gumbel-Softmax over a
 dimension of size one is constant, whatever the logits.
 """
 
@@ -18,23 +19,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selector.base import ScoreSelector
+from selector.table import Inputs, TableSelector
 from selector.tokens import VisualTokens
 
 
-class GumbelSelector(ScoreSelector):
+class GumbelSelector(TableSelector):
     """Three Transformer layers over the features of a tile and a two-way keep/drop head.
 
     `logits` is one graph for ``torch.compile``; the choices around it depend on data and are not.
 
     Args:
-        dim: D, width of the encoder features it reads.
-        num_patches: N, patches a tile (learned positions).
+        dim: C, channels of the table it reads.
+        num_patches: N, patches per tile (learned positions).
         width: width of the Transformer; None takes `dim`.
         layers, heads, mlp_ratio: of the Transformer.
+        inputs: ``"features"``, ``"projected"`` or ``"both"``, see `TableSelector`.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, GumbelSelector, VisualTokens
+        >>> tokens = VisualTokens.from_features(torch.randn(2, 16, 8))
+        >>> GumbelSelector(dim=8, num_patches=16)(tokens, Budget(4)).sum(1).tolist()
+        [4, 4]
     """
 
-    learned = True
     paper = "When Less is Enough, arXiv 2503.16660"
     cost = "layers · (N² W + N W²)"
 
@@ -46,9 +54,10 @@ class GumbelSelector(ScoreSelector):
         layers: int = 3,
         heads: int = 4,
         mlp_ratio: float = 2.0,
+        inputs: Inputs = "features",
     ):
-        super().__init__()
-        self.dim, self.num_patches, self.width = dim, num_patches, width
+        super().__init__(dim, inputs)
+        self.num_patches, self.width = num_patches, width
         self.layers, self.heads, self.mlp_ratio = layers, heads, mlp_ratio
         inner = dim if width is None else width
         sizes = {"dim": dim, "num_patches": num_patches, "width": inner, "layers": layers, "heads": heads}
@@ -59,10 +68,6 @@ class GumbelSelector(ScoreSelector):
             raise ValueError(f"mlp_ratio must give at least 1 channel of {inner} and be finite, got {mlp_ratio}")
         if inner % heads:
             raise ValueError(f"width {inner} must be a multiple of heads, got {heads} heads")
-        self.feature_mean: Tensor
-        self.feature_std: Tensor
-        self.register_buffer("feature_mean", torch.zeros(dim))
-        self.register_buffer("feature_std", torch.ones(dim))
         self.embed = nn.Linear(dim, inner)
         self.position = nn.Parameter(torch.randn(num_patches, inner) * 0.02)
         layer = nn.TransformerEncoderLayer(
@@ -71,25 +76,19 @@ class GumbelSelector(ScoreSelector):
         self.encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(inner), enable_nested_tensor=False)
         self.head = nn.Linear(inner, 2)
 
-    def normalized(self, features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Features in units of the training set's spread, per channel."""
-        if features.shape[-1] != self.dim:
-            raise ValueError(f"the selector reads features of width {self.dim}, got width {features.shape[-1]}")
-        if features.shape[-2] != self.num_patches:
-            raise ValueError(f"the selector reads {self.num_patches} patches a tile, got {features.shape[-2]}")
-        return (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
-
-    def logits(self, features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 2"]:
-        """Unnormalised log-odds of drop (0) and keep (1)."""
-        return self.head(self.encoder(self.embed(self.normalized(features)) + self.position))
+    def logits(self, table: Float[Tensor, "B N C"]) -> Float[Tensor, "B N 2"]:
+        """Unnormalised log-odds of drop (0) and keep (1), from a normalised table (see `table`)."""
+        if table.shape[-2] != self.num_patches:
+            raise ValueError(f"the selector reads {self.num_patches} patches per tile, got {table.shape[-2]}")
+        return self.head(self.encoder(self.embed(table) + self.position))
 
     def sample(
-        self, features: Float[Tensor, "B N D"], temperature: float = 1.0
+        self, table: Float[Tensor, "B N C"], temperature: float = 1.0
     ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N 2"]]:
         """A straight-through Gumbel-Softmax draw: a 0/1 mask with the gradient of its relaxation, and the logits."""
-        logits = self.logits(features)
+        logits = self.logits(table)
         return F.gumbel_softmax(logits, tau=temperature, hard=True, dim=-1)[..., 1], logits
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
-        logits = self.logits(tokens.features)
+        logits = self.logits(self.table(tokens))
         return logits[..., 1] - logits[..., 0]

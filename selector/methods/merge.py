@@ -45,6 +45,9 @@ class Merge(TokenSelector):
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
         return self.selector(tokens, budget)
 
+    def resolved(self, budget: Budget) -> Budget:
+        return self.selector.resolved(budget)
+
     @torch.no_grad()
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         keep = self(tokens, budget)

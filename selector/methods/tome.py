@@ -51,6 +51,7 @@ class ToMe(RankSelector):
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        budget = self.resolved(budget)
         scores, parent = self._plan(tokens, budget)
         keep = budget.select(scores, tokens)
         return Selection(keep, Flow.mean(ancestors(parent, keep, tokens)))

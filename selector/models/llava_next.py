@@ -22,7 +22,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from selector.models import Encoded, Relevance
 from selector.tokens import NEWLINE, PAD, VisualTokens
 
-GIVES = frozenset({"features", "projected", "cls_attention", "keys", "text"})
+GIVES = frozenset({"features", "projected", "cls_attention", "keys", "text", "question"})
 
 
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
@@ -68,6 +68,8 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         tokens = _with_projected(tokens, packed)
     if "text" in needs and relevance is not None:
         tokens = replace(tokens, text=relevance(tokens, inputs))
+    if "question" in needs:
+        tokens = _with_question(tokens, model, inputs)
     return Encoded(tokens, packed, output, config.image_token_id)
 
 
@@ -92,6 +94,36 @@ def _with_projected(tokens: VisualTokens, packed: list[Tensor]) -> VisualTokens:
         slots = slots[: len(feats)]
         table[slots[slots >= 0]] = feats[slots >= 0]
     return replace(tokens, projected=table.view(*shape, -1))
+
+
+def _with_question(tokens: VisualTokens, model: Any, inputs: Mapping[str, Any]) -> VisualTokens:
+    """Adds the embedded text that follows each image in its row of the prompt, up to the end of the row."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise ValueError("question: a selector that reads the question needs input_ids beside the images")
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    visual = ids == model.config.image_token_id
+    column = torch.arange(ids.shape[1], device=ids.device)
+
+    # The placeholders of all images stand one behind the other, row by row; an image's text starts behind its last.
+    row, position = visual.nonzero(as_tuple=True)
+    last = tokens.lengths.to(ids.device).cumsum(0) - 1
+    if len(position) != int(last[-1]) + 1:
+        raise ValueError(
+            f"input_ids hold {len(position)} image placeholders, the images give {int(last[-1]) + 1} tokens"
+        )
+    row, position = row[last], position[last]
+    text = (mask.bool() & ~visual)[row] & (column > position[:, None])
+
+    # Each image's text moves to the left; the rest is padding.
+    width = max(1, int(text.sum(1).max()))
+    order = (~text).int().argsort(dim=1, stable=True)[:, :width]
+    real = text.gather(1, order)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids[row].gather(1, order))
+    device = tokens.features.device
+    return replace(tokens, question=embedded.masked_fill(~real[..., None], 0).to(device), question_mask=real.to(device))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from PIL import Image
 
 from selector.errors import UsageError
 from selector.evaluation import records
+from selector.evaluation.columns import LEGEND
 from selector.evaluation.evidence import canvas_of
 from selector.evaluation.images import store_image
 from selector.evaluation.measure import pack
@@ -208,6 +209,28 @@ def test_markdown_lists_changed_answers(tmp_path):
     assert "Unpruned, the model is right on 100% [51, 100] of 4 questions" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| &lt;/script>&lt;b>0?")]
     assert line == "| &lt;/script>&lt;b>0? | red | red | “blue” theirs 0.5, theirs 8 |"
+
+
+def test_selectors_that_see_the_question_are_marked_everywhere(page, tmp_path):
+    assert "†" not in page
+    run = make_run(tmp_path / "asking", tasks=("toy",))
+    settings = json.loads((run / "run.json").read_text())
+    for planned in settings["rows"]:
+        planned["sees_question"] = planned["label"] == "theirs"
+    records.write_json(run / "run.json", settings)
+    _, path = write_report([run])
+
+    text = path.read_text()
+    overview = text[text.index('<section id="overview"') : text.index('<section id="task-toy"')]
+    assert "theirs†" in overview
+    assert LEGEND in overview
+    tables = re.findall(r"<table.*?</table>", text, re.DOTALL)
+    assert ["theirs†" in table for table in tables] == [True] * 4  # overview, head to head, consistency, cost
+    assert {row["selector"] for row in data_of(text)["samples"][0]["rows"]} == {"blind", "ours", "theirs†"}
+    assert "“blue” theirs† 0.5, theirs† 8" in path.with_suffix(".md").read_text()
+    plots = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert plots
+    assert "theirs†" in "".join(plots)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -352,10 +352,10 @@ def test_real_receipts():
 
 
 def test_compare_goes_on_without_receipts_and_says_so(monkeypatch, capsys):
-    from selector.evaluation.commands.compare import _tasks
+    from selector.evaluation.commands.common import find_tasks
 
     monkeypatch.delenv("SELECTOR_DATA", raising=False)
-    assert [task.name for task in _tasks(["receipts", "scenes"], False)] == ["scenes"]
+    assert [task.name for task in find_tasks("compare", ["receipts", "scenes"], False)] == ["scenes"]
     assert "receipts is left out: receipts need real scans: set SELECTOR_DATA" in capsys.readouterr().err
     with pytest.raises(UsageError, match="whose data is there"):
-        _tasks(["receipts"], False)
+        find_tasks("compare", ["receipts"], False)

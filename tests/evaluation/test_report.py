@@ -10,7 +10,7 @@ from rich.console import Console
 
 from selector.errors import UsageError
 from selector.evaluation import records
-from selector.evaluation.columns import main_columns
+from selector.evaluation.columns import LEGEND, main_columns
 from selector.evaluation.metrics import FLIPS
 from selector.evaluation.report import summarize, write_report
 from selector.evaluation.tables import fitting_tables, footnotes, markdown, rich_tables
@@ -126,6 +126,28 @@ def test_anls_is_shown_where_the_task_says_so(run):
     summary = summarize(run)
     assert "ANLS" in [column.header for column in main_columns(summary, "toy")]
     assert row(summary, "ours")["anls"] == 0.75
+
+
+def test_selectors_that_see_the_question_are_marked(run):
+    """Runs of before this was recorded had none: no mark, no legend."""
+    before = summarize(run)
+    assert not any(r["sees_question"] for r in before["rows"])
+    assert "†" not in markdown({"run": before}) + footnotes(before, run)
+
+    settings = json.loads((run / "run.json").read_text())
+    for planned in settings["rows"]:
+        planned["sees_question"] = planned["label"] == "ours"
+    records.write_json(run / "run.json", settings)
+    after = summarize(run)
+    text = markdown({"run": after})
+    assert "| 16 | ours† |" in text.replace("*", "")
+    assert "theirs†" not in text
+    assert text.count(LEGEND) == footnotes(after, run).count(LEGEND) == 1
+    (table,) = rich_tables(after)
+    console = Console(width=300)
+    with console.capture() as shown:
+        console.print(table)
+    assert "ours†" in shown.get()
 
 
 def test_a_run_of_an_older_version_is_refused(run):

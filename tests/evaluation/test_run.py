@@ -16,7 +16,9 @@ from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, select_toke
 from selector.errors import UsageError
 from selector.evaluation import records
 from selector.evaluation.answering import answer, forced, prepare, without_image
+from selector.evaluation.report import summarize
 from selector.evaluation.run import compare
+from selector.evaluation.standings import distil
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
 from selector.plug import prune_inputs
@@ -71,6 +73,24 @@ def test_every_row_and_sample_once(run):
     steps = run()
     assert len(steps) == len(found(steps)) == 4 * (2 + 2 * 2)
     assert all((s.total, s.task) == (4, "toy") for s in steps)
+
+
+def test_the_plan_says_who_sees_the_question(run):
+    class Asking(Norm):
+        sees_question = True
+
+    run({"random": Random(), "asking": Asking()})
+    plan = json.loads((run.folder / "run.json").read_text())
+    assert {row["label"]: row["sees_question"] for row in plan["rows"]} == {
+        "full": False,
+        "blind": False,
+        "random": False,
+        "asking": True,
+    }
+    rows = summarize(run.folder)["rows"]
+    assert {row["selector"] for row in rows if row["sees_question"]} == {"asking"}
+    data = distil(run.folder)
+    assert {row["selector"] for row in data["rows"] if row["sees_question"]} == {"asking"}
 
 
 def test_counts_are_those_that_reach_the_language_model(run, task):

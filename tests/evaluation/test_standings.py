@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from selector.errors import UsageError
+from selector.evaluation.columns import LEGEND
 from selector.evaluation.standings import main, markdown, standings
 
 
@@ -28,6 +29,37 @@ def test_a_meeting_is_won_only_where_the_test_says_so():
     assert [found["poor"][k] for k in ("won", "tied", "lost")] == [0, 1, 1]
     assert found["good"]["4"] == pytest.approx(0.8)
     assert list(found) == ["good", "fair", "poor"]
+
+
+def asking(found: dict, *names: str) -> dict:
+    for row in found["rows"]:
+        row["sees_question"] = row["selector"] in names
+    return found
+
+
+def test_selectors_that_see_the_question_meet_their_own_kind_alone():
+    hits = {"good": "1111111100", "poor": "1000000000", "told": "1111111111", "misled": "0000000000"}
+    found = asking(data(**hits), "told", "misled")
+    unseeing, seeing = standings(found), standings(found, sees_question=True)
+    meetings = [[row[k] for k in ("selector", "won", "tied", "lost")] for row in (*unseeing, *seeing)]
+    assert meetings == [["good", 1, 0, 0], ["poor", 0, 0, 1], ["told", 1, 0, 0], ["misled", 0, 0, 1]]
+
+
+def test_the_two_kinds_have_a_table_each():
+    hits = {"told": "1111111111", "good": "1111111100"}
+    before = markdown(data(**hits))  # distilled before it was recorded: none sees the question
+    assert before == markdown(asking(data(**hits)))
+    assert LEGEND not in before
+    assert before.count("| selector |") == 1
+    assert "between selectors of one table only" not in before
+
+    after = markdown(asking(data(**hits), "told"))
+    assert "meetings over tasks and budgets, between selectors of one table only." in after
+    first, second = after.split(f"\n\n{LEGEND}\n\n")
+    assert first.splitlines()[-1] == "| good | 80 | 0 | 0 | 0 |"
+    assert second == "| selector | 4 | won | tied | lost |\n|---|---|---|---|---|\n| told† | 100 | 0 | 0 | 0 |"
+    alone = markdown(asking(data(told="1111111111"), "told"))
+    assert alone.count("| selector |") == 1
 
 
 def test_unequal_samples_are_refused():

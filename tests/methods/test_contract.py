@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from visual_tokens import D, N, anyres, only, ragged, single
 
-from selector import Budget, GumbelSelector, TokenSelector, VisualTokens, available_selectors, load_selector
+from selector import (
+    Budget,
+    GumbelSelector,
+    ImageTransformer,
+    TokenSelector,
+    VisualTokens,
+    available_selectors,
+    load_selector,
+)
 from selector.base import GreedySelector, RankSelector, ScoreSelector
 
 
@@ -23,8 +31,17 @@ def gumbel() -> GumbelSelector:
     return GumbelSelector(dim=D, num_patches=N, width=16, heads=2).eval()
 
 
+def transformer(question: bool = False) -> ImageTransformer:
+    torch.manual_seed(0)
+    dim, asked = (D + 2, D + 2) if question else (D, None)
+    inputs = "projected" if question else "features"
+    return ImageTransformer(dim, inputs, width=16, heads=2, question_dim=asked).eval()
+
+
+LEARNED = {"gumbel": gumbel, "image-transformer": transformer, "image-transformer:question": lambda: transformer(True)}
+
 # By its own name as a spec, unless that would not be a fair default at this size.
-SPECS = {name: name for name in available_selectors() if name != "gumbel"} | {
+SPECS = {name: name for name in available_selectors() if name not in LEARNED} | {
     "lofi": "lofi:rank=3",
     "merge": "merge:selector=norm",
     "mix": "mix:a=norm,b=cls-attention",
@@ -42,6 +59,8 @@ VARIANTS = SPECS | {
         "lofi:energy=0.5",
         "lrcp:matrix=tile",
         "pivoted-qr:center=false",
+        "ridge-leverage:field=features,alpha=0.1",
+        "ridge-leverage:center=false,matrix=tile",
         "cdpruner:relevance=none",
         "cdpruner:relevance=cls_attention",
         "dart:pivots=3",
@@ -53,11 +72,11 @@ VARIANTS = SPECS | {
         "mix:a=(svd-prune:rank=2),b=divprune,weight=0.25,merge=nearest",
     )
 }
-every_method = pytest.mark.parametrize("name", [*VARIANTS, "gumbel"])
+every_method = pytest.mark.parametrize("name", [*VARIANTS, *LEARNED])
 
 
 def make(name: str) -> TokenSelector:
-    return gumbel() if name == "gumbel" else load_selector(VARIANTS[name])
+    return LEARNED[name]() if name in LEARNED else load_selector(VARIANTS[name])
 
 
 def named(*kinds: type) -> list[str]:
@@ -150,7 +169,7 @@ def test_smallest_and_largest_choices(name):
         assert chosen.keep.sum(1).tolist() == [min(count, length)] * 2
     packed = [torch.randn(length, 3) for _ in range(2)]
     assert not chosen.flow or all(map(torch.equal, chosen.flow.apply(packed), packed))  # all kept: nothing flows
-    if name != "gumbel":
+    if name not in LEARNED:
         lonely = single(torch.randn(2, 1, D))
         assert method(lonely, Budget(1)).all()
 
@@ -167,7 +186,7 @@ def test_bf16_and_non_contiguous(name):
         assert [rows.dtype for rows in chosen.flow.apply(packed)] == [torch.bfloat16] * 2
 
 
-@pytest.mark.parametrize("name", [name for name in [*VARIANTS, "gumbel"] if make(name).needs])
+@pytest.mark.parametrize("name", [name for name in [*VARIANTS, *LEARNED] if make(name).needs])
 def test_nan_is_refused_by_name(name):
     tokens = anyres()
     broken = {f: getattr(tokens, f) * float("nan") for f in ("features", "projected", "cls_attention", "keys", "text")}
@@ -183,7 +202,7 @@ def test_a_missing_field_is_named(name):
         make(name).select(bare, Budget(3))
 
 
-@pytest.mark.parametrize("name", VARIANTS)  # not gumbel: it reads whole tiles
+@pytest.mark.parametrize("name", VARIANTS)  # not the learned ones: they know where a token lies
 def test_unpadded_tokens_do_not_matter(name):
     """What the language model never sees must not change what it does see."""
     tokens = anyres()
@@ -243,7 +262,9 @@ def test_smaller_choices_lie_inside_larger_ones(name, scope):
 @every_method
 def test_a_budget_a_tile_reaches_every_tile(name):
     tokens = single(torch.randn(3, N, D))
-    image = replace(tokens, image=torch.zeros(3, dtype=torch.long), slots=tokens.slots.view(1, -1))
+    asked = {"question": torch.randn(1, 4, D + 2), "question_mask": torch.ones(1, 4, dtype=torch.bool)}
+    one = {"image": torch.zeros(3, dtype=torch.long), "slots": tokens.slots.view(1, -1)}
+    image = replace(tokens, projected=torch.randn(3, N, D + 2), **one, **asked)
     keep = make(name)(image, Budget(12, "tile"))
     assert image.tiles_of(keep).sum(1).tolist() == [4, 4, 4]
 
@@ -291,7 +312,7 @@ def test_what_a_method_says_of_itself(name):
     assert method.paper
     assert method.cost
     assert method.acts == "before"
-    assert method.needs <= {"features", "projected", "cls_attention", "keys", "text"}
+    assert method.needs <= {"features", "projected", "cls_attention", "keys", "text", "question"}
 
 
 @pytest.mark.parametrize("name", named(RankSelector))
@@ -319,7 +340,10 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "name",
-    ["farthest-point", "pivoted-qr", "dart", "cdpruner", "divprune", "visionzip", "prumerge", "merge:selector=norm"],
+    [
+        *("farthest-point", "pivoted-qr", "dart", "cdpruner", "divprune", "visionzip", "prumerge"),
+        *("merge:selector=norm", "ridge-leverage"),
+    ],
 )
 def test_memory_grows_with_tokens_times_channels_and_kept(name):
     """Nothing of the size of all pairs, unless the rule needs it (scope, and the first matching of tome, vispruner)."""

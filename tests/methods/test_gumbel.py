@@ -42,8 +42,8 @@ def test_gumbel_score_is_deterministic_and_refuses_other_widths():
         assert torch.equal(selector.score(TOKENS), logits[..., 1] - logits[..., 0])
         assert torch.equal(selector.score(TOKENS), selector.score(TOKENS))
     with pytest.raises(ValueError, match="width 9, got width 10"):
-        selector.logits(torch.zeros(1, 25, 10))
-    with pytest.raises(ValueError, match="25 patches a tile, got 24"):
+        selector.score(VisualTokens.from_features(torch.zeros(1, 25, 10)))
+    with pytest.raises(ValueError, match="25 patches per tile, got 24"):
         selector.logits(torch.zeros(1, 24, 9))
     with pytest.raises(ValueError, match="multiple of heads"):
         GumbelSelector(dim=9, num_patches=25, heads=4)

@@ -29,6 +29,7 @@ from selector.methods.mix import Mix
 from selector.methods.pivoted_qr import PivotedQR
 from selector.methods.prumerge import PruMerge
 from selector.methods.prumerge_plus import PruMergePlus
+from selector.methods.ridge_leverage import RidgeLeverage
 from selector.methods.scope import SCOPE
 from selector.methods.tome import ToMe
 from selector.methods.visionzip import VisionZip
@@ -56,8 +57,60 @@ def test_lofi_is_leverage_of_the_projected_tokens():
         LoFi().score(VisualTokens.from_features(FEATURES))
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize(("field", "tables"), [("projected", FEATURES.flip(0)), ("features", FEATURES)])
+def test_ridge_leverage_reads_the_field_that_it_names(field, tables, center):
+    method = RidgeLeverage(0.5, field, center)
+    assert method.needs == {field}
+    for row, matrix in zip(method.score(TOKENS), tables, strict=True):
+        np.testing.assert_allclose(row.numpy(), references.ridge_leverage(matrix, 0.5, center), atol=1e-5)
+
+
+def test_ridge_leverage_takes_projected_tokens_of_whole_images_by_default():
+    tokens = ragged()
+    matrix, real = tokens.by_image(tokens.projected)
+    scores = tokens.packed(RidgeLeverage().score(tokens), 0.0)
+    for i in range(tokens.num_images):
+        want = references.ridge_leverage(matrix[i][real[i]], 1.0)
+        np.testing.assert_allclose(scores[i][real[i]].numpy(), want, atol=1e-5)
+    with pytest.raises(ValueError, match="RidgeLeverage reads `projected`"):
+        RidgeLeverage().score(VisualTokens.from_features(FEATURES))
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_ridge_leverage_refuses_a_ridge_of_nothing(alpha):
+    with pytest.raises(ValueError, match=f"alpha must be finite and above 0, got {alpha}"):
+        RidgeLeverage(alpha)
+
+
 def test_tile_and_image_matrices_differ_only_with_several_tiles():
     torch.testing.assert_close(SVDPrune(rank=2).score(TOKENS), SVDPrune(rank=2, matrix="tile").score(TOKENS))
+    torch.testing.assert_close(RidgeLeverage().score(TOKENS), RidgeLeverage(matrix="tile").score(TOKENS))
+    several = anyres()
+    assert not torch.allclose(RidgeLeverage().score(several), RidgeLeverage(matrix="tile").score(several))
+
+
+@pytest.mark.parametrize(
+    ("spec", "sees"),
+    [
+        ("ridge-leverage", False),
+        ("uniform", False),
+        ("cdpruner", True),
+        ("cdpruner:relevance=cls_attention", False),
+        ("mix:a=norm,b=cdpruner", True),
+        ("mix:a=norm,b=(cdpruner:relevance=none)", False),
+        ("cdpruner:merge=nearest", True),
+    ],
+)
+def test_who_sees_the_question(spec, sees):
+    assert load_selector(spec).sees_question is sees
+
+
+def test_a_selector_that_reads_the_words_of_the_question_sees_it():
+    class Asking(Norm):
+        needs = frozenset({"projected", "question"})
+
+    assert Asking().sees_question
 
 
 def test_norm():

@@ -18,6 +18,7 @@ from selector.budget import Budget
 from selector.tokens import VisualTokens
 from training.cli import main, run
 from training.comparison import RANKERS
+from training.encoders import LlavaNextEncoder
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 
@@ -115,7 +116,7 @@ def test_a_checkpoint_with_a_missing_tensor_or_another_width_is_refused(tmp_path
     save_file(weights, out / "model.safetensors")
     with pytest.raises(ValueError, match="reads features of width 32, got width 40"):
         TokenSelector.from_pretrained(out).score(VisualTokens.from_features(torch.randn(1, 16, 40)))
-    with pytest.raises(ValueError, match="reads 16 patches a tile, got 9"):
+    with pytest.raises(ValueError, match="reads 16 patches per tile, got 9"):
         TokenSelector.from_pretrained(out).score(VisualTokens.from_features(torch.randn(1, 9, 32)))
 
     state = torch.load(checkpoint(tmp_path), weights_only=True)
@@ -128,9 +129,9 @@ def test_a_checkpoint_with_a_missing_tensor_or_another_width_is_refused(tmp_path
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("objective", ["sampled_budget", "straight_through", "paper"])
+@pytest.mark.parametrize("objective", ["SampledBudget", "StraightThrough", "Paper"])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, fit, objective):
-    settings = [f"--model.objective={objective}", "--model.warmup_steps=2"]
+    settings = [f"--model.objectives+=training.objectives.{objective}", "--model.warmup_steps=2"]
     whole = run(fit(*settings, name="whole")).model.state_dict()
 
     from training.module import SelectorModule
@@ -229,13 +230,13 @@ def test_a_ranking_that_loses_to_random_is_an_error(tmp_path, fit, capsys, monke
     arguments = [part for part in fit() if "allow_worse_than_random" not in part]
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert "the deterministic ranking reconstructs worse than random tokens at" in error
+    assert "the deterministic ranking is worse than random tokens at" in error
     assert checkpoint(tmp_path).is_file()  # the run is kept, to look at
 
 
 def _distance(module, tokens):
     """From the mean token: an untrained reconstructor misses these most, so keeping the nearest is upside down."""
-    target = module.selector.normalized(tokens.features)
+    target = module.selector.table(tokens)
     return target.pow(2).mean(-1)
 
 
@@ -244,7 +245,9 @@ def _distance(module, tokens):
     [
         (["--data.images=EMPTY"], "data.images must hold images"),
         (["--data.images=NOWHERE"], "data.images must be a folder of images"),
-        (["--model.kept_range=[0.5,0.1]"], "model.kept_range must be 0 < smallest <= largest < 1"),
+        (["--data.generated=pages"], "data.generated must be 'mixed' or one or more of"),
+        (["--model.question=true"], "model.question needs architecture image-transformer"),
+        (["--model.objectives+=training.answers.Answers"], "model.encoder must be a LlavaNextModel for Answers"),
         (["--model.kept_shares=[0.5,1.0]"], "model.kept_shares must be shares in (0, 1)"),
         (["--model.heads=5"], "must be a multiple of heads, got 5"),
         (["--trainer.max_epochs=-1"], "trainer.max_epochs or trainer.max_steps must be positive"),
@@ -263,16 +266,21 @@ def test_bad_inputs_end_with_one_line(tmp_path, fit, capsys, arguments, message)
 
 def test_a_config_of_the_repository_is_found_from_anywhere(tmp_path, monkeypatch):
     """As `selector compare --config` finds its own; a file of that name here wins."""
-    from training.cli import _found
+    from training.cli import _with_configs
 
     monkeypatch.chdir(tmp_path)
     name, root = "configs/train/tiny.yaml", Path(__file__).resolve().parent.parent.parent
-    assert _found(["fit", "--config", name]) == ["fit", "--config", str(root / name)]
-    assert _found(["fit", f"--config={name}", "--name", "x"]) == ["fit", f"--config={root / name}", "--name", "x"]
-    assert _found(["fit", "--config", "none.yaml", "--config"]) == ["fit", "--config", "none.yaml", "--config"]
+    assert _with_configs(["fit", "--config", name]) == ["fit", "--config", str(root / name)]
+    assert _with_configs(["fit", f"--config={name}", "--name", "x"]) == [
+        "fit",
+        f"--config={root / name}",
+        "--name",
+        "x",
+    ]
+    assert _with_configs(["fit", "--config", "none.yaml", "--config"]) == ["fit", "--config", "none.yaml", "--config"]
     (tmp_path / "configs/train").mkdir(parents=True)
     (tmp_path / name).write_text("{}")
-    assert _found(["fit", "--config", name]) == ["fit", "--config", name]
+    assert _with_configs(["fit", "--config", name]) == ["fit", "--config", name]
 
 
 def test_export_names_what_is_no_checkpoint(tmp_path, capsys):
@@ -283,7 +291,7 @@ def test_export_names_what_is_no_checkpoint(tmp_path, capsys):
     assert "was not written by selector-train" in capsys.readouterr().err
     torch.save({"selector": {"encoder": {}, "data": ""}, "state_dict": {}}, tmp_path / "older.ckpt")
     assert main(["export", str(tmp_path / "older.ckpt"), str(tmp_path / "out")]) == 2
-    assert "it does not tell ['objective', 'steps', 'tokens_per_s', 'validation']" in capsys.readouterr().err
+    assert "it does not tell ['class', 'objective', 'steps', 'tokens_per_s', 'validation']" in capsys.readouterr().err
     torch.save({"selector": Path("a")}, tmp_path / "pickled.ckpt")
     assert main(["export", str(tmp_path / "pickled.ckpt"), str(tmp_path / "out")]) == 2
     assert "cannot be read safely" in capsys.readouterr().err
@@ -302,6 +310,35 @@ def test_every_shipped_config_parses(config, capsys):
         run(["fit", f"--config={config}", "--print_config"])
     assert stop.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["encoder"]["class_path"].startswith("training.encoders.")
+
+
+@pytest.mark.parametrize("flag", ["--config=", "--config ", "-c "])
+def test_shipped_configs_and_models_are_found_from_any_folder(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(["fit", *f"{flag}configs/train/tiny.yaml".split(), "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "tiny"
+    assert LlavaNextEncoder("checkpoints/llava-next-tiny").num_patches == 144
+
+    (tmp_path / "configs" / "train").mkdir(parents=True)  # the folder where one is comes first
+    (tmp_path / "configs" / "train" / "tiny.yaml").write_text("name: mine")
+    with pytest.raises(SystemExit):
+        run(["fit", *f"{flag}configs/train/tiny.yaml".split(), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "mine"
+
+
+def test_a_cache_on_disk_trains_as_the_one_in_memory(tmp_path, fit, capsys):
+    memory = run(fit("--data.cache_features=true", name="memory")).model.state_dict()
+    cache = [f"--data.cache_dir={tmp_path / 'cache'}", "--data.cache_dtype=float32"]
+    for name in ("first", "second"):
+        for key, tensor in run(fit(*cache, "--data.workers=1", name=name)).model.state_dict().items():
+            torch.testing.assert_close(tensor, memory[key], rtol=0, atol=0, msg=key)
+    assert len(list((tmp_path / "cache").glob("*/index.json"))) == 2  # training and validation, the second run none
+    for shard in (tmp_path / "cache").glob("*/*.safetensors"):
+        shard.write_bytes(b"cut")
+    assert main(fit(*cache, name="third")) == 2
+    assert "is damaged (3 of " in capsys.readouterr().err
 
 
 def test_wandb_by_one_flag_needs_no_account(tmp_path, fit, monkeypatch):

@@ -97,8 +97,10 @@ def test_sampled_keep_stays_between_one_and_all_but_one(patches):
 
 
 def test_schedules_start_and_end_where_they_should():
-    assert temperature(0, 100, 2.0, 0.5) == pytest.approx(2.0)
-    assert temperature(99, 100, 2.0, 0.5) == pytest.approx(0.5)
+    assert temperature(0.0, 2.0, 0.5) == pytest.approx(2.0)
+    assert temperature(0.5, 2.0, 0.5) == pytest.approx(1.0)
+    assert temperature(1.0, 2.0, 0.5) == pytest.approx(0.5)
+    assert temperature(1.2, 2.0, 0.5) == pytest.approx(0.5)
     assert rate_factor(0, 100, 10) == pytest.approx(0.1)
     assert rate_factor(10, 100, 10) == pytest.approx(1.0)
     assert rate_factor(100, 100, 10) == pytest.approx(0.05)

@@ -13,6 +13,7 @@ from selector.budget import Budget
 from selector.tokens import VisualTokens
 from training.encoders import VisionEncoder
 from training.module import SelectorModule
+from training.objectives import Step
 
 PATCHES, WIDTH, SURPRISES = 16, 16, 3
 
@@ -42,10 +43,12 @@ def test_the_unpredictable_tokens_are_kept():
     steps, generator = 240, torch.Generator().manual_seed(0)
     module = SelectorModule(NoEncoder())
     optimizer = torch.optim.Adam([*module.selector.parameters(), *module.reconstructor.parameters()], lr=2e-3)
+    (objective,) = module.objectives
     for step in range(steps):
-        loss, _ = module._sampled_budget(tiles(32, generator)[0], 1.0, step < steps // 2, generator)
+        tokens = VisualTokens.from_features(tiles(32, generator)[0], (4, 4))
+        given = Step(tokens, module.selector, step / steps, generator, module.reconstructor)
         optimizer.zero_grad()
-        loss.backward()
+        objective(given).value.backward()
         optimizer.step()
     features, surprising = tiles(200, generator)
     tokens = VisualTokens.from_features(features, (4, 4))

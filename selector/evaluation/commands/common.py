@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
 
 from selector.base import TokenSelector
-from selector.errors import UsageError
+from selector.errors import MissingData, UsageError
 from selector.evaluation import loading
-from selector.evaluation.tasks import load_task
+from selector.evaluation.tasks import Task, load_task
 from selector.evaluation.tasks.sample import Sample
 
 MOST_THREADS = max(256, os.cpu_count() or 1)
@@ -50,6 +51,41 @@ def load_all(
 def pages(seed: int) -> list[Sample]:
     """What is shown where no image is given: one generated page and one scene."""
     return [next(load_task(name).samples(1, seed)) for name in ("documents", "scenes")]
+
+
+def find_tasks(command: str, specs: list[str], skip_unreadable: bool) -> list[Task]:
+    """The tasks whose data is there; the others are named, and are an error where none is left."""
+    twice = next((spec for i, spec in enumerate(specs) if spec in specs[:i]), None)
+    if twice is not None or not specs:
+        raise UsageError(f"tasks must name at least one, each once, got {' '.join(specs) or 'none'}")
+    found: list[Task] = []
+    missing: list[str] = []
+    for spec in specs:
+        try:
+            found.append(load_task(spec, skip_unreadable))
+        except MissingData as error:
+            missing.append(str(error))
+            print(f"selector {command}: {spec} is left out: {error}", file=sys.stderr)
+    if not found:
+        raise UsageError(f"tasks must hold one whose data is there: {'; '.join(missing)}")
+    return found
+
+
+def name_unreadable(tasks: list[Task]) -> None:
+    for task in tasks:
+        if task.unreadable:
+            print(f"{task.name}: {len(task.unreadable)} images cannot be read and are left out:", file=sys.stderr)
+            print(*(f"  {name}" for name in task.unreadable), sep="\n", file=sys.stderr)
+
+
+def sample_limit(value: Any) -> int | None:
+    """Samples of each task; None for all."""
+    if value == "all":
+        return None
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise UsageError(f"samples must be an int >= 1 or all, got {value!r}")
+    return number
 
 
 def positive(name: str, value: Any) -> int:

@@ -11,19 +11,27 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from selector.errors import MissingData, UsageError
+from selector.errors import UsageError
 from selector.evaluation import loading
-from selector.evaluation.commands.common import choose, load_all, positive, whole
+from selector.evaluation.commands.common import (
+    choose,
+    find_tasks,
+    load_all,
+    name_unreadable,
+    positive,
+    sample_limit,
+    whole,
+)
 from selector.evaluation.commands.printing import print_report
 from selector.evaluation.records import WHOLE, Shard, check_place
 from selector.evaluation.run import Step, check_part, compare, sample_count, shard_range
-from selector.evaluation.tasks import Task, load_task
+from selector.evaluation.tasks import Task
 
 
 def run(settings: dict[str, Any]) -> int:
-    samples = _samples(settings["samples"])
+    samples = sample_limit(settings["samples"])
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
-    tasks = _tasks(_distinct("tasks", settings["tasks"]), settings["skip_unreadable"])
+    tasks = find_tasks("compare", settings["tasks"], settings["skip_unreadable"])
     seed = whole("seed", settings["seed"])
     limit = positive("max_new_tokens", settings["max_new_tokens"])
     positions = loading.check_positions(settings["positions"])
@@ -98,10 +106,7 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
                 progress.update(bars[step.task], advance=1, seen=_seen(right, shares))
         except KeyboardInterrupt:
             return True
-    for task in tasks:
-        if task.unreadable:
-            print(f"{task.name}: {len(task.unreadable)} images cannot be read and are left out:", file=sys.stderr)
-            print(*(f"  {name}" for name in task.unreadable), sep="\n", file=sys.stderr)
+    name_unreadable(tasks)
     return False
 
 
@@ -110,37 +115,6 @@ def _seen(right: dict[str, list[bool]], shares: list[float]) -> str:
     if shares:
         parts.append(f"kept {100 * sum(shares) / len(shares):.0f}%")
     return " · ".join(parts)
-
-
-def _tasks(specs: list[str], skip_unreadable: bool) -> list[Task]:
-    """The tasks whose data is there; the others are named, and are an error where none is left."""
-    found: list[Task] = []
-    missing: list[str] = []
-    for spec in specs:
-        try:
-            found.append(load_task(spec, skip_unreadable))
-        except MissingData as error:
-            missing.append(str(error))
-            print(f"selector compare: {spec} is left out: {error}", file=sys.stderr)
-    if not found:
-        raise UsageError(f"tasks must hold one whose data is there: {'; '.join(missing)}")
-    return found
-
-
-def _samples(value: Any) -> int | None:
-    if value == "all":
-        return None
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise UsageError(f"samples must be an int >= 1 or all, got {value!r}")
-    return number
-
-
-def _distinct(name: str, values: list[str]) -> list[str]:
-    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
-    if twice is not None or not values:
-        raise UsageError(f"{name} must name at least one, each once, got {' '.join(values) or 'none'}")
-    return values
 
 
 def _shard(value: Any) -> Shard:

@@ -14,16 +14,18 @@ from typing import Any
 
 from selector.evaluation.columns import (
     KEEP,
+    POOLED,
     SELECTOR,
     Column,
     Summary,
     consistency_columns,
     cost_columns,
     main_columns,
+    share_of,
 )
 from selector.evaluation.page.figures import correlation_plots, task_plots
 from selector.evaluation.page.overview import differing, overview
-from selector.evaluation.tables import best_rows, notes, settings_line
+from selector.evaluation.tables import best_rows, notes, rows_of, settings_line
 
 HERE = Path(__file__).parent
 FORMULAS = """\
@@ -43,6 +45,10 @@ def render(runs: Mapping[str, Summary], shown: Mapping[str, Any]) -> str:
     if len(runs) > 1:
         sections.append(_section("differences", "What differs between the runs", differing(runs)))
     sections += [_task(task, runs) for task in tasks]
+    averaged = {name: summary for name, summary in runs.items() if summary["pooled"]}
+    if averaged:
+        together = "".join(_table(f"{POOLED}, {n}", s, POOLED, main_columns(s)) for n, s in averaged.items())
+        sections.append(_section("together", "All tasks together: shares on average", together))
     plots = correlation_plots(runs)
     if plots:
         sections.append(_section("spectrum", "Does the spectrum tell?", plots))
@@ -52,6 +58,7 @@ def render(runs: Mapping[str, Summary], shown: Mapping[str, Any]) -> str:
         )
     sections.append(_section("method", "How this was measured", _method(runs)))
     links = "".join(f'<a href="#{_slug(task)}">{escape(task)}</a>' for task in tasks)
+    links += '<a href="#together">all tasks</a>' if averaged else ""
     links += '<a href="#spectrum">spectrum</a>' if plots else ""
     links += '<a href="#explorer">answers</a>' if shown["samples"] else ""
     data = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -88,7 +95,7 @@ def _task(task: str, runs: Mapping[str, Summary]) -> str:
 
 
 def _table(caption: str, summary: Summary, task: str, columns: Sequence[Column]) -> str:
-    rows = [row for row in summary["rows"] if row["task"] == task]
+    rows = rows_of(summary, task)
     best = best_rows(rows)
     head = "".join(
         f'<th scope="col" title="{escape(column.note)}"><button type="button">{escape(column.header)}</button></th>'
@@ -106,7 +113,7 @@ def _table(caption: str, summary: Summary, task: str, columns: Sequence[Column])
             cells.append(f"<{tag}{scope}{kind}{sort}>{escape(column.text(row))}</{tag}>")
         marks = ["reference"] if row["keep"] is None else []
         marks += ["best"] if id(row) in best else []
-        marks += ["ends"] if i + 1 < len(rows) and rows[i + 1]["keep"] != row["keep"] else []
+        marks += ["ends"] if i + 1 < len(rows) and share_of(rows[i + 1]["keep"]) != share_of(row["keep"]) else []
         body.append(f'<tr class="{" ".join(marks)}">{"".join(cells)}</tr>')
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table class="sortable">'

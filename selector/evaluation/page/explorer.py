@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from selector.errors import UsageError
-from selector.evaluation.records import IMAGES, image_name
+from selector.evaluation.columns import marked
+from selector.evaluation.records import IMAGES, image_name, seeing_question
 from selector.evaluation.tables import plain
 
 Key = tuple[str, str, str | None]
@@ -31,7 +32,12 @@ def explorer(
     for name, task in groups:
         folder, settings, tables = runs[name]
         left = room // max(1, len(groups))
-        rows = {key[1:]: {r["id"]: r for r in found} for key, found in tables.items() if key[0] == task}
+        seeing = seeing_question(settings)
+        rows = {
+            (marked(label, label in seeing), keep): {r["id"]: r for r in found}
+            for (of, label, keep), found in tables.items()
+            if of == task
+        }
         taken = 0
         for sample in _telling(rows):
             shown = _sample(name, task, sample, rows)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from selector.evaluation.columns import selector_name
 from selector.evaluation.page.plots import Line, Point, Series, axis, legend, plot
 
 Summary = dict[str, Any]
@@ -19,13 +20,14 @@ SPECTRA = {
 
 def names_of(runs: Mapping[str, Summary]) -> dict[tuple[str, str], tuple[str, int]]:
     """(run, selector) -> (its name on the page, its number); the same everywhere on the page."""
-    keys = [
-        (name, selector)
+    shown = {
+        (name, row["selector"]): selector_name(row)
         for name, summary in runs.items()
-        for selector in dict.fromkeys(row["selector"] for row in summary["rows"] if row["keep"])
-    ]
+        for row in summary["rows"]
+        if row["keep"]
+    }
     several = len(runs) > 1
-    return {key: (f"{key[1]} · {key[0]}" if several else key[1], i) for i, key in enumerate(keys)}
+    return {key: (f"{label} · {key[0]}" if several else label, i) for i, (key, label) in enumerate(shown.items())}
 
 
 def task_plots(task: str, runs: Mapping[str, Summary]) -> str:

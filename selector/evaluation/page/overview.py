@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from selector.evaluation.columns import LEGEND, legend, selector_name
 from selector.evaluation.findings import Row, sentences
 
 Summary = dict[str, Any]
@@ -23,6 +24,8 @@ def overview(runs: Mapping[str, Summary]) -> str:
         title = f"<h3>{escape(name)}</h3>" if len(runs) > 1 else ""
         items = "".join(f"<li>{line}</li>" for line in lines)
         parts.append(f"{title}<ul class='findings'>{items}</ul>{_smallest(name, summary)}")
+    if any(legend(summary) for summary in runs.values()):
+        parts.append(f"<p>{escape(LEGEND)}</p>")
     return "".join(parts)
 
 
@@ -31,16 +34,16 @@ def _smallest(name: str, summary: Summary) -> str:
     tasks = [t for t in summary["tasks"] if any(r["task"] == t and r["versus_full"] for r in summary["rows"])]
     if not tasks:
         return ""
-    selectors = list(dict.fromkeys(r["selector"] for r in summary["rows"] if r["keep"]))
+    selectors = {r["selector"]: selector_name(r) for r in summary["rows"] if r["keep"]}
     head = "".join(f'<th scope="col">{escape(task)}</th>' for task in tasks)
     body = []
-    for selector in selectors:
+    for selector, shown in selectors.items():
         cells = []
         for task in tasks:
             own = [r for r in summary["rows"] if (r["task"], r["selector"]) == (task, selector) and r["versus_full"]]
             row = _last_good(own)
             cells.append(f"<td>{escape(_cell(row)) if row else 'none of those tried'}</td>")
-        body.append(f'<tr><th scope="row">{escape(selector)}</th>{"".join(cells)}</tr>')
+        body.append(f'<tr><th scope="row">{escape(shown)}</th>{"".join(cells)}</tr>')
     caption = (
         "Fewest tokens without measurable loss of accuracy (difference to the unpruned model, 95% interval holds 0)"
     )
@@ -91,9 +94,9 @@ def differing(runs: Mapping[str, Summary]) -> str:
 
 
 def _flat(summary: Summary) -> dict[str, Any]:
-    skipped = ("rows", "correlations", "environment", "tasks", "unreadable")
+    skipped = ("rows", "pooled", "correlations", "environment", "tasks", "unreadable")
     plain = {key: value for key, value in summary.items() if key not in skipped}
     tasks = {f"task {name}": task["fingerprint"] for name, task in summary["tasks"].items()}
-    selectors = ", ".join(dict.fromkeys(row["selector"] for row in summary["rows"] if row["keep"]))
+    selectors = ", ".join(dict.fromkeys(selector_name(row) for row in summary["rows"] if row["keep"]))
     budgets = ", ".join(dict.fromkeys(row["keep"] for row in summary["rows"] if row["keep"]))
     return plain | summary["environment"] | tasks | {"selectors": selectors, "budgets": budgets}

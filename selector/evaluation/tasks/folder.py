@@ -129,9 +129,13 @@ def split_place(file: str) -> float:
 def _sample(row: dict[str, Any], image: Image.Image, seed: int) -> Sample:
     if row.get("qa"):
         turn = Random(f"folder/{seed}/{row['image']}").choice(row["qa"])
-        answer = None if turn.get("a") is None else str(turn["a"])  # 5 as "5": answers of VQA sets are often numbers
-        return Sample(row["image"], image, turn["q"], answer, _boxes(turn.get("boxes") or []))
+        return Sample(row["image"], image, turn["q"], answer_of(turn), _boxes(turn.get("boxes") or []))
     return Sample(row["image"], image, None, None, _boxes([thing["box"] for thing in row.get("objects") or []]))
+
+
+def answer_of(turn: dict[str, Any]) -> str | None:
+    """The answer as a text, 5 as "5": answers of VQA sets are often numbers. None where there is none."""
+    return None if turn.get("a") is None else str(turn["a"])
 
 
 def _boxes(boxes: Any) -> tuple[Box, ...]:

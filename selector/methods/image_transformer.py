@@ -1,0 +1,381 @@
+"""A learned selector that sees a whole image at once, and if asked to, the question.
+
+The selector of "When Less is Enough" (`gumbel`) ranks the patches of each tile by themselves. AnyRes shows an image
+twice, as a base view and as tiles, and what one view shows need not be kept from the other; so here the tokens of all
+tiles of an image attend to each other. Two things keep that cheap: keys and values are averaged over cells of
+`pool` x `pool` patches (the tower has already told each patch about its neighbours), and there are few, narrow layers.
+
+Positions are rotary in two dimensions, in patches of the page: a token of the base view lies where its middle lies on
+the page, so that what is beside a word is found in the same way everywhere and at any size.
+
+With `question_dim` it reads the question, and the same page is cut differently for each question. The layers above see
+the image alone, once per image; then patches are compared with the question's tokens where the language model compares
+them, in its embedding space (`Match`), and `question_layers` more layers attend to both, once per question.
+
+The architecture is ours; it is trained by `training.answers`.
+
+Shapes: T tiles, N patches per tile, P cells per tile, I images, K cells of the image with most tiles, R questions,
+Q tokens of the longest question, C channels of the table, W width, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selector.grid import places
+from selector.table import Inputs, TableSelector
+from selector.tokens import VisualTokens
+
+WAVELENGTH = 100.0
+"""Base of the rotary frequencies: the slowest turns once in a few hundred patches, more than a page is wide."""
+
+
+class ImageTransformer(TableSelector):
+    """Transformer layers over all tokens of an image, with 2-D rotary positions; optionally reads the question.
+
+    Args:
+        dim: C, channels of the table it reads.
+        inputs: ``"features"``, ``"projected"`` or ``"both"``, see `TableSelector`.
+        width: W, width of the Transformer.
+        layers, heads, mlp_ratio: of the Transformer; a head's width must be a multiple of 4.
+        pool: side of the cells, in patches, over which keys and values are averaged; 1 attends to every token.
+        question_dim: d, width of the question's embeddings, for a selector that reads the question; None for one that
+            does not.
+        question_layers: layers behind the others that also attend to the question.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, ImageTransformer, VisualTokens
+        >>> tokens = VisualTokens.from_features(torch.randn(2, 16, 8))
+        >>> ImageTransformer(dim=8, width=32)(tokens, Budget(4)).sum(1).tolist()
+        [4, 4]
+    """
+
+    paper = "ours"
+    cost = "layers · (N² W / pool² + N W²)"
+
+    def __init__(
+        self,
+        dim: int,
+        inputs: Inputs = "features",
+        width: int = 128,
+        layers: int = 2,
+        heads: int = 4,
+        mlp_ratio: float = 2.0,
+        pool: int = 2,
+        question_dim: int | None = None,
+        question_layers: int = 1,
+    ):
+        super().__init__(dim, inputs)
+        if width % (4 * heads):
+            raise ValueError(f"width must be a multiple of 4 * heads, got width {width} and {heads} heads")
+        if pool < 1:
+            raise ValueError(f"pool must be at least 1, got {pool}")
+        self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
+        self.pool, self.question_dim, self.question_layers = pool, question_dim, question_layers
+        self.embed = nn.Linear(dim, width)
+        self.view = nn.Parameter(torch.zeros(2, width))  # high resolution, base view
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1)
+        if question_dim is not None:
+            if inputs == "features":
+                raise ValueError("inputs must hold the projected tokens ('projected' or 'both') for a question")
+            self.needs = self.needs | {"question"}
+            self.match = Match(question_dim, width)
+            asked = [Block(width, heads, mlp_ratio, cross=True) for _ in range(question_layers)]
+            self.asked_blocks = nn.ModuleList(asked)
+            self.read_words = nn.Sequential(nn.LayerNorm(question_dim), nn.Linear(question_dim, width))
+            self.question_block = Block(width, heads, mlp_ratio)
+            self.question_norm = nn.LayerNorm(width)
+
+    def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        seen = self._look(tokens)
+        if self.question_dim is None:
+            return self._heads(seen.x)
+        asked = self._read(*tokens.read_question(self)).of(tokens.image)
+        return self._heads(self._answer(seen, asked))
+
+    def scores_per_question(
+        self, tokens: VisualTokens, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]
+    ) -> Float[Tensor, "R T N"]:
+        """Scores of one image's tokens for each of several questions; `mask` tells which of their tokens are real.
+
+        The image is looked at once.
+
+        Raises:
+            ValueError: several images.
+        """
+        if tokens.num_images != 1:
+            raise ValueError(f"tokens must be those of one image, got {tokens.num_images}")
+        count, tiles = len(question), len(tokens.features)
+        number = torch.arange(count, device=question.device).repeat_interleave(tiles)
+        asked = self._read(question, mask).of(number)
+        scores = self._heads(self._answer(self._look(tokens).repeated(count), asked))
+        return scores.view(count, tiles, -1)
+
+    def _look(self, tokens: VisualTokens) -> Seen:
+        """What the selector makes of an image before it reads a question."""
+        positions, base = page_positions(tokens)
+        cells = Cells(tokens.grid, tokens.image, tokens.valid, self.pool)
+        table = self.raw_table(tokens)
+        rotation = rotations(positions, self.width // self.heads)
+        cell_rotation = rotations(cells.mean(positions), self.width // self.heads)
+        x = self.embedded(table, self.embed) + self.view[base.long()]
+        for block in self.blocks:
+            x = block(x, rotation, cell_rotation, cells)
+        return Seen(x, table, rotation, cell_rotation, cells)
+
+    def _answer(self, seen: Seen, asked: Asked) -> Float[Tensor, "T N W"]:
+        """What it makes of the image given a question."""
+        x = seen.x + self.match(self._projected(seen.table), asked)
+        for block in self.asked_blocks:
+            x = block(x, seen.rotation, seen.cell_rotation, seen.cells, asked)
+        return x
+
+    def _heads(self, x: Float[Tensor, "T N W"]) -> Float[Tensor, "T N"]:
+        return self.head(self.norm(x))[..., 0]
+
+    def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> Asked:
+        """The question's tokens: in the units of the table, and as words that know their neighbours."""
+        raw = question.to(self.feature_mean.dtype)
+        place = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
+        positions = torch.stack([torch.zeros_like(place), place], -1).expand(len(question), -1, -1)
+        rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
+        words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, Words(attend)))
+        return Asked(self._projected(raw), words, attend)
+
+    def _projected(self, raw: Float[Tensor, "R S C"]) -> Float[Tensor, "R S d"]:
+        """A question, or the projected columns of a table (its last), in units of the training set's spread."""
+        width = self.question_dim or 0
+        return (raw[..., -width:] - self.feature_mean[-width:]) / self.feature_std[-width:]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions, as the layers read them.
+
+    Attributes:
+        embeddings: ``[R, Q, d]`` in the units of the table's projected columns.
+        words: ``[R, Q, W]`` each knowing its neighbours.
+        mask: ``[R, 1, 1, Q]`` which of them are real.
+    """
+
+    embeddings: Float[Tensor, "R Q d"]
+    words: Float[Tensor, "R Q W"]
+    mask: Bool[Tensor, "R 1 1 Q"]
+
+    def of(self, index: Int[Tensor, "T"]) -> Asked:
+        """The question of each tile."""
+        return Asked(self.embeddings[index], self.words[index], self.mask[index])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image as the layers leave it that do not read the question.
+
+    Attributes:
+        x: ``[T, N, W]``.
+        table: ``[T, N, C]`` what was read.
+        rotation, cell_rotation: of queries and of keys, see `rotations`.
+        cells: which keys each tile attends to.
+    """
+
+    x: Float[Tensor, "T N W"]
+    table: Float[Tensor, "T N C"]
+    rotation: Tensor
+    cell_rotation: Tensor
+    cells: Cells
+
+    def repeated(self, count: int) -> Seen:
+        """The image `count` times, one after the other."""
+        x, table = self.x.repeat(count, 1, 1), self.table.repeat(count, 1, 1)
+        rotations = (each.repeat(count, 1, 1, 1) for each in (self.rotation, self.cell_rotation))
+        return Seen(x, table, *rotations, self.cells.repeated(count))
+
+
+class Match(nn.Module):
+    """Tells each patch which of the question's tokens it looks like, by cosine in the language model's embedding space.
+
+    A projector moves a patch to where the language model has the words for it, so no map has to be learned before this
+    works; one is learned all the same, from the identity on. A patch that is like none attends to nothing.
+    """
+
+    SHARPNESS = 10.0
+    """Factor on the cosines at the start."""
+
+    def __init__(self, question_dim: int, width: int):
+        super().__init__()
+        self.space = nn.Linear(question_dim, question_dim, bias=False)
+        nn.init.eye_(self.space.weight)
+        self.sharpness = nn.Parameter(torch.tensor(self.SHARPNESS))
+        self.nothing = nn.Parameter(torch.tensor(0.5 * self.SHARPNESS))
+        self.value, self.best = nn.Linear(width, width), nn.Linear(1, width)
+
+    def forward(self, projected: Float[Tensor, "T N d"], asked: Asked) -> Float[Tensor, "T N W"]:
+        patches = F.normalize(self.space(projected), dim=-1)
+        words = F.normalize(self.space(asked.embeddings), dim=-1)
+        alike = self.sharpness * patches @ words.mT
+        alike = alike.masked_fill(~asked.mask[:, 0], -torch.inf)
+        none = self.nothing.expand(*alike.shape[:2], 1)
+        attention = torch.cat([alike, none], -1).softmax(-1)[..., :-1]
+        best = alike.amax(-1, keepdim=True)
+        return attention @ self.value(asked.words) + self.best(best)
+
+
+class Words:
+    """Keys and values of a question: its own tokens, those that are real."""
+
+    def __init__(self, mask: Bool[Tensor, "R 1 1 Q"]):
+        self.mask: Bool[Tensor, "R 1 1 Q"] | None = mask
+
+    def mean(self, x: Float[Tensor, "R Q C"]) -> Float[Tensor, "R Q C"]:
+        return x
+
+    def of_image(self, x: Float[Tensor, "R H Q C"]) -> Float[Tensor, "R H Q C"]:
+        return x
+
+
+class Cells:
+    """Keys and values of an image: cells of `pool` x `pool` patches of all its tiles.
+
+    Patches that unpadding removes count in no mean, and cells without any other are attended to by none.
+
+    Attributes:
+        mask: ``[T, 1, 1, K]`` cells that may be attended to; None: all.
+    """
+
+    def __init__(self, grid: tuple[int, int], image: Int[Tensor, "T"], valid: Bool[Tensor, "T N"], pool: int):
+        self.grid, self.image, self.valid, self.pool = grid, image, valid, pool
+        self.weight = valid[..., None].float()
+        self.whole = bool(valid.all())
+        self.count = self._pooled(self.weight)
+        there = self.count[..., 0] > 0
+
+        # [I, most tiles]: which tiles an image has, so that their cells can be laid side by side.
+        tiles = torch.bincount(self.image)
+        first = tiles.cumsum(0) - tiles
+        number = torch.arange(int(tiles.max()), device=self.image.device)
+        self.tiles = torch.minimum(first[:, None] + number, first[:, None] + tiles[:, None] - 1)
+        mask = there[self.tiles] & (number < tiles[:, None])[..., None]
+        self.alone = len(tiles) == 1
+        self.mask = None if bool(mask.all()) else mask.flatten(1)[self.image][:, None, None]
+
+    def repeated(self, count: int) -> Cells:
+        """Those of one image, for `count` questions about it."""
+        image = torch.arange(count, device=self.image.device).repeat_interleave(len(self.image))
+        return Cells(self.grid, image, self.valid.repeat(count, 1), self.pool)
+
+    def mean(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
+        """Of the valid patches of each cell."""
+        if self.pool == 1:
+            return x
+        if self.whole:
+            return self._pooled(x)
+        return self._pooled(x * self.weight) / self.count.clamp(min=1e-6)
+
+    def of_image(self, x: Float[Tensor, "T H P C"]) -> Float[Tensor, "T H K C"]:
+        """For every tile, the cells of all tiles of its image, side by side."""
+        if self.alone:  # one image: no copy is needed
+            return x.transpose(0, 1).flatten(1, 2)[None].expand(len(x), -1, -1, -1)
+        return x[self.tiles].transpose(1, 2).flatten(2, 3)[self.image]
+
+    def _pooled(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
+        """Mean over each cell of the grid; cells at the far edges may be smaller."""
+        h, w = self.grid
+        p = self.pool
+        if h % p == 0 and w % p == 0:  # sums of strided views: several times faster than one mean over two axes
+            rows = x.unflatten(1, (h // p, p, w)).unbind(2)
+            columns = sum(rows[1:], rows[0]).unflatten(2, (w // p, p)).unbind(3)
+            return (sum(columns[1:], columns[0]) / p**2).flatten(1, 2)
+        table = x.transpose(1, 2).unflatten(-1, self.grid)
+        cells = F.avg_pool2d(table, p, ceil_mode=True, count_include_pad=False)
+        return cells.flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer layer with rotary positions, and with `cross` an attention to the question."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, cross: bool = False):
+        super().__init__()
+        inner = round(width * mlp_ratio)
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        if cross:
+            self.cross_norm = nn.LayerNorm(width)
+            self.cross_query, self.cross_key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+            self.cross_out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "T N W"],
+        rotation: Tensor,
+        key_rotation: Tensor,
+        seen: Cells | Words,
+        asked: Asked | None = None,
+    ) -> Float[Tensor, "T N W"]:
+        normed = self.attention_norm(x)
+        keys, values = self.key_value(seen.mean(normed)).chunk(2, -1)
+        q = turned(self._split(self.query(normed)), rotation)
+        k = seen.of_image(turned(self._split(keys), key_rotation))
+        v = seen.of_image(self._split(values))
+        x = x + self.out(_merge(F.scaled_dot_product_attention(q, k, v, seen.mask)))
+
+        if asked is not None:
+            k, v = map(self._split, self.cross_key_value(asked.words).chunk(2, -1))
+            q = self._split(self.cross_query(self.cross_norm(x)))
+            x = x + self.cross_out(_merge(F.scaled_dot_product_attention(q, k, v, asked.mask)))
+
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+    def _split(self, x: Float[Tensor, "T S W"]) -> Float[Tensor, "T H S C"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _merge(x: Float[Tensor, "T H S C"]) -> Float[Tensor, "T S W"]:
+    return x.transpose(1, 2).flatten(2)
+
+
+def page_positions(tokens: VisualTokens) -> tuple[Float[Tensor, "T N 2"], Bool[Tensor, "T N"]]:
+    """Row and column of every patch, in patches of the high-resolution page, and which ones are of a base view.
+
+    A patch of the base view, which shows the same page smaller, has the position of its middle on the page. Patches
+    that have no slot are at 0.
+    """
+    view, y, x = places(tokens)
+    base = tokens.base
+    page = (view >= 0) & ~base
+    position = torch.stack([y, x], -1).clamp(min=0).float()
+    extent = torch.where(page[..., None], position + 1, 0).amax(1, keepdim=True)
+    grid = position.new_tensor(tokens.grid)
+    position = torch.where(base[..., None], (position + 0.5) * extent / grid - 0.5, position)
+    rows, columns = (tokens.unpacked(part) for part in position.unbind(-1))
+    return torch.stack([rows, columns], -1), tokens.unpacked(base.float()).bool()
+
+
+def rotations(positions: Float[Tensor, "T S 2"], width: int) -> Tensor:
+    """Rotary angles (Su et al. 2021) in two dimensions, as unit complex numbers ``[T, 1, S, width / 2]``.
+
+    Half of the channel pairs of a head turn with y, half with x.
+    """
+    pairs = width // 4
+    steps = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
+    angles = (positions[..., None] * WAVELENGTH**-steps).flatten(-2)
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
+
+
+def turned(x: Float[Tensor, "T H S C"], rotation: Tensor) -> Float[Tensor, "T H S C"]:
+    """Queries or keys turned by their positions' angles; neighbouring channels are a pair."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

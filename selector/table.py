@@ -1,0 +1,72 @@
+"""What a learned selector reads: one normalised table of the encoder's features, the projected tokens, or both.
+
+Which of them is a constructor argument and so part of a checkpoint; what an adapter has to compute (`needs`) follows.
+
+Shapes: T tiles, N patches per tile, C channels of the table, W width of what reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selector.base import ScoreSelector
+from selector.tokens import VisualTokens
+
+Inputs = Literal["features", "projected", "both"]
+FIELDS: dict[str, tuple[str, ...]] = {
+    "features": ("features",),
+    "projected": ("projected",),
+    "both": ("features", "projected"),
+}
+
+
+class TableSelector(ScoreSelector):
+    """A learned selector that ranks tokens by a table of what the model computed for them.
+
+    Args:
+        dim: C, channels of the table; of both, the encoder's and the projected ones side by side.
+        inputs: ``"features"`` (the encoder's), ``"projected"`` (as the language model sees them) or ``"both"``.
+
+    Attributes:
+        feature_mean, feature_std: ``[C]`` statistics of the training set, by which the table is normalised.
+    """
+
+    learned = True
+
+    def __init__(self, dim: int, inputs: Inputs = "features"):
+        super().__init__()
+        if inputs not in FIELDS:
+            raise ValueError(f"inputs must be one of {get_args(Inputs)}, got {inputs!r}")
+        self.dim = dim
+        self.inputs: Inputs = inputs
+        self.needs = frozenset(FIELDS[inputs])
+        self.feature_mean: Tensor
+        self.feature_std: Tensor
+        self.register_buffer("feature_mean", torch.zeros(dim))
+        self.register_buffer("feature_std", torch.ones(dim))
+
+    def table(self, tokens: VisualTokens) -> Float[Tensor, "T N C"]:
+        """The inputs of every token, each channel in units of the training set's spread.
+
+        Raises:
+            ValueError: a field is missing or not finite, or the table's width is another than `dim`.
+        """
+        return (self.raw_table(tokens) - self.feature_mean) / self.feature_std
+
+    def raw_table(self, tokens: VisualTokens) -> Float[Tensor, "T N C"]:
+        """The same before it is normalised."""
+        columns = [tokens.read(name, self) for name in FIELDS[self.inputs]]
+        table = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+        if table.shape[-1] != self.dim:
+            raise ValueError(f"the selector reads {self.inputs} of width {self.dim}, got width {table.shape[-1]}")
+        return table.to(self.feature_mean.dtype)
+
+    def embedded(self, table: Float[Tensor, "T N C"], embed: nn.Linear) -> Float[Tensor, "T N W"]:
+        """``embed`` of the normalised table, from the raw one: what normalises goes into the small weight instead."""
+        weight = embed.weight / self.feature_std
+        return F.linear(table, weight, embed.bias - weight @ self.feature_mean)

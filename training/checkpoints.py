@@ -1,0 +1,159 @@
+"""The two checkpoints of a run: ``best.ckpt`` and ``last.ckpt``, and what happens to them when it is interrupted.
+
+``last.ckpt`` is the end of the last finished validation, whether or not that was the best. At the first Ctrl-C, or at
+SIGTERM, the step under way is finished and ``last.ckpt`` is written there: between two steps, never inside one, where
+weights, optimizer and counters would not belong together. A process that is killed outright leaves the last validation.
+
+A run resumed from ``last.ckpt`` takes the steps that the uninterrupted run would have taken, in a folder of its own,
+whose ``metrics.csv`` goes on at the step where the checkpoint was written. The exception: a run that ``max_steps``
+ended within an epoch and that is made longer. Lightning counts that epoch as done; the next is shorter by its batches.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """``best.ckpt``: the validation whose deterministic ranking reconstructed best.
+
+    A resumed run writes to another folder than the one before it. Lightning then forgets which score is to be beaten;
+    here the run takes the earlier ``best.ckpt`` along, so that its folder holds the best of the whole training.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(monitor="val/criterion", mode="min", filename="best")
+        self._before: dict[str, Any] = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._before = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        before, self._before = self._before, {}
+        if self.best_k_models or before.get("best_model_score") is None or self._should_skip_saving_checkpoint(trainer):
+            return  # the same folder, a new run, or no validation yet
+
+        earlier, ours = _find_earlier(before["best_model_path"], trainer.ckpt_path), self._path()
+        if trainer.strategy.reduce_boolean_decision(_score(earlier) != float(before["best_model_score"]), all=False):
+            rank_zero_warn(f"the best checkpoint so far is no longer at {earlier}: best.ckpt starts over with this run")
+            self.best_model_path = ""
+            return
+        if trainer.is_global_zero:
+            _copy(earlier, ours)
+        trainer.strategy.barrier("best.ckpt")
+        score = before["best_model_score"]
+        self.best_model_path = self.kth_best_model_path = str(ours)
+        self.best_model_score = self.kth_value = score
+        self.best_k_models = {str(ours): score}
+
+    def _path(self) -> Path:
+        return Path(self.format_checkpoint_name({}))
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``: after every validation, and where a run is interrupted.
+
+    Has its place after `BestCheckpoint`, whose state it holds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", enable_version_counter=False)
+        self._interrupted = self._stops = False
+        self._handler: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._interrupted = self._stops = False
+        ours = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore_handler()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore_handler()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._stops:  # not where the checkpoint is written: Lightning logs a step after all hooks of its end
+            raise KeyboardInterrupt
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # Where a validation or the end of the epoch comes next, or gradients are still gathered, it waits for those.
+        done = batch_idx + 1
+        check = trainer.val_check_batch
+        waits = (
+            done == trainer.num_training_batches
+            or done % trainer.accumulate_grad_batches
+            or (check is not None and done % check == 0)
+        )
+        if not waits and self._is_interrupted(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        within = not trainer.sanity_checking and not self._should_save_on_train_epoch_end(trainer)
+        if within and trainer.state.fn == "fit" and self._is_interrupted(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._is_interrupted(trainer):
+            self._save(trainer)
+
+    def _on_interrupt(self, *_: object) -> None:
+        self._restore_handler()
+        self._interrupted = True
+        rank_zero_info("\ninterrupted: last.ckpt is written after this step; Ctrl-C again stops at once, without it")
+
+    def _restore_handler(self) -> None:
+        if self._handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._handler)
+        self._handler = None
+
+    def _is_interrupted(self, trainer: Trainer) -> bool:
+        """The same answer in all processes: they write a checkpoint together or not at all."""
+        mine = self._interrupted or trainer.received_sigterm
+        return mine if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(mine, all=False)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        rank_zero_info(f"stopped after step {trainer.global_step}; go on with --ckpt_path {self.best_model_path}")
+        self._stops = True  # unless it was SIGTERM, where Lightning raises an exception of its own
+
+
+def _find_earlier(recorded: str, resumed: Any) -> Path:
+    """The earlier ``best.ckpt``: where it was written, or beside the checkpoint resumed from if the run was moved."""
+    beside = Path(resumed or "").parent / Path(recorded).name
+    return beside if resumed and beside.is_file() else Path(recorded)
+
+
+def _score(path: Path) -> float | None:
+    """The score that a ``best.ckpt`` says it had; None without one."""
+    if not path.is_file():
+        return None
+    states = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
+    found = [state["best_model_score"] for name, state in states.items() if name.startswith("BestCheckpoint")]
+    return float(found[0]) if found else None
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)

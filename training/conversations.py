@@ -1,0 +1,113 @@
+"""Questions about images as token ids: one prefix with the image, and a branch per question behind it.
+
+All questions about an image share what comes before them, the image included. A causal language model computes nothing
+there that depends on the question, so one pass over `prefix | question 1, answer 1 | question 2, answer 2 | ...`, in
+which every branch sees the prefix and itself, is a pass over every conversation by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One question and its answer.
+
+    Attributes:
+        prompt: ``[Q]`` ids behind the image up to where the answer starts.
+        answer: ``[A]`` ids of the answer, with the token that ends it; None: not known.
+        question: as it was asked.
+    """
+
+    prompt: Int[Tensor, "Q"]
+    answer: Int[Tensor, "A"] | None
+    question: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """An image and what is asked about it, ready for the model.
+
+    Attributes:
+        pixels: what the processor makes of the image (`pixel_values`, `image_sizes`).
+        prefix: ``[P]`` ids up to the last placeholder of the image.
+        branches: the questions.
+    """
+
+    pixels: dict[str, Tensor]
+    prefix: Int[Tensor, "P"]
+    branches: tuple[Branch, ...]
+
+    def only(self, chosen: Sequence[int]) -> Conversation:
+        """The same with these questions alone."""
+        return replace(self, branches=tuple(self.branches[index] for index in chosen))
+
+    def answered(self, answers: Sequence[Int[Tensor, "_A"]]) -> Conversation:
+        """The same with these answers."""
+        pairs = zip(self.branches, answers, strict=True)
+        return replace(self, branches=tuple(replace(branch, answer=answer) for branch, answer in pairs))
+
+    def to(self, device: torch.device) -> Conversation:
+        """The same on a device."""
+        pixels = {name: value.to(device) for name, value in self.pixels.items()}
+        branches = tuple(
+            replace(
+                branch,
+                prompt=branch.prompt.to(device),
+                answer=None if branch.answer is None else branch.answer.to(device),
+            )
+            for branch in self.branches
+        )
+        return Conversation(pixels, self.prefix.to(device), branches)
+
+
+class Converse:
+    """Makes conversations with a model's own processor and chat template; picklable, for loader workers.
+
+    Args:
+        processor: of the model.
+        image_token_id: placeholder of a visual token.
+    """
+
+    def __init__(self, processor: Any, image_token_id: int):
+        self.processor, self.image_token_id = processor, image_token_id
+
+    def __call__(self, image: Image.Image, turns: Sequence[tuple[str, str | None]]) -> Conversation:
+        """A conversation of (question, answer or None) pairs.
+
+        Raises:
+            ValueError: no question, or a chat template that does not put the question behind the image.
+        """
+        if not turns:
+            raise ValueError("turns must hold at least one question about the image")
+        text = self._prompt(turns[0][0])
+        inputs = dict(self.processor(text=text, images=image, return_tensors="pt"))
+        ids = inputs.pop("input_ids")[0]
+        inputs.pop("attention_mask", None)
+        visual = (ids == self.image_token_id).nonzero()[:, 0]
+        prefix, rest = ids[: int(visual[-1]) + 1], ids[int(visual[-1]) + 1 :]
+
+        branches = [self._branch(question, answer) for question, answer in turns]
+        if not torch.equal(branches[0].prompt, rest):
+            raise ValueError("the chat template must put the question behind the image, tokenized on its own")
+        return Conversation(inputs, prefix, tuple(branches))
+
+    def _branch(self, question: str, answer: str | None) -> Branch:
+        tokenizer = self.processor.tokenizer
+        behind = self._prompt(question).rsplit(self.processor.image_token, 1)[-1]
+        ids = None
+        if answer is not None:
+            ids = torch.tensor([*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id])
+        return Branch(torch.tensor(tokenizer.encode(behind, add_special_tokens=False)), ids, question)
+
+    def _prompt(self, question: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -1,0 +1,322 @@
+"""Features of an image set, encoded once and kept in a folder, for sets that do not fit into memory.
+
+    DIR/KEY.lock                   held by the process that encodes or checks; the others wait for it
+    DIR/KEY/index.json             what was encoded, how, and the size and SHA-256 of every shard
+    DIR/KEY/00000.safetensors ...  the features ``[T, N, D]`` of consecutive images, by the images' numbers
+
+KEY is a hash of everything the features follow from: the encoder (class, arguments, weights, preprocessing), the images
+(names and contents, or generator, seed and what it draws) and the stored type. Another encoder or a changed image has
+another key, so nothing stale is read; what an old key left behind can be deleted by hand.
+
+A shard is written to a temporary file and renamed, and enters the index after that: an interrupted build goes on with
+the first shard that is not there. Rows are memory-mapped, so ranks and workers of a machine share one copy of them.
+
+Shapes: T tiles of an image, N patches, D encoder width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image
+from pytorch_lightning.utilities import rank_zero_info
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+if TYPE_CHECKING:
+    from training.encoders import VisionEncoder
+
+StoredType = Literal["bfloat16", "float32"]
+VERSION = 1
+SHARD_BYTES = 128 * 2**20
+"""About so much is lost when a build is interrupted."""
+SAMPLED = 64
+"""Images whose tiles are counted to announce the size; all of them in smaller sets."""
+
+
+class DiskCache(Dataset[Tensor]):
+    """Rows of a tile dataset as stored features ``[T, N, D]``, read from the shards of a complete cache.
+
+    Args:
+        folder: ``DIR/KEY``.
+        index: what its ``index.json`` holds.
+    """
+
+    def __init__(self, folder: Path, index: Mapping[str, Any]):
+        self.folder, self.images, self.per_shard = folder, index["images"], index["images_per_shard"]
+        self._open: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.images:
+            raise IndexError(f"index must be in [0, {self.images}), got {index}")
+        shard = index // self.per_shard
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / shard_name(shard), "pt")
+        return self._open[shard].get_tensor(str(index))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}  # a loader's worker maps the files itself
+
+
+def disk_cache(
+    root: str | Path,
+    tiles: Dataset[Tensor],
+    encoder: VisionEncoder,
+    images: Mapping[str, Any],
+    dtype: StoredType = "bfloat16",
+    *,
+    device: torch.device | None = None,
+    workers: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    verify: bool = True,
+) -> DiskCache:
+    """The cache of these images and this encoder below `root`, encoded now as far as it is not there.
+
+    Args:
+        root: folder of all caches, made if missing.
+        tiles: the images' pixel tiles, ``[T, 3, H, W]`` a row.
+        encoder: what encodes them, one image at a time.
+        images: plain values that identify the images' contents; part of the key.
+        dtype: of the stored features.
+        device: to encode on; None stays where the encoder is.
+        workers: processes that load the images to encode.
+        shard_bytes: size of a shard, about.
+        verify: read the shards that are there and compare their checksums (one process of a machine is enough).
+
+    Raises:
+        ValueError: `root` cannot be written or is too small, or what it holds is damaged.
+    """
+    identity = {"encoder": encoder_identity(encoder), "images": dict(images), "dtype": dtype, "version": VERSION}
+    folder = Path(root) / _digest(json.dumps(identity, sort_keys=True).encode())[:16]
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            build = _Build(folder, identity, tiles, encoder, getattr(torch, dtype))
+            if verify:
+                build.check()
+            build.finish(device, workers, shard_bytes)
+    return DiskCache(folder, build.index)
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}.safetensors"
+
+
+class _Build:
+    """A cache that may be empty, begun or complete; used under its lock.
+
+    Attributes:
+        index: what ``index.json`` holds; empty before the first shard is planned.
+    """
+
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], tiles: Dataset[Tensor], encoder: VisionEncoder, dtype: torch.dtype
+    ):
+        self.folder, self.identity, self.tiles, self.encoder, self.dtype = folder, identity, tiles, encoder, dtype
+        self.images = len(tiles)  # pyright: ignore[reportArgumentType]
+        self.index = _read_index(folder / "index.json", identity, self.images)
+        for left in folder.glob("*.partial"):  # of a process that was killed: nobody else writes under the lock
+            left.unlink()
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards still to encode."""
+        shards = self.index["shards"]
+        return [
+            number
+            for number, shard in enumerate(shards)
+            if shard is None or not (self.folder / shard_name(number)).is_file()
+        ]
+
+    def check(self) -> None:
+        """Compares the shards that are there with their checksums, and the first image with what is encoded now."""
+        if not self.index:
+            return
+        there = sorted(set(range(len(self.index["shards"]))) - set(self.missing()))
+        for number in _track(there, f"checking {self.folder}"):
+            _check_shard(self.folder / shard_name(number), self.index["shards"][number])
+        if 0 in there:
+            self._check_first()
+
+    def _check_first(self) -> None:
+        """The key names all that is known to matter; this notices what is not, such as another resampling."""
+        stored = DiskCache(self.folder, self.index)[0].float()
+        device = next(self.encoder.parameters()).device
+        now = self.encoder(self.tiles[0].to(device)).float().cpu()
+        if stored.shape != now.shape or float((stored - now).norm()) > 0.02 * float(now.norm()):
+            raise ValueError(
+                f"feature cache {self.folder} does not hold what the encoder makes of the first image now; "
+                "delete the folder to have it encoded again"
+            )
+
+    def finish(self, device: torch.device | None, workers: int, shard_bytes: int) -> None:
+        """Encodes what is missing."""
+        if self.index and not self.missing():
+            rank_zero_info(f"feature cache {self.folder}: all {self.images} images are there")
+            return
+        each, counted = self._bytes_of_an_image()
+        if not self.index:
+            per_shard = max(1, int(shard_bytes // each))
+            shards = [None] * -(-self.images // per_shard)
+            self.index = {"images": self.images, "images_per_shard": per_shard, "shards": shards}
+            self.index["identity"] = self.identity
+        missing = self.missing()
+        self._announce(each, counted, missing)
+
+        if device is not None:
+            self.encoder.to(device)
+        device = next(self.encoder.parameters()).device
+        for number in _track(missing, f"encoding {self.images} images"):
+            self._encode(number, device, workers)
+
+    def _bytes_of_an_image(self) -> tuple[float, str]:
+        """Mean size, and how it comes about, from the tiles of some images."""
+        chosen = np.unique(np.linspace(0, self.images - 1, SAMPLED).round().astype(int)).tolist()
+        mean = sum(len(self.tiles[index]) for index in chosen) / len(chosen)
+        patches, width, size = self.encoder.num_patches, self.encoder.dim, self.dtype.itemsize
+        how = "" if len(chosen) == self.images else f", as {len(chosen)} of them have"
+        text = f"{self.images} images × {mean:.4g} tiles{how} × {patches} patches × {width} channels × {size} bytes"
+        return mean * patches * width * size, text
+
+    def _announce(self, each: float, counted: str, missing: Sequence[int]) -> None:
+        per_shard = self.index["images_per_shard"]
+        todo = sum(min(per_shard, self.images - number * per_shard) for number in missing)
+        need, free = int(each * todo), shutil.disk_usage(self.folder).free
+        rest = "" if todo == self.images else f"; {todo} images ({_size(need)}) are still to encode"
+        rank_zero_info(f"feature cache {self.folder}: {counted} = {_size(each * self.images)}{rest}")
+        if need > free:
+            raise ValueError(
+                f"data.cache_dir needs about {_size(need)} more in {self.folder}, where {_size(free)} are free; make "
+                "room, choose another folder, or leave data.cache_dir out to encode on the fly"
+            )
+
+    def _encode(self, number: int, device: torch.device, workers: int) -> None:
+        start = number * self.index["images_per_shard"]
+        chosen = range(start, min(start + self.index["images_per_shard"], self.images))
+        # A generator of its own: the loader would draw from the global one, which a finished cache leaves alone.
+        loader = DataLoader(
+            Subset(self.tiles, chosen), batch_size=None, num_workers=workers, generator=torch.Generator()
+        )
+        rows = (self.encoder(pixels.to(device)).float().cpu() for pixels in loader)
+        content = save({str(index): row.to(self.dtype).contiguous() for index, row in zip(chosen, rows, strict=True)})
+        _write(self.folder / shard_name(number), content)
+        self.index["shards"][number] = {"bytes": len(content), "sha256": _digest(content)}
+        _write(self.folder / "index.json", json.dumps(self.index, indent=1).encode())
+
+
+def encoder_identity(encoder: VisionEncoder) -> dict[str, Any]:
+    """Plain values that change whenever the features may: class, plain attributes, weights, buffers, preprocessing.
+
+    Of the path of the weights only the folder's name is among them, in the encoder's `name`.
+    """
+    plain = (bool, int, float, str, type(None))
+    attributes = {name: value for name, value in vars(encoder).items() if isinstance(value, plain) and name[0] != "_"}
+    buffers = hashlib.sha256()
+    for name, buffer in encoder.named_buffers():
+        buffers.update(name.encode())
+        buffers.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    noise = np.random.default_rng(0).integers(0, 256, (67, 101, 3), dtype=np.uint8)
+    pixels = encoder.preprocess(Image.fromarray(noise))
+    return {
+        "class": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
+        "attributes": {name: value for name, value in attributes.items() if name not in ("training", "path")},
+        "grid": list(encoder.grid),
+        "weights": encoder.fingerprint(),
+        "buffers": buffers.hexdigest()[:16],
+        "preprocess": [list(pixels.shape), _digest(pixels.float().contiguous().numpy().tobytes())[:16]],
+    }
+
+
+def _read_index(path: Path, identity: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """The index of a cache; empty where there is none yet."""
+    if not path.is_file():
+        return {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        shards, per_shard = index["shards"], index["images_per_shard"]
+        fits = index["identity"] == identity and index["images"] == images and per_shard * len(shards) >= images
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"feature cache index {path} cannot be read ({error}); delete {path.parent}") from error
+    if not fits:
+        raise ValueError(f"feature cache index {path} is not that of these images and this encoder; delete it")
+    return index
+
+
+def _check_shard(path: Path, told: Mapping[str, Any]) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        whole = size == told["bytes"] and hashlib.file_digest(file, "sha256").hexdigest() == told["sha256"]
+    if not whole:
+        found = f"{size} of {told['bytes']} bytes" if size != told["bytes"] else "another SHA-256 than in index.json"
+        raise ValueError(f"feature cache shard {path} is damaged ({found}); delete it: its images are encoded again")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of the file or nothing, and on the disk before anything says that it is there."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir must be a folder with room that can be written, {folder} is not ({error}); "
+            "what is complete stays, and the same command goes on from there"
+        ) from error
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One process at a time; the system releases it when the process ends, however it ends."""
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        rank_zero_info(f"feature cache {folder}: another process is at it; waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _track(numbers: Sequence[int], what: str) -> Iterator[int]:
+    """Shows progress in shards on standard error."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not numbers) as progress:
+        yield from cast("Iterator[int]", progress.track(numbers, description=what))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _size(count: int | float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
+        count /= 1024
+    return f"{count:,.1f} GiB"
