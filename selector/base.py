@@ -75,10 +75,25 @@ class TokenSelector(nn.Module, ABC):
 
     @property
     def init_args(self) -> dict[str, Any]:
-        """Constructor arguments, read back from the attributes of the same names; a selector as its class_path."""
-        parameters = inspect.signature(type(self)).parameters.values()
-        named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        return {name: _plain(getattr(self, name)) for name in named}
+        """Constructor arguments, read back from the attributes of the same names; a selector as its class_path.
+
+        They are what a checkpoint is rebuilt from and what a record is filed under, so they are complete or an error.
+
+        Raises:
+            TypeError: an argument that is not kept under its own name, or a constructor with ``*args`` or ``**kwargs``.
+        """
+        name = type(self).__name__
+        found = {}
+        if type(self).__init__ is nn.Module.__init__:  # a class without arguments; nn.Module's own are none of its
+            return found
+        for parameter in inspect.signature(type(self)).parameters.values():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise TypeError(f"{name} must name its arguments one by one, got {parameter}")
+            # Not AttributeError: nn.Module would take it for "no attribute init_args" and hide which one is missing.
+            if not hasattr(self, parameter.name):
+                raise TypeError(f"{name} must keep argument {parameter.name!r} as self.{parameter.name}")
+            found[parameter.name] = _plain(getattr(self, parameter.name))
+        return found
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.init_args.items())
@@ -170,6 +185,10 @@ class GreedySelector(RankSelector):
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
     if not isinstance(value, TokenSelector):
         return value
     return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": value.init_args}

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -28,10 +29,10 @@ class Budget:
 
     Args:
         keep: an int >= 1 is a count of visual tokens an image; a float in (0, 1] is a share of them, rounded half up,
-            at least 1; ``"energy:p"`` keeps the smallest set of patches whose scores (which must be >= 0) sum to the
-            share p of the total; ``"threshold:t"`` keeps the patches whose score exceeds t, at least the best one;
-            ``"auto:s"`` keeps the share s in (0, 1) on average over images, by a threshold that the selector's
-            calibration knows (see `selector.calibration`).
+            at least 1; NumPy's scalars count as Python's; ``"energy:p"`` keeps the smallest set of patches whose scores
+            (which must be >= 0) sum to the share p of the total; ``"threshold:t"`` keeps the patches whose score
+            exceeds t, at least the best one; ``"auto:s"`` keeps the share s in (0, 1) on average over images, by a
+            threshold that the selector's calibration knows (see `selector.calibration`).
         scope: ``"image"`` ranks all patches of an image together; ``"tile"`` gives each tile its share.
         newlines: ``"kept_rows"`` keeps the newline of a row of which a patch survives (and counts it), ``"all"`` and
             ``"none"`` speak for themselves. With a budget of everything, every newline stays under any policy.
@@ -40,11 +41,13 @@ class Budget:
         ValueError: on any other value, naming it.
     """
 
-    keep: int | float | str
+    keep: int | float | str | np.number
     scope: Scope = "image"
     newlines: Newlines = "kept_rows"
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, np.number):  # of an array or a sweep: 64 and 0.25 all the same
+            object.__setattr__(self, "keep", self.keep.item())
         if self.scope not in get_args(Scope):
             raise ValueError(f"scope must be one of {get_args(Scope)}, got {self.scope!r}")
         if self.newlines not in get_args(Newlines):
@@ -61,7 +64,9 @@ class Budget:
         return isinstance(self.keep, str) and self.keep.startswith("auto:")
 
     @classmethod
-    def parse(cls, text: str | int | float, scope: Scope = "image", newlines: Newlines = "kept_rows") -> Budget:
+    def parse(
+        cls, text: str | int | float | np.number, scope: Scope = "image", newlines: Newlines = "kept_rows"
+    ) -> Budget:
         """From a command line: ``"64"`` is a count, ``"0.5"`` and ``"1.0"`` are shares, else an adaptive rule."""
         if isinstance(text, str) and ":" not in text:
             with suppress(ValueError):  # the constructor names what is wrong
@@ -77,7 +82,7 @@ class Budget:
         if isinstance(self.keep, str):
             raise TypeError(f"keep={self.keep!r} is adaptive: its counts depend on the scores")
         if isinstance(self.keep, int):
-            return length.clamp(max=self.keep)
+            return length.clamp(max=min(self.keep, int(length.max())))  # a count beyond int64 keeps all, as any other
         # On Python floats: float32 would turn 0.1 * 5 + 0.5 into a hair under 1.
         count = length.new_tensor([max(1, math.floor(self.keep * n + 0.5)) for n in length.tolist()])
         if self.keep < 1 and bool((count >= length).any()):
@@ -193,7 +198,7 @@ def _mass_before(mass: Float[Tensor, "R C"], order: Int[Tensor, "R C"]) -> Float
     return torch.empty_like(mass).scatter_(1, order, ranked.cumsum(1) - ranked)
 
 
-def _check_keep(keep: int | float | str) -> None:
+def _check_keep(keep: int | float | str | np.number) -> None:
     rule = "an int >= 1, a float in (0, 1], 'energy:p' with p in (0, 1], 'threshold:t' or 'auto:s' with s in (0, 1)"
     if isinstance(keep, str):
         name, _, value = keep.partition(":")

@@ -13,7 +13,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from selector.errors import UsageError
 
 MODEL = "checkpoints/llava-next-tiny"
 SELECTORS = [
@@ -82,6 +84,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "skip_unreadable": False,
     },
 }
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "selectors": (str, dict),
+    "seeds": (str, dict),
+    "keep": (int, float, str),
+    "shares": (int, float, str),
+    "tolerance": (int, float),
+    "samples": object,  # an int or "all", which is said where it is read
+    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
+    **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
+}
+"""What a value of a YAML file (of a list: each of its items) may be; a text where nothing is said."""
 
 EXAMPLES = """\
 examples:
@@ -93,9 +106,10 @@ examples:
   selector list
 
 A selector is a name (selector list), a name with arguments (svd-prune:energy=0.5,center=false), a checkpoint folder,
-or hf:owner/name. A budget (--keep) is what stays: 64 is a count of visual tokens an image, newline tokens and base
-view included; 0.25 is a share of them; energy:0.9 and threshold:0 are adaptive; auto:0.25 is a quarter on average over
-images, for a selector that `selector calibrate` has prepared.
+or hf:owner/name; NAME=SPEC gives it another name in the tables (mine=checkpoints/my-selector). A budget (--keep) is
+what stays: 64 is a count of visual tokens per image, newline tokens and base view included; 0.25 is a share of them;
+energy:0.9 and threshold:0 are adaptive; auto:0.25 is a quarter on average over images, for a selector that
+`selector calibrate` has prepared.
 """
 STABILITY = """\
 Every image is shifted by one patch (the edge repeated), compressed to JPEG quality 50, and cropped by 3% from each side
@@ -134,10 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except ValueError as error:
-        if debug or type(error).__name__ not in ("UsageError", "UnreadableImage"):
+    except UsageError as error:
+        if debug:
             raise
-        print(f"selector {command}: error: {error}", file=sys.stderr)
+        # One line, whatever a file's name or an answer of the hub holds.
+        print(f"selector {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -146,14 +161,12 @@ def _settings(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
     if command not in DEFAULTS:
         return arguments
     config = arguments.pop("config", None)
-    chosen = (_read_config(config, command) if config else {}) | arguments
+    chosen = (_read_config(config, command) if config is not None else {}) | arguments
     return DEFAULTS[command] | chosen | {"given": sorted(chosen)}
 
 
 def _read_config(name: str, command: str) -> dict[str, Any]:
     import yaml
-
-    from selector.evaluation.errors import UsageError
 
     places = (Path(name), Path(__file__).resolve().parent.parent / name)
     path = next((place for place in places if place.is_file()), None)
@@ -161,8 +174,10 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
         raise UsageError(f"config must be a YAML file, there is no {name!r}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # ValueError: a date of month 13
         raise UsageError(f"config {name!r} is not YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UsageError(f"config {name!r} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise UsageError(f"config {name!r} must hold names and values, got {type(content).__name__}")
     known = [*DEFAULTS[command]]
@@ -175,11 +190,34 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
         listed = isinstance(DEFAULTS[command][key], list)
         if listed != isinstance(value, list):
             raise UsageError(f"config {name!r}: {key} must be {'a list' if listed else 'one value'}, got {value!r}")
+        _check_kind(name, key, value, DEFAULTS[command][key])
     return content
 
 
+def _check_kind(config: str, key: str, value: Any, default: Any) -> None:
+    """Refuses a value of another type than the flag would give; null only where it is the default."""
+    kind = KINDS.get(key, str)
+    if kind is object:
+        return
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    for item in value if isinstance(value, list) else [value]:
+        if item is None and default is None:
+            continue
+        if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
+            names = {str: "a text", dict: "a mapping", int: "an int", float: "a float", bool: "true or false"}
+            wanted = " or ".join(names[each] for each in kinds)
+            raise UsageError(f"config {config!r}: {key} must be {wanted}, got {item!r}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="selector",
         description="Visual-token selection for vision-language models: compare selectors, look at them, time them.",
         epilog=EXAMPLES,
@@ -223,19 +261,23 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="documents, scenes (generated), folder:PATH (default: documents scenes)",
+        help="documents, scenes, charts (generated), receipts (real scans, see SELECTOR_DATA), folder:PATH "
+        f"(default: {' '.join(defaults['tasks'])})",
     )
     parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
     parser.add_argument("--out", metavar="RUN", help=f"folder of the records (default: {defaults['out']})")
     parser.add_argument(
-        "--baseline", metavar="LABEL", help="selector that the others are compared with in pairs (default: random)"
+        "--baseline",
+        metavar="LABEL",
+        help=f"selector that the others are compared with in pairs (default: {defaults['baseline']})",
     )
     parser.add_argument(
         "--answers",
         action=argparse.BooleanOptionalAction,
-        help="ask the questions; without, only tokens, time and evidence are measured, which is fast (default: ask)",
+        help="ask the questions; without, only tokens, time and evidence are measured, which is fast "
+        f"(default: {'ask' if defaults['answers'] else 'do not ask'})",
     )
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (default: 16)")
+    _length(parser, "compare")
     parser.add_argument(
         "--skip-unreadable",
         action=argparse.BooleanOptionalAction,
@@ -245,9 +287,12 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         "--layer",
         type=int,
         metavar="K",
-        help="spectra (ΔIPR) of the visual tokens that leave block K of the language model; 0: that enter it",
+        help="spectra (ΔIPR) of the visual tokens that leave block K of the language model; 0: that enter it "
+        f"(default: {defaults['layer']})",
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="of every timed piece of work (default: 1)")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help=f"of every timed piece of work (default: {defaults['repeats']})"
+    )
     parser.add_argument(
         "--shard",
         metavar="I/N",
@@ -261,24 +306,38 @@ def _show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE", help="image files (default: a generated page and a scene)"
     )
-    parser.add_argument("--out", metavar="PNG", help="the picture (default: selector.png)")
+    parser.add_argument("--out", metavar="PNG", help=f"the picture (default: {DEFAULTS['show']['out']})")
     parser.add_argument(
         "--scores", action=argparse.BooleanOptionalAction, help="below, the scores of each selector as a heat map"
     )
     parser.add_argument("--question", metavar="TEXT", help="also ask this of every image, and show the answers")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (default: 16)")
+    _length(parser, "show")
+
+
+def _length(parser: argparse.ArgumentParser, command: str) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens of an answer at most (default: {DEFAULTS[command]['max_new_tokens']})",
+    )
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
     _shared(parser, "bench")
     parser.add_argument("--image", metavar="IMAGE", help="the image to encode (default: a generated page)")
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed calls of each piece of work (default: 20)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        metavar="N",
+        help=f"timed calls of each piece of work (default: {DEFAULTS['bench']['repeats']})",
+    )
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
     defaults = DEFAULTS["calibrate"]
     parser.add_argument("selector", metavar="SELECTOR", help="a checkpoint folder, a name, or hf:owner/name")
-    _machine(parser)
+    _machine(parser, "calibrate")
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help=f"whose images (default: {' '.join(defaults['tasks'])})"
     )
@@ -290,7 +349,10 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         help=f"of all visual tokens, between 0 and 1 (default: {' '.join(map(str, defaults['shares']))})",
     )
     parser.add_argument(
-        "--newlines", nargs="+", metavar="POLICY", help="kept_rows, all, none: thresholds for each (default: kept_rows)"
+        "--newlines",
+        nargs="+",
+        metavar="POLICY",
+        help=f"kept_rows, all, none: thresholds for each (default: {' '.join(defaults['newlines'])})",
     )
     parser.add_argument(
         "--tolerance",
@@ -328,32 +390,42 @@ def _stability(parser: argparse.ArgumentParser) -> None:
 
 
 def _shared(parser: argparse.ArgumentParser, command: str) -> None:
-    keep = " ".join(map(str, DEFAULTS[command]["keep"]))
-    _machine(parser)
+    defaults = DEFAULTS[command]
+    keep = " ".join(map(str, defaults["keep"]))
+    _machine(parser, command)
     parser.add_argument(
         "--selectors", nargs="+", metavar="SPEC", help="selectors to compare (default: " + " ".join(SELECTORS) + ")"
     )
     parser.add_argument(
         "--keep", nargs="+", metavar="BUDGET", help=f"what stays of the visual tokens (default: {keep})"
     )
-    parser.add_argument("--scope", help="image: all patches of an image compete; tile: each tile gets its share")
-    parser.add_argument("--newlines", help="newline tokens: kept_rows (those of rows with a kept patch), all, none")
-    if "positions" in DEFAULTS[command]:
+    parser.add_argument(
+        "--scope",
+        help=f"image: all patches of an image compete; tile: each tile gets its share (default: {defaults['scope']})",
+    )
+    parser.add_argument(
+        "--newlines",
+        help="newline tokens: kept_rows (those of rows with a kept patch), all, none "
+        f"(default: {defaults['newlines']})",
+    )
+    if "positions" in defaults:
         parser.add_argument(
             "--positions",
-            help="position ids: original (default; gaps where tokens were dropped) or contiguous (no gaps)",
+            help="position ids: original (gaps where tokens were dropped) or contiguous (no gaps) "
+            f"(default: {defaults['positions']})",
         )
-    parser.add_argument("--seed", type=int, help="of the samples (default: 0)")
+    parser.add_argument("--seed", type=int, help=f"of the samples (default: {defaults['seed']})")
 
 
-def _machine(parser: argparse.ArgumentParser) -> None:
+def _machine(parser: argparse.ArgumentParser, command: str) -> None:
     """What runs, and on what."""
+    defaults = DEFAULTS[command]
     parser.add_argument("--config", metavar="YAML", help="settings by the names of the flags; flags win")
     parser.add_argument(
-        "--model", metavar="NAME", help=f"checkpoint folder or hub name of a LLaVA-NeXT (default: {MODEL})"
+        "--model", metavar="NAME", help=f"checkpoint folder or hub name of a LLaVA-NeXT (default: {defaults['model']})"
     )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: auto)")
-    parser.add_argument("--dtype", help="auto (as stored), float32, bfloat16, float16 (default: auto)")
+    parser.add_argument("--device", help=f"cpu, cuda, ... (default: {defaults['device']})")
+    parser.add_argument("--dtype", help=f"auto (as stored), float32, bfloat16, float16 (default: {defaults['dtype']})")
     parser.add_argument("--device-map", metavar="MAP", help="spread a large model, e.g. auto (needs accelerate)")
     parser.add_argument("--attention", metavar="NAME", help="attn_implementation of the model, e.g. eager")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 1 for a small model)")

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,8 @@ from selector import calibration
 if TYPE_CHECKING:
     from selector.base import TokenSelector
 
+HARMLESS = 2**30
+"""Bytes that may be allocated for weights before they are found not to fit."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -61,10 +64,16 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no selector checkpoint: {name} is missing")
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        selector = build(config["class_path"], config["init_args"], allow)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        class_path, init_args = config["class_path"], config["init_args"]
+        if not isinstance(class_path, str) or not isinstance(init_args, dict):
+            raise TypeError(f"class_path must be a text and init_args a mapping, got {class_path!r} and {init_args!r}")
+        _check_size(lambda: build(class_path, init_args, allow), folder)
+        selector = build(class_path, init_args, allow)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{folder / CONFIG} is no selector config (class_path, init_args): {error!r}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{folder / CONFIG} asks for a selector that cannot be made: {error}") from error
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -83,12 +92,24 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
     return selector.eval()
 
 
+def _check_size(make: Callable[[], TokenSelector], folder: Path) -> None:
+    """Refuses a config that asks for far more than its weights fill, before a byte of it is allocated."""
+    try:
+        with torch.device("meta"):
+            wanted = sum(tensor.nbytes for tensor in make().state_dict().values())
+    except NotImplementedError:  # a class that computes in its constructor
+        return
+    there = (folder / WEIGHTS).stat().st_size
+    if wanted > max(there, HARMLESS):
+        raise ValueError(f"{folder / CONFIG} asks for {wanted:,} bytes of weights, {WEIGHTS} holds {there:,}")
+
+
 def about(name_or_path: str | Path) -> tuple[dict[str, Any], str | None]:
     """(metadata, card) of a checkpoint that `load` takes, to save them again with it."""
     folder = _folder(name_or_path)
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else None
-    return json.loads((folder / CONFIG).read_text()).get("metadata", {}), text
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("metadata", {}), text
 
 
 def push(selector: TokenSelector, repo_id: str, private: bool = False, card: str | None = None) -> str:

@@ -8,14 +8,18 @@ changes, and all use of this seam is in this file. Needs transformers >= 5.19.
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import functools
 import inspect
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -93,8 +97,8 @@ def prune_inputs(
         relevance: where a selector needs `text` and the model has no text tower, see `selector.models.encode`.
 
     Raises:
-        ValueError: placeholders and visual tokens do not match, the selector acts inside the language model, or the
-            selector's or budget's own errors.
+        ValueError: images without input_ids, placeholders and visual tokens do not match, the selector acts inside the
+            language model, or the selector's or budget's own errors.
     """
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions must be 'contiguous' or 'original', got {positions!r}")
@@ -102,6 +106,8 @@ def prune_inputs(
         raise ValueError("give both a selector and a budget, or neither to keep every token")
     if selector is not None and selector.acts != "before":
         raise ValueError(f"{type(selector).__name__} acts inside the language model, and this plug cuts before it")
+    if inputs.get("pixel_values") is not None and inputs.get("input_ids") is None:
+        raise ValueError("input_ids must be given with pixel_values: inputs_embeds have no placeholders to cut")
     encoded = encoded or encode(model, inputs, selector.needs if selector else (), relevance)
     if encoded is None:
         return Pruned(dict(inputs))
@@ -121,7 +127,7 @@ def prune_inputs(
 def select_tokens(
     model: Any,
     selector: TokenSelector | str | Mapping[str, Any],
-    keep: int | float | str = 64,
+    keep: int | float | str | np.number = 64,
     *,
     scope: Scope = "image",
     newlines: Newlines = "kept_rows",
@@ -131,8 +137,13 @@ def select_tokens(
     """Within the block, ``model(...)`` and ``model.generate(...)`` select visual tokens first.
 
     ``generate`` still returns the original prompt followed by the new tokens, so that callers who cut at the prompt's
-    length stay right. Prompts without images pass through untouched. On leaving the block, however it is left, the
-    model is as it was.
+    length stay right, and `max_length` and `min_length` (as arguments, or from a generation config) mean the original
+    prompt's length too. Prompts without images pass through untouched. On leaving the block, however it is left, the
+    model is as it was, and so are the device and the training mode of a selector that was given as an object.
+
+    Blocks may be nested, and left in any order: of those still open, the one entered last selects. They belong to the
+    thread (and asyncio task) that opened them; a second one may use the model, but not open a block of its own, since
+    a model has one ``forward``. Within a block a model cannot be copied or pickled.
 
     Args:
         selector: an object or a spec (see `selector.registry`).
@@ -141,47 +152,136 @@ def select_tokens(
 
     Yields:
         A log with the measured visual tokens of every image that went through.
+
+    Raises:
+        RuntimeError: another thread or task has a block open on this model.
+        ValueError: on a selector without weights, and see `prune_inputs`.
     """
     chosen, budget, log = load_selector(selector), Budget.parse(keep, scope, newlines), SelectionLog()
-    chosen = chosen.to(model.device).eval()
-    before = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
-    forward, generate = model.forward, model.generate
 
     def prune(arguments: dict[str, Any]) -> dict[str, Any]:
         pruned = prune_inputs(model, arguments, chosen, budget, positions=positions, relevance=relevance)
         log.add(pruned)
         return pruned.inputs
 
+    with _borrowed(chosen, model.device):
+        blocks = _Blocks.opened(model)
+        block = (_pruned_forward(blocks.forward, prune), _pruned_generate(model, blocks.generate, prune, positions))
+        blocks.enter(model, block)
+        try:
+            yield log
+        finally:
+            blocks.leave(model, block)
+
+
+class _Blocks:
+    """The `select_tokens` blocks open on a model, kept in its ``vars`` while there are any."""
+
+    NAME = "_selection_blocks"
+    lock = threading.Lock()
+
+    def __init__(self, model: Any):
+        self.owner = _caller()
+        self.before = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
+        self.forward, self.generate = model.forward, model.generate
+        self.open: list[tuple[Callable, Callable]] = []
+
+    @classmethod
+    def opened(cls, model: Any) -> _Blocks:
+        with cls.lock:
+            blocks = vars(model).get(cls.NAME)
+            if blocks is None:
+                blocks = vars(model)[cls.NAME] = cls(model)
+            if blocks.owner != _caller():
+                raise RuntimeError(
+                    "select_tokens: another thread or task has a block open on this model; "
+                    "open blocks one after the other, or give each thread a model of its own"
+                )
+            return blocks
+
+    def enter(self, model: Any, block: tuple[Callable, Callable]) -> None:
+        self.open.append(block)
+        model.forward, model.generate = block
+
+    def leave(self, model: Any, block: tuple[Callable, Callable]) -> None:
+        with self.lock:
+            self.open = [other for other in self.open if other is not block]
+            if self.open:
+                model.forward, model.generate = self.open[-1]
+                return
+            for name in ("forward", "generate"):
+                delattr(model, name)
+                if name in self.before:
+                    setattr(model, name, self.before[name])
+            del vars(model)[self.NAME]
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        # The copy's forward would go on running the original, whatever becomes of the copy's weights.
+        raise TypeError("a model must not be copied or pickled within select_tokens: do it outside of the block")
+
+
+def _caller() -> tuple[int, Any]:
+    """The thread, and the asyncio task in it, that is at work."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop
+        task = None
+    return threading.get_ident(), task
+
+
+@contextmanager
+def _borrowed(selector: TokenSelector, device: torch.device) -> Iterator[None]:
+    """In evaluation mode and on `device` within the block; as it was after it."""
+    homes = {tensor.device for tensor in (*selector.parameters(), *selector.buffers())}
+    if len(homes) > 1:
+        raise ValueError(f"selector must be on one device, {type(selector).__name__} is on {sorted(map(str, homes))}")
+    home = next(iter(homes), device)
+    if home.type == "meta" and device.type != "meta":
+        raise ValueError(f"selector must have weights, {type(selector).__name__} is on the meta device")
+    modes = [(part, part.training) for part in selector.modules()]
+    try:
+        selector.to(device).eval()
+        yield
+    finally:
+        if home != device:
+            selector.to(home)
+        for part, training in modes:
+            part.training = training
+
+
+def _pruned_forward(forward: Callable, prune: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable:
     @functools.wraps(forward)
     def pruned_forward(*args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(forward).bind_partial(*args, **kwargs)
-        arguments = dict(bound.arguments)
-        arguments |= arguments.pop("kwargs", {})
+        arguments = _named(forward, args, kwargs)
         if arguments.get("pixel_values") is None:
             return forward(*args, **kwargs)
         return forward(**prune(arguments))
 
+    return pruned_forward
+
+
+def _pruned_generate(
+    model: Any, generate: Callable, prune: Callable[[dict[str, Any]], dict[str, Any]], positions: Positions
+) -> Callable:
     @functools.wraps(generate)
-    def pruned_generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
-        if kwargs.get("pixel_values") is None:
+    def pruned_generate(*args: Any, **kwargs: Any) -> Any:
+        arguments = _named(generate, args, kwargs)
+        if arguments.get("inputs") is not None:
+            arguments["input_ids"] = arguments.pop("inputs")
+        if arguments.get("pixel_values") is None:
             return generate(*args, **kwargs)
-        prompt, settings = kwargs["input_ids"], kwargs.get("generation_config") or model.generation_config
-        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
+        settings = arguments.get("generation_config") or model.generation_config
+        if arguments.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size must be None: chunks are cut by the original prompt's length")
-        if positions == "original" and kwargs.get("use_cache", settings.use_cache) is False:
+        if positions == "original" and arguments.get("use_cache", settings.use_cache) is False:
             raise ValueError(
                 "positions='original' needs use_cache=True (or use positions='contiguous'): generate() drops a mask of "
                 "ones, and without mask and cache transformers reads gaps in position ids as packed sequences"
             )
         with torch.no_grad():  # as generate itself; and an assistant model deep-copies its arguments
-            kwargs = prune(kwargs)
-        start = kwargs["input_ids"].shape[1]
-        for name in ("max_length", "min_length"):
-            if kwargs.get(name) is not None:
-                kwargs[name] -= prompt.shape[1] - start
-        result = generate(*args, **kwargs)
+            shortened = prune(arguments)
+        prompt, start = arguments["input_ids"], shortened["input_ids"].shape[1]
+        result = generate(**_shorter(shortened, model.generation_config, prompt.shape[1], start))
         sequences = result if isinstance(result, Tensor) else result.sequences
         repeats = sequences.shape[0] // prompt.shape[0]
         sequences = torch.cat([prompt.repeat_interleave(repeats, 0).to(sequences), sequences[:, start:]], 1)
@@ -190,14 +290,46 @@ def select_tokens(
         result.sequences = sequences
         return result
 
-    model.forward, model.generate = pruned_forward, pruned_generate
-    try:
-        yield log
-    finally:
-        for name in ("forward", "generate"):
-            delattr(model, name)
-            if name in before:
-                setattr(model, name, before[name])
+    return pruned_generate
+
+
+def _named(function: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument by its name."""
+    arguments = dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
+    return arguments | arguments.pop("kwargs", {})
+
+
+def _shorter(arguments: dict[str, Any], defaults: Any, full: int, start: int) -> dict[str, Any]:
+    """The arguments of generate with `max_length` and `min_length`, which count the prompt, less what was cut of it.
+
+    They come from an argument, else from the generation config passed, else from the model's (`defaults`); a number of
+    new tokens wins over each of them, and needs no correction.
+
+    Args:
+        full, start: tokens of the prompt before and after pruning.
+    """
+    given = arguments.get("generation_config")
+    sources = [arguments, *(vars(config) for config in (given, defaults) if config is not None)]
+
+    def setting(name: str) -> Any:
+        return next((source[name] for source in sources if source.get(name) is not None), None)
+
+    changed = {}
+    longest, shortest = setting("max_length"), setting("min_length")
+    if longest is not None and setting("max_new_tokens") is None:
+        if longest <= full:
+            raise ValueError(f"max_length must be above the prompt's length of {full} tokens, got {longest}")
+        changed["max_length"] = longest - (full - start)
+    if shortest is not None and setting("min_new_tokens") is None:
+        changed["min_length"] = max(0, shortest - (full - start))
+    if given is None:
+        return arguments | changed
+    # transformers wants either a config or arguments: what was no argument is corrected in a copy of the config.
+    given = copy.deepcopy(given)
+    for name, value in changed.items():
+        if arguments.get(name) is None:
+            setattr(given, name, value)
+    return arguments | {"generation_config": given} | {k: v for k, v in changed.items() if arguments.get(k) is not None}
 
 
 def _select(

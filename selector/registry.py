@@ -46,6 +46,8 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
     if isinstance(spec, TokenSelector):
         return spec
     if isinstance(spec, Mapping):
+        if not isinstance(spec.get("init_args") or {}, Mapping):
+            raise ValueError(f"init_args must be a mapping, got {spec['init_args']!r}")
         return build(str(spec.get("class_path", "")), dict(spec.get("init_args") or {}), allow, untrained=False)
     if not isinstance(spec, (str, Path)) or not str(spec):
         raise ValueError(f"selector must be a name, a folder or a mapping, got {spec!r}")
@@ -53,6 +55,8 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         return TokenSelector.from_pretrained(spec, allow=allow)
     name, _, arguments = spec.partition(":")
     if name == "hf":
+        if not arguments:
+            raise ValueError("selector 'hf:' must go on with owner/name of the Hugging Face hub")
         return TokenSelector.from_pretrained(arguments, allow=allow)
     if name and Path(name).is_dir() and name not in _names():
         given = _arguments(spec, arguments)
@@ -167,7 +171,11 @@ def _arguments(spec: str, text: str) -> dict[str, Any]:
         if key in arguments:
             raise ValueError(f"selector {spec!r}: {key} is given twice")
         nested = inner.startswith("(") and inner.endswith(")")
-        arguments[key] = inner[1:-1] if nested else yaml.safe_load(value)
+        try:
+            arguments[key] = inner[1:-1] if nested else yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"selector {spec!r}: {value!r} is no value of YAML ({reason})") from error
     return arguments
 
 

@@ -67,7 +67,7 @@ def leverage_scores(
     Raises:
         ValueError: both or neither of rank and energy, values out of range, NaN or infinity in the features.
     """
-    _check_rank(rank, energy, method)
+    check_rank(rank, energy, method)
     matrix, present = _prepare(features, center, normalize_rows, mask)
     if method == "fast" and rank is not None and rank + 32 < min(matrix.shape[-2:]):
         left, squares = _subspace(matrix, rank, seed)
@@ -263,7 +263,22 @@ def _subspace(
     return basis @ left, squares
 
 
-def _check_rank(rank: int | None, energy: float | None, method: str) -> None:
+def check_seed(seed: int) -> None:
+    """Refuses a seed that torch's generators do not take.
+
+    Raises:
+        ValueError: beyond 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
+
+
+def check_rank(rank: int | None, energy: float | None, method: str) -> None:
+    """Refuses what `leverage_scores` cannot do with any features.
+
+    Raises:
+        ValueError: both or neither of rank and energy, or a value out of range.
+    """
     if (rank is None) == (energy is None):
         raise ValueError(f"give exactly one of rank and energy, got rank={rank}, energy={energy}")
     if rank is not None and rank < 1:

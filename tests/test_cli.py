@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from selector import cli
+from selector.evaluation.tasks import GENERATED
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--selectors", "svd-prune:rank=2", "random", "--keep", "0.5", "9", "--samples", "2", "--max-new-tokens", "2"]
@@ -70,6 +71,34 @@ def test_help_of_every_command(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "stability"])
+def test_help_names_every_default_as_it_is(command, monkeypatch, capsys):
+    """Other defaults, other help: no figure in it is a text of its own."""
+    monkeypatch.setenv("COLUMNS", "500")
+    changed = {"max_new_tokens": 4711, "repeats": 4712, "out": "elsewhere.png", "seed": 4713, "scope": "halves"}
+    changed |= {"newlines": "some", "positions": "odd", "device": "abacus", "dtype": "float7", "samples": 4714}
+    changed |= {"baseline": "nobody", "layer": 4715, "tasks": ["a", "b"], "keep": [4716]}
+    changed |= {"shares": [0.47], "tolerance": 0.18}
+    known = cli.DEFAULTS[command]
+    if command in ("calibrate", "stability"):
+        del changed["out"]  # none by default
+    if command == "calibrate":
+        changed["newlines"] = ["some", "most"]
+    for name, value in changed.items():
+        if name in known:
+            monkeypatch.setitem(known, name, value)
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out
+    for name, value in changed.items():
+        if name in known:
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            assert f"(default: {text})" in shown, name
+    if command == "compare":
+        for task in GENERATED:
+            assert task in shown
 
 
 def test_tiny_yaml_equals_the_defaults():
@@ -205,6 +234,75 @@ def test_show(call, model, make_image):
     code, _, _ = call("show", *options, "--question", "what?", "--max-new-tokens", "2", "--scores")
     assert code == 0
     assert Path("selector.png").is_file()
+
+
+def test_show_asks_the_question_without_an_image_too(call, model):
+    options = ["--model", model, "--selectors", "random", "--max-new-tokens", "2"]
+    code, out, _ = call("show", *options, "--question", "what is TOTAL?")
+    assert code == 0
+    assert "Q: what is TOTAL?" in out
+    assert "right:" not in out
+    assert out.count("Q: ") == out.count("Q: what is TOTAL?")
+
+
+def test_a_selector_has_the_name_that_it_is_given(call, model):
+    specs = ["mine=svd-prune:rank=2", "other=svd-prune:rank=3", "random"]
+    options = ["--model", model, "--keep", "9", "--samples", "1", "--no-answers", "--tasks", "scenes"]
+    code, out, _ = call("compare", "--selectors", *specs, *options, "--baseline", "mine")
+    assert code == 0
+    assert "vs mine" not in out  # nothing is asked
+    rows = json.loads(Path("runs/compare/results.json").read_text())["rows"]
+    assert {row["selector"] for row in rows} == {"full", "mine", "other", "random"}
+
+
+def test_two_folders_of_one_name_are_told_apart(call, model):
+    from selector import SVDPrune
+
+    for rank in (2, 3):
+        SVDPrune(rank=rank).save_pretrained(f"r{rank}/best")
+    SVDPrune(rank=4).save_pretrained("full")
+    options = ["compare", "--model", model, "--keep", "9", "--samples", "1", "--no-answers", "--tasks", "scenes"]
+    code, _, err = call(*options, "--selectors", "r2/best", "r3/best")
+    assert code == 2
+    assert "'best' is there twice; NAME=SPEC gives one another name, as in other=r3/best" in err
+    code, _, err = call(*options, "--selectors", "full")
+    assert code == 2
+    assert "must not be called full or blind" in err
+    assert call(*options, "--selectors", "r2/best", "again=r3/best", "third=full")[0] == 0
+    code, _, err = call(*options, "--selectors", "a=svd-prune:rank=2", "b=r2/best")
+    assert code == 2
+    assert "'a' and 'b' are one selector" in err
+
+
+def test_a_stray_rank_is_said_aloud(call, model, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["compare", "--model", model, "--selectors", "random", "--keep", "9", "--samples", "4", "--no-answers"]
+    code, out, err = call(*options, "--tasks", "scenes")
+    assert code == 0
+    assert "RANK=0 and WORLD_SIZE=2 in the environment: this process takes shard 0/2" in err
+    assert "scenes · " in out
+    assert "shard 0/2: 2 of 4 samples" in out
+    code, out, err = call(*options, "--tasks", "scenes", "--shard", "0/1")
+    assert "of 4 samples" not in out
+    assert "RANK" not in err
+
+
+def test_no_image_that_can_be_read_is_an_error(call, model, tmp_path):
+    folder(tmp_path / "data", ["a.png", "b.png"], broken=["a.png", "b.png"])
+    options = ["compare", "--model", model, *SMALL, "--tasks", "folder:data", "--no-answers", "--samples", "all"]
+    code, _, err = call(*options, "--skip-unreadable")
+    assert code == 2
+    assert "task 'folder:data': none of its 2 images can be read" in err
+
+
+def test_a_list_skips_what_is_no_checkpoint(call):
+    for name, content in (("a", "{"), ("b", "[]"), ("c", '{"class_path": "x.Y"}'), ("d", '{"class_path": 5}')):
+        Path(f"checkpoints/{name}").mkdir(parents=True)
+        Path(f"checkpoints/{name}/config.json").write_text(content)
+    code, out, _ = call("list")
+    assert code == 0
+    assert re.findall(r"^checkpoint (.*)$", out, re.MULTILINE) == ["checkpoints/c: x.Y"]
 
 
 def test_bench(call, model):
@@ -396,7 +494,7 @@ def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
 
 
 def test_debug_shows_the_traceback(call):
-    from selector.evaluation.errors import UsageError
+    from selector.errors import UsageError
 
     with pytest.raises(UsageError):
         call("compare", "--keep", "0", "--debug")

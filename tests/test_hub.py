@@ -94,6 +94,18 @@ def test_dispatch_checks_the_class_asked_for(checkpoint):
         ("svd-prune:energy=high", "init_args of SVDPrune: energy must be float, got 'high'"),
         ("", "selector must be a name, a folder or a mapping, got ''"),
         (":seed=1", "unknown selector ''"),
+        ("svd-prune:energy=[", r"'\[' is no value of YAML"),
+        ("svd-prune:energy=!!python/object/apply:os.system ['true']", "is no value of YAML"),
+        ("svd-prune:energy=2.0", r"energy must be in \(0, 1\], got 2"),
+        ("svd-prune:rank=0", "rank must be >= 1, got 0"),
+        ("svd-prune:method=fast", "method='fast' needs rank"),
+        ("lofi:rank=0", "rank must be >= 1, got 0"),
+        (f"random:seed={10**30}", r"seed must be in \[-2\^63, 2\^63\), got 1"),
+        (f"svd-prune:seed={10**30}", r"seed must be in \[-2\^63, 2\^63\), got 1"),
+        ("scope:alpha=.nan", "alpha must be >= 0, got nan"),
+        ("prumerge:fences=.inf", "fences must be finite, got inf"),
+        ("hf:", "must go on with owner/name"),
+        ({"class_path": "selector.methods.norm.Norm", "init_args": [1]}, "init_args must be a mapping"),
         ({"class_path": "os.path.join"}, "is not from selector"),
         ({"class_path": "selector.methods.nothing.X"}, "cannot be imported"),
         ({"class_path": "selector.budget.Budget", "init_args": {"keep": 1}}, "is not a TokenSelector"),
@@ -171,6 +183,36 @@ def test_broken_folders(checkpoint, tmp_path):
         TokenSelector.from_pretrained(checkpoint)
     with pytest.raises(FileNotFoundError, match="no folder"):
         TokenSelector.from_pretrained(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"class_path": value}, "is no selector config") for value in (5, None, ["selector.methods.norm.Norm"])),
+        *(({"init_args": value}, "is no selector config") for value in (None, [1], "dim", 5)),
+        ({"init_args": {"dim": 8, "num_patches": 16, "heads": 0}}, "heads must be >= 1, got 0"),
+        ({"init_args": {"dim": 8, "num_patches": -1}}, "num_patches must be >= 1, got -1"),
+        ({"init_args": {"dim": 0, "num_patches": 16}}, "dim must be >= 1, got 0"),
+        ({"init_args": {"dim": 8, "num_patches": 16, "width": 0}}, "width must be >= 1, got 0"),
+        ({"init_args": {"dim": 8, "num_patches": 16, "layers": 0}}, "layers must be >= 1, got 0"),
+        ({"init_args": {"dim": 8, "num_patches": 16, "mlp_ratio": -1.0}}, "mlp_ratio must .* got -1"),
+        ({"init_args": {"dim": 8, "num_patches": 16, "mlp_ratio": float("inf")}}, "mlp_ratio must .* got inf"),
+        ({"init_args": {"dim": 8, "num_patches": 16, "mlp_ratio": 1e12}}, r"asks for [\d,]+ bytes of weights"),
+        ({"init_args": {"dim": 2**20, "num_patches": 16}}, r"asks for [\d,]+ bytes of weights"),
+        ({"init_args": {"dim": 8, "num_patches": 16, "heads": 2.5}}, "heads must be int, got 2.5"),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(checkpoint, changes, message):
+    edit(checkpoint, **changes)
+    with pytest.raises(ValueError, match=message):
+        TokenSelector.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe{}", b"[]", b"null", b"5", b'"x"'])
+def test_a_config_that_is_none_is_named(checkpoint, content):
+    (checkpoint / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is no selector config"):
+        TokenSelector.from_pretrained(checkpoint)
 
 
 def test_importing_the_package_is_light():

@@ -99,7 +99,7 @@ def table(sweep: Mapping[str, Any], checkpoints: Mapping[str, list[Path]], rows:
 
 def main() -> int:
     """Entry point of ``python -m training.ablation``."""
-    parser = argparse.ArgumentParser(prog="python -m training.ablation", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m training.ablation", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="the sweep")
     parser.add_argument("--out", default=Path("runs/ablation"), type=Path, help="where runs, checkpoints and table go")
     options = parser.parse_args()

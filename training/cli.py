@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selector.errors import RankingError
+
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
 
@@ -43,12 +45,14 @@ encode once instead of at every step
 flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --trainer.precision bf16-mixed ...
   selector-train fit --help                            every argument
   selector-train fit --config ... --print_config       every argument with its value
+
+SELECTOR_TRACEBACK=1 shows where an error comes from.
 """
 COMMANDS = ("fit", "validate", "test", "export")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Entry point; returns the exit status: 0 done, 1 a ranking worse than random, 2 what the user can put right."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
@@ -60,14 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] == "export":
             return _export(arguments[1:])
         run(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # ours are ValueErrors, and Lightning's of a setting too
         if os.environ.get("SELECTOR_TRACEBACK"):
             raise
-        print(f"selector-train: error: {error}\n(SELECTOR_TRACEBACK=1 shows where)", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if type(error).__name__ != "RankingError":
-            raise
+        print(f"selector-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RankingError as error:
         print(f"selector-train: error: {error}", file=sys.stderr)
         return 1
     return 0

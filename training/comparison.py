@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric
 
 from selector.base import ScoreSelector
 from selector.budget import Budget
+from selector.errors import RankingError as RankingError
 from selector.methods.norm import Norm
 from selector.methods.ridge_leverage import RidgeLeverage
 from selector.methods.svd_prune import SVDPrune
@@ -35,10 +36,6 @@ from training.schedules import gumbel_top_k
 RIVALS = {"leverage": lambda: SVDPrune(matrix="tile"), "norm": lambda: Norm(largest=False), "uniform": Uniform}
 RANKERS = ("learned", "random", *RIVALS)
 ANSWER_RIVALS = {"leverage": RidgeLeverage}
-
-
-class RankingError(RuntimeError):
-    """The deterministic ranking of a trained selector reconstructs worse than a random choice."""
 
 
 class RankingComparison(nn.Module):

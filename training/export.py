@@ -45,9 +45,12 @@ def export(
     if missing := [name for name in told if name not in about]:
         raise ValueError(f"checkpoint {checkpoint} was written by another version: it does not tell {missing}")
     classes = {cls.__name__: cls for cls in (GumbelSelector, ImageTransformer)}
-    if about["class"] not in classes:
+    if about["class"] not in [*classes]:  # a list: whatever the file holds can be compared, but not hashed
         raise ValueError(f"checkpoint {checkpoint} holds a {about['class']}, which is none of {', '.join(classes)}")
-    selector = classes[about["class"]](**about["init_args"])
+    try:
+        selector = classes[about["class"]](**about["init_args"])
+    except (KeyError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"checkpoint {checkpoint} holds no arguments of a {about['class']}: {error!r}") from error
     weights = {name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)}
     try:
         selector.load_state_dict(weights, strict=True)
@@ -154,9 +157,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint must be a .ckpt file of a training run, got {str(path)!r}, which is none")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {path} cannot be read safely (weights only): {error}") from error
-    if not isinstance(state, dict) or "selector" not in state or "state_dict" not in state:
+    parts = [state.get(name) for name in ("selector", "state_dict")] if isinstance(state, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"checkpoint {path} was not written by selector-train: it has no entry 'selector'")
     return state
 

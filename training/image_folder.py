@@ -12,29 +12,29 @@ from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
-from selector.evaluation.tasks.folder import ANNOTATIONS, read_annotations, split_place
+from selector.errors import UnreadableImage
+from selector.evaluation.tasks.folder import ANNOTATIONS, answer_of, read_annotations, split_place
+from selector.images import open_image
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ATTRIBUTION = "ATTRIBUTION.txt"
 
 
 class ImageFile:
-    """One image of a folder."""
+    """One image of a folder, opened as everywhere: see `selector.images`."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def __call__(self) -> Image.Image:
         try:
-            with Image.open(self.path) as image:
-                return image.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"image {self.path} cannot be read ({error}); "
-                "remove it or pass --data.skip_unreadable true to leave such files out"
+            return open_image(self.path)
+        except UnreadableImage as error:
+            raise UnreadableImage(
+                f"{error}; remove it or pass --data.skip_unreadable true to leave such files out"
             ) from error
 
 
@@ -89,7 +89,7 @@ def questions_of(paths: Sequence[Path]) -> dict[Path, tuple[tuple[str, str | Non
     """Questions about each image with their answers (None where there is none), from the annotations beside it.
 
     Raises:
-        ValueError: a question or an answer is no text, naming the image.
+        UsageError: annotations that break a rule, with the line.
     """
     places = {path.parent: _annotated(path.parent) for path in paths}
     rows = {
@@ -97,17 +97,8 @@ def questions_of(paths: Sequence[Path]) -> dict[Path, tuple[tuple[str, str | Non
         for place in set(places.values()) - {None}
         for _, row in read_annotations(place / ANNOTATIONS)  # pyright: ignore[reportOptionalOperand]
     }
-    return {path: _turns(path, rows.get((places[path.parent], path.name), [])) for path in paths}
-
-
-def _turns(path: Path, asked: Sequence[dict[str, object]]) -> tuple[tuple[str, str | None], ...]:
-    found: list[tuple[str, str | None]] = []
-    for entry in asked:
-        question, answer = entry.get("q"), entry.get("a")
-        if not isinstance(question, str) or not (answer is None or isinstance(answer, str)):
-            raise ValueError(f"qa of {path.name} must hold texts as `q` and `a`, got {entry!r}")
-        found.append((question, answer))
-    return tuple(found)
+    asked = {path: rows.get((places[path.parent], path.name), []) for path in paths}
+    return {path: tuple((turn["q"], answer_of(turn)) for turn in turns) for path, turns in asked.items()}
 
 
 def digest_files(root: str | Path, names: Sequence[str]) -> str:
@@ -161,6 +152,6 @@ def _annotated(folder: Path) -> Path | None:
 def _is_readable(path: Path) -> bool:
     try:
         ImageFile(path)()
-    except ValueError:
+    except UnreadableImage:
         return False
     return True

@@ -50,7 +50,7 @@ class KeptPictures(Callback):
 
     def _shown(self) -> list[Image.Image]:
         from selector.evaluation.tasks import documents, scenes
-        from selector.evaluation.tasks.folder import open_image
+        from selector.images import open_image
 
         if self.images:
             return [open_image(Path(name)) for name in self.images]

@@ -1,15 +1,5 @@
-"""What a user can put right: shown as one line, without a traceback."""
+"""The errors of the whole package, under their earlier address: see `selector.errors`."""
 
-from __future__ import annotations
+from selector.errors import MissingData, UnreadableImage, UsageError
 
-
-class UsageError(ValueError):
-    """An argument, a file or a setting breaks a rule; the message names the argument, the rule and the value."""
-
-
-class UnreadableImage(UsageError):
-    """An image file that cannot be decoded."""
-
-
-class MissingData(UsageError):
-    """A task needs a folder that nobody named: where other tasks are left, it is left out, aloud."""
+__all__ = ["MissingData", "UnreadableImage", "UsageError"]

@@ -10,12 +10,13 @@ from PIL import Image
 
 from selector.base import RankSelector, TokenSelector
 from selector.budget import Budget
+from selector.errors import UsageError
 from selector.evaluation import picture
 from selector.evaluation.answering import answer, prepare
-from selector.evaluation.errors import UsageError
 from selector.evaluation.evidence import evidence, model_canvas
 from selector.evaluation.metrics import exact_match
 from selector.evaluation.tasks.sample import Sample
+from selector.images import to_rgb
 from selector.models import encode
 from selector.plug import Positions, prune_inputs
 
@@ -36,7 +37,7 @@ def kept_picture(
         question: also asked, and the answers shown.
         scores: below it a strip of heat maps of the selectors' scores.
     """
-    sample = Sample("image", image.convert("RGB"), question, None, ())
+    sample = Sample("image", to_rgb(image), question, None, ())
     found = strips(model, processor, selectors, [Budget.parse(keep)], sample, scores=scores)
     return picture.stack([strip for strip, _ in found])
 

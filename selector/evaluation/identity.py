@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ import selector
 from selector.base import TokenSelector
 from selector.budget import Budget
 
-ASIDE = ("__init__.py", "cli.py", "hub.py", "registry.py")
+ASIDE = ("__init__.py", "cli.py", "errors.py", "hub.py", "registry.py")
 """Files of the package through which no choice passes."""
 WHOLE = 256 * 2**20
 """Modules up to this many bytes are fingerprinted whole, larger ones by 4,096 entries of every tensor."""
@@ -45,7 +48,7 @@ def code(package: Path = Path(selector.__file__).parent) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(module: nn.Module, budget: Budget | None = None) -> dict[str, Any]:
+def identity(module: TokenSelector, budget: Budget | None = None) -> dict[str, Any]:
     """What a selector is, whatever it was called: class, arguments, weights, and the sources of the files it is from.
 
     The sources are in so that a method under development never meets the records of its earlier self: its own file,
@@ -55,18 +58,28 @@ def identity(module: nn.Module, budget: Budget | None = None) -> dict[str, Any]:
         budget: with ``keep="auto:s"``, the threshold that the selector's calibration gives is part of what it is.
 
     Raises:
+        TypeError: an argument that is not kept under its own name, or that JSON cannot write: two selectors that differ
+            in it would share their records.
         ValueError: a selector that is not calibrated for that budget.
     """
     cls = type(module)
+    arguments = module.init_args
+    for name, value in arguments.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{cls.__name__} must keep argument {name!r} as numbers, texts, lists or selectors, got {value!r}"
+            ) from error
     classes = {base for part in module.modules() for base in type(part).__mro__ if issubclass(base, TokenSelector)}
     source = "".join(sorted({_source(base) for base in classes}))
     known = {
         "class": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": getattr(module, "init_args", {}),
+        "init_args": arguments,
         "weights": fingerprint(module),
         "source": hashlib.sha256(source.encode()).hexdigest()[:16],
     }
-    if budget is not None and budget.is_auto and isinstance(module, TokenSelector):
+    if budget is not None and budget.is_auto:
         known["calibrated"] = module.resolved(budget).keep
     return known
 
@@ -79,5 +92,39 @@ def _source(cls: type) -> str:
     names = {cls.__module__} | {name for name in owners if name.startswith(beside)}
     try:
         return "".join(inspect.getsource(sys.modules[name]) for name in sorted(names))
-    except (OSError, TypeError, KeyError):  # defined in a shell: no file to read
-        return ""
+    except (OSError, TypeError, KeyError):  # defined in a shell or a notebook: no file to read
+        return _compiled(cls)
+
+
+def _compiled(cls: type) -> str:
+    """The compiled code of a class without a file, and of the functions beside it that it calls."""
+    home = vars(sys.modules[cls.__module__]) if cls.__module__ in sys.modules else {}
+    waiting = [part for value in vars(cls).values() for part in _functions(value)]
+    values = {name: repr(value) for name, value in vars(cls).items() if isinstance(value, (int, float, str, frozenset))}
+    seen: dict[str, str] = {}
+    while waiting:
+        function = waiting.pop()
+        text = "".join(_instructions(function.__code__)) + repr(function.__defaults__)
+        if seen.get(function.__qualname__) != text:
+            seen[function.__qualname__] = text
+            called = [home[name] for name in function.__code__.co_names if isinstance(home.get(name), FunctionType)]
+            waiting += [each for each in called if each.__module__ == cls.__module__]
+    return repr((cls.__qualname__, sorted(values.items()), sorted(seen.items())))
+
+
+def _functions(value: Any) -> Iterator[FunctionType]:
+    """The function in a method, a static or class method, or a property."""
+    for part in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
+        part = inspect.unwrap(part) if callable(part) else part
+        if isinstance(part, FunctionType):
+            yield part
+
+
+def _instructions(compiled: CodeType) -> Iterator[str]:
+    """Instructions, names and constants; an inner function's code by the same, since its repr is an address."""
+    yield compiled.co_code.hex() + repr(compiled.co_names)
+    for constant in compiled.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _instructions(constant)
+        else:
+            yield repr(constant)

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from selector.evaluation.evidence import Canvas
-from selector.evaluation.records import IMAGES, write_json
+from selector.evaluation.records import IMAGES, write_json, writing
 
 LONGEST = 640
 FIRST = 200
@@ -24,12 +24,13 @@ def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas) -> Non
     folder = run / IMAGES
     if (folder / f"{name}.json").is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     small = image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     temporary = folder / f".{name}.jpg"
-    small.save(temporary, "JPEG", quality=85, subsampling=0)
-    temporary.replace(folder / f"{name}.jpg")
+    with writing(folder / f"{name}.jpg"):
+        folder.mkdir(parents=True, exist_ok=True)
+        small.save(temporary, "JPEG", quality=85, subsampling=0)
+        temporary.replace(folder / f"{name}.jpg")
     scale = small.width / image.width
     xs, ys = ([round(v * scale, 1) for v in edges.tolist()] for edges in canvas.edges())
     lines = {"size": list(small.size), "xs": xs, "ys": ys, "tiles": list(canvas.tiles), "grid": list(canvas.grid)}

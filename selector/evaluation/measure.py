@@ -16,10 +16,10 @@ from torch import Tensor
 
 from selector.base import TokenSelector
 from selector.budget import Budget
+from selector.errors import UsageError
 from selector.evaluation.answering import Answer, answer, forced, prepare, without_image
 from selector.evaluation.consistency import Spectrum, spectrum, spectrum_shift
 from selector.evaluation.cost import synchronize
-from selector.evaluation.errors import UsageError
 from selector.evaluation.evidence import Canvas, evidence, model_canvas
 from selector.evaluation.flops import cache_bytes, counted_flops, language_flops, tower_flops
 from selector.evaluation.scoring import answer_record

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 
 FORMAT = 2
 """Raise it when the meaning of a record changes."""
@@ -27,20 +28,27 @@ WHOLE: Shard = (0, 1)
 
 
 class Records:
-    """The records of one key, by sample id; appends survive a kill."""
+    """The records of one key, by sample id; appends survive a kill.
 
-    def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE):
+    Args:
+        fresh: forget what is there, unread: a broken file is no hindrance to starting over.
+    """
+
+    def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE, fresh: bool = False):
         self.key = key_of(settings)
         self.folder = run / self.key
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / (PREDICTIONS if shard == WHOLE else f"predictions.{shard[0]}-of-{shard[1]}.jsonl")
         write_json(self.folder / SETTINGS, settings)
+        if fresh:
+            self.clear()
         read_records(self.path, repair=True)
         self.done = {record["id"]: record for record in read_folder(self.folder)}
 
     def append(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             file.write(line.encode())
         self.done[record["id"]] = dict(record)
 
@@ -66,8 +74,9 @@ def lock(run: Path, shard: Shard) -> IO[str]:
     Raises:
         UsageError: another process holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    file = (run / f".lock-{shard[0]}-of-{shard[1]}").open("w")
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / f".lock-{shard[0]}-of-{shard[1]}").open("w")
     try:
         import fcntl
     except ImportError:  # Windows: nothing to lock with
@@ -89,7 +98,7 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
         repair: also cut such a line off, so that what is appended next starts a line.
 
     Raises:
-        UsageError: a whole line that is not JSON.
+        UsageError: a whole line that is not JSON, or no record.
     """
     if not path.is_file():
         return []
@@ -100,11 +109,21 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"{path} line {number} is not JSON ({error}); repair it or start over with --fresh"
             ) from error
+        if (
+            not isinstance(record, dict)
+            or not isinstance(record.get("id"), str)
+            or type(record.get("index", 0)) is not int
+        ):
+            raise UsageError(
+                f"{path} line {number} is no record, it needs an id and an index: {record!r:.80}; "
+                "repair it or start over with --fresh"
+            )
+        records.append(record)
     return records
 
 
@@ -129,11 +148,38 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written, with the path and the reason.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever keeps `path` from being written is a UsageError that names it: a full disk names no file by itself."""
     try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise UsageError(f"out must be a place to write to, {path}: {error.strerror or error}") from error
+
+
+def check_place(path: Path) -> None:
+    """Refuses a place to write to that is none, before the work is done whose outcome it is for.
+
+    Raises:
+        UsageError: an ancestor is a file, or may not be written to.
+    """
+    ancestor = next((each for each in (path, *path.parents) if each.exists()), Path())
+    if not ancestor.is_dir():
+        raise UsageError(f"out must be a place to write to, {path}: {ancestor} is no folder")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UsageError(f"out must be a place to write to, {path}: {ancestor} is read-only")

@@ -8,12 +8,13 @@ test, with p values also adjusted (Holm) for how many of them the run holds.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selector.errors import UsageError
 from selector.evaluation.columns import POOLED, is_auto, share_of
-from selector.evaluation.errors import UsageError
 from selector.evaluation.metrics import FLIPS
 from selector.evaluation.page import render
 from selector.evaluation.page.explorer import changed_answers, explorer
@@ -102,16 +103,66 @@ def read_run(run: Path) -> tuple[dict[str, Any], Tables]:
     """(what was run, the records of every row by task, label and budget)."""
     if not (run / RUN).is_file():
         raise UsageError(f"run must be a folder that `selector compare` wrote, {run / RUN} does not exist")
-    settings = json.loads((run / RUN).read_text(encoding="utf-8"))
-    if "environment" not in settings:
-        raise UsageError(f"run must be of this version, {run / RUN} is older: run the same `selector compare` again")
+    settings = _read_settings(run / RUN)
     limit = settings["samples"]
     tables = {}
     for row in settings["rows"]:
         found = read_folder(run / row["key"])
+        for record in found:
+            _check_record(record, run / row["key"])
         within = [record for record in found if limit is None or record["index"] < limit]
         tables[row["task"], row["label"], row["keep"]] = within
     return settings, tables
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The plan of a run, with all that a report reads from it."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"run must be a folder that `selector compare` wrote, {path} is not JSON ({error})") from error
+    if isinstance(settings, dict) and settings and "environment" not in settings:
+        raise UsageError(f"run must be of this version, {path} is older: run the same `selector compare` again")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **{"model": str, "seed": int, "layer": int, "positions": str, "environment": dict, "tasks": dict},
+        **{"unreadable": dict, "rows": list, "samples": (int, type(None)), "baseline": (str, type(None))},
+    }
+    if not isinstance(settings, dict):
+        raise UsageError(f"run must be a folder that `selector compare` wrote, {path} holds {settings!r:.80}")
+    for name, kind in kinds.items():
+        if name not in settings or not isinstance(settings[name], kind):
+            raise UsageError(f"run must be whole, {path} has {settings.get(name)!r:.80} as {name}")
+    for row in settings["rows"]:
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("task", "label", "key")):
+            raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
+        if row["task"] not in settings["tasks"] or not re.fullmatch(r"[0-9a-f]+", row["key"]):
+            raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
+        if not isinstance(row.get("keep"), (str, type(None))):
+            raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
+    for name, about in settings["tasks"].items():
+        if not isinstance(about, dict) or not {"fingerprint", "anls"} <= about.keys():
+            raise UsageError(f"run must be whole, {path} has {about!r:.80} as task {name!r}")
+    missing = {"torch", "transformers", "device", "threads", "dtype"} - settings["environment"].keys()
+    if missing or settings["positions"] not in ("contiguous", "original"):
+        raise UsageError(f"run must be whole, {path} lacks {', '.join(sorted(missing)) or 'positions'}")
+    return settings
+
+
+def _check_record(record: Record, folder: Path) -> None:
+    """What a report reads of a record is there, as the type that it was written with; texts where there are any."""
+    wanted = dict.fromkeys(("index", "tokens", "full_tokens"), int)
+    if "answer" in record:
+        wanted |= {"question": str, "answer": str, "agrees": bool}
+    if "correct" in record:
+        wanted |= {"correct": bool, "full_correct": bool, "flip": str, "anls": float, "full_anls": float}
+    numbers = {name: float for name in (*MEANS, *PLAIN, *COSTS, *TIMES, "peak_bytes") if record.get(name) is not None}
+    for name, kind in (numbers | wanted).items():
+        value = record.get(name)
+        if not isinstance(value, kind if kind is not float else (int, float)) or (type(value) is int and value < 0):
+            raise UsageError(
+                f"{folder}: the record of sample {record['id']!r:.80} must have {name} as {kind.__name__}, "
+                f"got {value!r:.80}; delete the folder and run the same `selector compare` again"
+            )
 
 
 def _figures(found: Sequence[Record]) -> dict[str, Any]:
@@ -180,10 +231,11 @@ def _correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
-    """Writes ``results.json`` into every run, and the report of all of them as HTML and Markdown.
+    """Writes the report of all runs as HTML and Markdown.
 
     Args:
-        out: the HTML file, the Markdown beside it; None writes ``report.html`` into the only (or first) run.
+        out: the HTML file, the Markdown beside it, and nothing else: a run that cannot be written to can be reported.
+            None writes ``report.html`` into the only (or first) run, and ``results.json`` into every run.
 
     Returns:
         The summary of each run, and where the page is.
@@ -191,7 +243,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[di
     names = run_names(runs)
     summaries = [summarize(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
-        write_json(run / RESULTS, summary)
+        if out is None:
+            write_json(run / RESULTS, summary)
     target = out or runs[0] / REPORT_HTML
     pages = dict(zip(names, summaries, strict=True))
     shown = explorer({name: (run, *read_run(run)) for name, run in zip(names, runs, strict=True)})

@@ -17,11 +17,11 @@ from typing import Any
 
 from selector.base import TokenSelector
 from selector.budget import Budget
+from selector.errors import UsageError
 from selector.evaluation import records
-from selector.evaluation.errors import UsageError
 from selector.evaluation.images import FIRST, store_image
 from selector.evaluation.measure import BLIND, FULL, Bench, Measured, Row
-from selector.evaluation.settings import common_settings, environment, row_settings, scored_by_anls, written
+from selector.evaluation.settings import common_settings, environment, row_settings, written
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
 from selector.plug import Positions
@@ -75,30 +75,32 @@ def compare(
     Returns:
         A step a record; the iteration drives the run, and stopping it loses nothing.
     """
-    for task in tasks:
-        if samples is None and task.size is None:
-            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
-    if not 0 <= shard[0] < shard[1]:
-        raise UsageError(f"shard must be i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
-    if fresh and shard != records.WHOLE:
-        raise UsageError("fresh must not go with a shard: it would forget what the other shards wrote")
+    check_part(tasks, samples, shard, fresh)
     layers = model.config.get_text_config().num_hidden_layers
     if not 0 <= layer <= layers:
         raise UsageError(f"layer must be in 0..{layers} for this model, got {layer}")
+    reserved = next((label for label in selectors if label in (FULL, BLIND)), None)
+    if reserved is not None:
+        raise UsageError(f"selectors must not be called {FULL} or {BLIND}, which are the references, got {reserved!r}")
     rows = [Row(FULL)] + ([Row(BLIND)] if answers else [])
     rows += [_row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
-    held = records.lock(out, shard)
     common = common_settings(model, processor, seed, answers, max_new_tokens) | {"layer": layer, "repeats": repeats}
-    files = {
-        task.name: [records.Records(out, common | row_settings(row, task, positions), shard) for row in rows]
-        for task in tasks
-    }
-    if fresh:
-        for file in (file for group in files.values() for file in group):
-            file.clear()
+    keyed = {task.name: [common | row_settings(row, task, positions) for row in rows] for task in tasks}
+    for group in keyed.values():
+        _refuse_shared_keys(rows, group)
+
+    held = records.lock(out, shard)
+    try:
+        files = {
+            name: [records.Records(out, settings, shard, fresh) for settings in group] for name, group in keyed.items()
+        }
+    except BaseException:
+        held.close()
+        raise
     plan: dict[str, Any] = {
         "model": model_name,
         "samples": samples,
+        "shard": None if shard == records.WHOLE else f"{shard[0]}/{shard[1]}",
         "seed": seed,
         "answers": answers,
         "positions": positions,
@@ -108,7 +110,14 @@ def compare(
         "environment": environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
         "fingerprint": common["model"],
         "max_new_tokens": max_new_tokens,
-        "tasks": {task.name: {"fingerprint": task.fingerprint, "anls": scored_by_anls(task)} for task in tasks},
+        "tasks": {
+            task.name: {
+                "fingerprint": task.fingerprint,
+                "anls": task.anls,
+                "samples": sample_count(task, samples),
+            }
+            for task in tasks
+        },
         "unreadable": {},
         "rows": [
             {
@@ -131,6 +140,7 @@ def compare(
             for task in tasks:
                 total = sample_count(task, samples)
                 share = len(range(*shard_range(shard, total)))
+                index = -1
                 for index, sample in enumerate(task.samples(total, seed)):
                     if index % shard[1] == shard[0]:
                         for row, record, opened in _records(bench, index, sample, rows, files[task.name]):
@@ -138,11 +148,36 @@ def compare(
                                 name = records.image_name(task.fingerprint, seed, sample.id)
                                 store_image(out, name, sample.image, opened.canvas)
                             yield Step(task.name, index, share, row, record, opened is not None)
+                if task.unreadable and index < 0:
+                    raise UsageError(f"task {task.name!r}: none of its {len(task.unreadable)} images can be read")
                 if task.unreadable:
                     plan["unreadable"][task.name] = task.unreadable
                     records.write_json(out / records.RUN, plan)
 
     return steps()
+
+
+def check_part(tasks: Sequence[Task], samples: int | None, shard: records.Shard, fresh: bool) -> None:
+    """Refuses a choice of samples that cannot be; the arguments are those of `compare`."""
+    for task in tasks:
+        if samples is None and task.size is None:
+            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
+    if not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"shard must be i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
+    if fresh and shard != records.WHOLE:
+        raise UsageError("fresh must not go with a shard: it would forget what the other shards wrote")
+
+
+def _refuse_shared_keys(rows: Sequence[Row], keyed: Sequence[Mapping[str, Any]]) -> None:
+    """Two rows of one key would be one row under two names: what the first measured would be shown for both."""
+    first: dict[str, Row] = {}
+    for row, settings in zip(rows, keyed, strict=True):
+        other = first.setdefault(records.key_of(settings), row)
+        if other is not row:
+            raise UsageError(
+                f"selectors must differ in class, arguments or weights: {other.label!r} and {row.label!r} "
+                f"at keep={row.budget} are the same"
+            )
 
 
 def sample_count(task: Task, samples: int | None) -> int:

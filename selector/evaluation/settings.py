@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 from typing import Any
 
@@ -77,8 +76,3 @@ def row_settings(row: Row, task: Task, positions: Positions) -> dict[str, Any]:
             "positions": positions,
         }
     return {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint} | chosen
-
-
-def scored_by_anls(task: Task) -> bool:
-    """Whether the module that makes a task's samples says ``ANLS = True``."""
-    return bool(getattr(inspect.getmodule(task.samples), "ANLS", False))

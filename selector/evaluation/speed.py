@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from selector.base import TokenSelector
 from selector.budget import Budget
@@ -99,7 +100,7 @@ def measure(
 
 def table(bench: Bench, title: str) -> Table:
     """References first, then selectors; a net gain is what the shorter prefill saves minus the selection."""
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    shown = Table(title=Text(title), title_justify="left", title_style="bold")
     shown.add_column("work")
     for header in ("tokens", "ms", "of the full prefill", "of the full SVD", "net gain ms"):
         shown.add_column(header, justify="right", no_wrap=True)
@@ -107,7 +108,7 @@ def table(bench: Bench, title: str) -> Table:
     for i, timing in enumerate((*references, *bench.selectors)):
         saved = bench.prefill.milliseconds - bench.pruned_prefill.milliseconds - timing.milliseconds
         shown.add_row(
-            timing.name,
+            Text(timing.name),
             "" if timing.tokens is None else str(timing.tokens),
             f"{timing.milliseconds:.2f}",
             f"{100 * timing.milliseconds / bench.prefill.milliseconds:.1f}%",

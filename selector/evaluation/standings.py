@@ -21,8 +21,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from selector.errors import UsageError
 from selector.evaluation.columns import LEGEND, marked
-from selector.evaluation.errors import UsageError
 from selector.evaluation.records import seeing_question, write_json
 from selector.evaluation.report import read_run
 from selector.evaluation.statistics import mcnemar

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from selector.evaluation.columns import (
     KEEP,
@@ -45,15 +48,17 @@ def rich_tables(summary: Summary, without: Sequence[str] = ()) -> list[Table]:
     tables = []
     for task in tables_of(summary):
         rows = rows_of(summary, task)
-        table = Table(title=f"{task} · {summary['model']}", title_justify="left", title_style="bold")
+        title = " · ".join([task, str(summary["model"]), *([done(summary, task)] if done(summary, task) else [])])
+        table = Table(title=Text(title), title_justify="left", title_style="bold")
         shown = [column for column in main_columns(summary, task) if column.header not in without]
         for column in shown:
-            table.add_column(column.header, justify="left" if column in (KEEP, SELECTOR) else "right", no_wrap=True)
+            side = "left" if column in (KEEP, SELECTOR) else "right"
+            table.add_column(escape(column.header), justify=side, no_wrap=True)
         best = best_rows(rows)
         for i, row in enumerate(rows):
             group_ends = i + 1 < len(rows) and share_of(rows[i + 1]["keep"]) != share_of(row["keep"])
             style = "dim" if row["keep"] is None else ("bold green" if id(row) in best else None)
-            table.add_row(*(column.text(row) for column in shown), style=style, end_section=group_ends)
+            table.add_row(*(Text(column.text(row)) for column in shown), style=style, end_section=group_ends)
         tables.append(table)
     return tables
 
@@ -62,38 +67,64 @@ def markdown(runs: Mapping[str, Summary]) -> str:
     """The report in Markdown: every table of every run, and the notes."""
     lines = []
     for name, summary in runs.items():
-        lines += [f"# {name}: comparison on {summary['model']}", "", settings_line(summary), ""]
+        lines += [plain(f"# {name}: comparison on {summary['model']}"), "", plain(settings_line(summary)), ""]
         for task in summary["tasks"]:
             said = " ".join(sentences([row for row in summary["rows"] if row["task"] == task]))
-            lines += [f"## {task}", "", *([said, ""] if said else [])]
+            lines += [plain(f"## {task}"), "", *([plain(said), ""] if said else [])]
             lines += [*_markdown_table(summary, task, main_columns(summary, task)), ""]
             for title, columns in (("consistency", consistency_columns(summary)), ("cost", cost_columns(summary))):
                 if len(columns) > 3:
-                    lines += [f"### {task}: {title}", "", *_markdown_table(summary, task, columns), ""]
+                    lines += [plain(f"### {task}: {title}"), "", *_markdown_table(summary, task, columns), ""]
         if summary["pooled"]:
             lines += [f"## {POOLED}", "", *_markdown_table(summary, POOLED, main_columns(summary)), ""]
-        lines += [f"- {note}" for note in notes(summary)] + [""]
+        lines += [f"- {plain(note)}" for note in notes(summary)] + [""]
     seen: dict[str, str] = {}
     for summary in runs.values():
         for column in (*main_columns(summary), *consistency_columns(summary), *cost_columns(summary)):
             seen.setdefault(column.header, column.note)
-    return "\n".join([*lines, "Columns: " + "; ".join(f"*{header}*: {note}" for header, note in seen.items()) + "."])
+    legend = "; ".join(f"*{plain(header)}*: {note}" for header, note in seen.items())
+    return "\n".join([*lines, f"Columns: {legend}."])
 
 
 def _markdown_table(summary: Summary, task: str, columns: Sequence[Column]) -> list[str]:
     rows = rows_of(summary, task)
     best = best_rows(rows)
-    lines = ["| " + " | ".join(column.header for column in columns) + " |", "|" + "---|" * len(columns)]
+    lines = ["| " + " | ".join(plain(column.header) for column in columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [column.text(row) for column in columns]
+        cells = [plain(column.text(row)) for column in columns]
         lines.append("| " + " | ".join(f"**{c}**" if id(row) in best and c else c for c in cells) + " |")
     return lines
+
+
+def plain(text: str) -> str:
+    """The text as Markdown that shows it and does nothing else: no tag, no link, no image that a viewer would fetch.
+
+    Brackets around numbers, such as an interval, stay as they are.
+    """
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"([\\`!|])", r"\\\1", text)
+    return re.sub(r"\[(?![-+−\d., %]+\](?![(\[:]))", r"\\[", text)
+
+
+def done(summary: Summary, task: str) -> str:
+    """What of a task is there, where it is not all of it: "shard 0/4: 2 of 8 samples"; else nothing."""
+    if task == POOLED:  # each of its tasks says so itself
+        return ""
+    total = summary["tasks"][task].get("samples")
+    counts = [row["samples"] for row in summary["rows"] if row["task"] == task]
+    missing = len(summary["unreadable"].get(task, []))
+    if total is None or not counts or min(counts) + missing >= total:
+        return ""
+    least, most = min(counts), max(counts)
+    shard = f"shard {summary['shard']}: " if summary.get("shard") else ""
+    return f"{shard}{least if least == most else f'{least} to {most}'} of {total} samples"
 
 
 def settings_line(summary: Summary) -> str:
     """The settings that figures depend on, in one line."""
     where = summary["environment"]
     number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples a task"
+    number = f"shard {summary['shard']} of {number}" if summary.get("shard") else number
     threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
     return (
         f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {where['dtype']}; "
@@ -120,6 +151,10 @@ def notes(summary: Summary) -> list[str]:
             f"{tests} comparisons with the unpruned model are in this run: at 5% each, {0.05 * tests:.1f} would look "
             "real by chance; * marks those that stay below 5% after Holm's correction."
         )
+    for task in summary["tasks"]:
+        if done(summary, task):
+            rest = "the others are for other shards" if summary.get("shard") else "the others are not done"
+            lines.append(f"{task}: {done(summary, task)}, {rest}. n says how many a row has.")
     for task, names in summary["unreadable"].items():
         lines.append(f"{task}: {len(names)} images cannot be read and are left out: {', '.join(names)}")
     saturated = sum(row["saturated"] for row in summary["rows"])

@@ -12,6 +12,8 @@ dimension of size one is constant, whatever the logits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -57,7 +59,13 @@ class GumbelSelector(TableSelector):
         super().__init__(dim, inputs)
         self.num_patches, self.width = num_patches, width
         self.layers, self.heads, self.mlp_ratio = layers, heads, mlp_ratio
-        inner = width or dim
+        inner = dim if width is None else width
+        sizes = {"dim": dim, "num_patches": num_patches, "width": inner, "layers": layers, "heads": heads}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be >= 1, got {size}")
+        if not 1 <= inner * mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must give at least 1 channel of {inner} and be finite, got {mlp_ratio}")
         if inner % heads:
             raise ValueError(f"width {inner} must be a multiple of heads, got {heads} heads")
         self.embed = nn.Linear(dim, inner)

@@ -195,8 +195,8 @@ class Seen:
     def repeated(self, count: int) -> Seen:
         """The image `count` times, one after the other."""
         x, table = self.x.repeat(count, 1, 1), self.table.repeat(count, 1, 1)
-        rotations = (each.repeat(count, 1, 1, 1) for each in (self.rotation, self.cell_rotation))
-        return Seen(x, table, *rotations, self.cells.repeated(count))
+        rotation, cell_rotation = (each.repeat(count, 1, 1, 1) for each in (self.rotation, self.cell_rotation))
+        return Seen(x, table, rotation, cell_rotation, self.cells.repeated(count))
 
 
 class Match(nn.Module):

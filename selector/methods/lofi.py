@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
-from selector.spectrum import Method, leverage_scores
+from selector.spectrum import Method, check_rank, check_seed, leverage_scores
 from selector.tokens import VisualTokens
 
 
@@ -38,6 +38,8 @@ class LoFi(ScoreSelector):
         seed: int = 0,
     ):
         super().__init__()
+        check_rank(rank, energy if rank is None else None, method)
+        check_seed(seed)
         self.energy, self.rank, self.center, self.seed = energy, rank, center, seed
         self.method: Method = method
 

@@ -9,6 +9,8 @@ With a fixed budget the same ranking is cut. Where we depart: the absorbed token
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -38,6 +40,8 @@ class PruMerge(ScoreSelector):
         super().__init__()
         if absorb < 0:
             raise ValueError(f"absorb must be >= 0, got {absorb}")
+        if not math.isfinite(fences):
+            raise ValueError(f"fences must be finite, got {fences}")
         self.absorb, self.fences = absorb, fences
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from selector.base import ScoreSelector
 from selector.greedy import precise
 from selector.groups import Groups
+from selector.spectrum import check_seed
 from selector.tokens import VisualTokens
 
 BLOCKS, STEPS = 16, 32.0
@@ -27,6 +28,7 @@ class Random(ScoreSelector):
 
     def __init__(self, seed: int = 0):
         super().__init__()
+        check_seed(seed)
         self.seed = seed
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:

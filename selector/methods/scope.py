@@ -8,6 +8,8 @@ all pairs: one N × N matrix a group.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -31,7 +33,7 @@ class SCOPE(GreedySelector):
 
     def __init__(self, alpha: float = 1.0):
         super().__init__()
-        if alpha < 0:
+        if not 0 <= alpha < math.inf:
             raise ValueError(f"alpha must be >= 0, got {alpha}")
         self.alpha = alpha
 

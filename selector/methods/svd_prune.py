@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
-from selector.spectrum import Method, leverage_scores
+from selector.spectrum import Method, check_rank, check_seed, leverage_scores
 from selector.tokens import VisualTokens
 
 
@@ -47,6 +47,8 @@ class SVDPrune(ScoreSelector):
         super().__init__()
         if matrix not in ("image", "tile"):
             raise ValueError(f"matrix must be 'image' or 'tile', got {matrix!r}")
+        check_rank(rank, energy if rank is None else None, method)
+        check_seed(seed)
         self.energy, self.rank, self.center, self.normalize_rows = energy, rank, center, normalize_rows
         self.matrix: Literal["image", "tile"] = matrix
         self.method: Method = method

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from PIL import Image
 
-from selector.evaluation.errors import UnreadableImage, UsageError
+from selector.errors import UnreadableImage, UsageError
 from selector.evaluation.tasks import load_task
 
 
@@ -61,6 +62,14 @@ def test_fingerprint_follows_annotations_and_images(folder):
     Image.new("RGB", (400, 300), "red").save(folder / "4.png")
     changed = load_task(f"folder:{folder}").fingerprint
     assert changed != before
+    data = bytearray((folder / "images" / "5.jpg").read_bytes())  # as many bytes as before, and the same time
+    data[-3] ^= 1
+    times = (folder / "images" / "5.jpg").stat()
+    place = folder / "images" / "5.jpg"
+    place.write_bytes(data)
+    os.utime(place, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load_task(f"folder:{folder}").fingerprint != changed
+    changed = load_task(f"folder:{folder}").fingerprint
     with (folder / "annotations.jsonl").open("a") as file:
         file.write(" \n")
     assert load_task(f"folder:{folder}").fingerprint != changed
@@ -95,12 +104,79 @@ def test_a_truncated_image_is_unreadable(folder):
         ('{"image": "0.png", "objects": [{"box": ["a", 0, 1, 2]}]}', "line 1"),
         ('{"image": "gone.png"}', r"'gone\.png' is not in"),
         ('{"image": "0.png"}\n{"image": "0.png"}', "there twice"),
+        ('{"image": "0.png"}\n{"image": "./0.png"}', "line 2: image './0.png' is there twice"),
+        ('{"image": "1.png"}\n{"image": "images/1.png"}', "line 2: image 'images/1.png' is there twice"),
+        ('{"image": "../0.png"}', "line 1.*image must be a file within the folder"),
+        ('{"image": "images/../../x/0.png"}', "line 1.*image must be a file within the folder"),
+        ('{"image": "/etc/passwd"}', "line 1.*image must be a file within the folder"),
+        (f'{{"image": "{"x" * 5000}.png"}}', "line 1.*name too long"),
+        (f'{{"image": {"[" * 100_000}', "line 1.*RecursionError"),
+        ('{"image": "0.png", "qa": {"q": "x"}}', "line 1.*qa must be a list"),
+        ('{"image": "0.png", "qa": [{"q": "  "}]}', "line 1.*a question must be a text"),
+        ('{"image": "0.png", "qa": [{"q": "<image> what?"}]}', "line 1.*must not hold <image>"),
+        ('{"image": "0.png", "qa": [{"q": "\\ud800"}]}', "line 1.*a text must be Unicode"),
+        ('{"image": "0.png", "qa": [{"q": "x", "a": "\\ud800"}]}', "line 1.*a text must be Unicode"),
+        ('{"image": "0.png", "qa": [{"q": "x", "a": ["y"]}]}', "line 1.*an answer must be a text or a number"),
+        ('{"image": "0.png", "qa": [{"q": "x", "a": {}}]}', "line 1.*an answer must be a text or a number"),
+        ('{"image": "0.png", "qa": [{"q": "x", "a": true}]}', "line 1.*an answer must be a text or a number"),
+        ('{"image": "0.png", "qa": [{"q": "x", "a": NaN}]}', "line 1.*NaN is no number of JSON"),
+        ('{"image": "0.png", "objects": [{"box": [0, 0, NaN, 2]}]}', "line 1.*NaN is no number of JSON"),
+        ('{"image": "0.png", "objects": [{"box": [0, 0, 1e999, 2]}]}', "line 1.*four finite numbers"),
+        ('{"image": "0.png", "objects": [{"box": [0, 0, "9", 2]}]}', "line 1.*four finite numbers"),
+        ('{"image": "0.png", "objects": [{"box": [0, 0, true, 2]}]}', "line 1.*four finite numbers"),
+        ('{"image": "0.png", "objects": [{"box": [20, 9, 10, 10]}]}', "line 1.*0 <= x0 < x1"),
+        ('{"image": "0.png", "objects": [{"box": [5, 5, 5, 9]}]}', "line 1.*0 <= x0 < x1"),
+        ('{"image": "0.png", "objects": [{"box": [-1, 5, 5, 9]}]}', "line 1.*0 <= x0 < x1"),
+        ('{"image": "0.png", "objects": [{"box": [0, 0, 41, 9]}]}', "line 1.*within 40 x 30 pixels"),
+        (
+            '{"image": "0.png"}\n{"image": "1.png", "qa": [{"q": "x", "boxes": [[0, 0, 9, 31]]}]}',
+            "line 2.*within 41 x 30",
+        ),
     ],
 )
 def test_bad_annotations(folder, line, why):
     (folder / "annotations.jsonl").write_text(line + "\n")
-    with pytest.raises(UsageError, match=why):
+    with pytest.raises(UsageError, match=why) as stop:
         load_task(f"folder:{folder}")
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_annotations_must_be_utf8(folder, encoding):
+    (folder / "annotations.jsonl").write_bytes('{"image": "0.png", "qa": [{"q": "où?"}]}\n'.encode(encoding))
+    with pytest.raises(UsageError, match="must be UTF-8"):
+        load_task(f"folder:{folder}")
+
+
+def test_marks_and_line_separators_that_json_allows(folder):
+    """A byte-order mark, carriage returns, and U+2028 and U+0085 within a text."""
+    rows = [
+        {"image": "0.png", "qa": [{"q": "a\u2028b\u0085c", "a": 5}]},
+        {"image": "1.png", "qa": [{"q": "x", "a": 0.5}]},
+    ]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "annotations.jsonl").write_bytes(text.encode("utf-8-sig"))
+    found = {sample.id: sample for sample in load_task(f"folder:{folder}").samples(9, 0)}
+    assert found["0.png"].question == "a\u2028b\u0085c"
+    assert {name: sample.answer for name, sample in found.items()} == {"0.png": "5", "1.png": "0.5"}
+
+
+def test_boxes_are_in_pixels_of_the_turned_image(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    Image.new("RGB", (40, 30)).save(folder / "turned.jpg", exif=exif)
+    write(folder, [{"image": "turned.jpg", "objects": [{"box": [0, 0, 30, 40]}]}])
+    (sample,) = load_task(f"folder:{folder}").samples(1, 0)
+    assert sample.image.size == (30, 40)
+    write(folder, [{"image": "turned.jpg", "objects": [{"box": [0, 0, 40, 30]}]}])
+    with pytest.raises(UsageError, match="within 30 x 40 pixels"):
+        load_task(f"folder:{folder}")
+
+
+def test_a_folder_of_scans_is_scored_by_anls_where_asked(folder):
+    assert not load_task(f"folder:{folder}").anls
+    assert load_task(f"folder:{folder}?anls=true").anls
+    assert load_task(f"folder:{folder}?boxes=true&anls=true").size == 2
 
 
 def test_no_folder_no_annotations_no_images(tmp_path):

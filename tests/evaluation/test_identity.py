@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
+import pytest
 import torch
 from torch import nn
 
+from selector import Norm
 from selector.evaluation import identity
 from selector.registry import load_selector
 
@@ -65,3 +70,61 @@ def test_other_code_is_another_key(tmp_path):
     found.add(identity.code(tmp_path))
     assert len(found) == 4
     assert identity.code() == identity.code()
+
+
+class Hidden(Norm):
+    """Keeps its argument under another name."""
+
+    def __init__(self, power: float = 1.0):
+        super().__init__()
+        self._p = power
+
+
+class Loose(Norm):
+    def __init__(self, **options):
+        super().__init__()
+
+
+class Callback(Norm):
+    def __init__(self, rule: object):
+        super().__init__()
+        self.rule = rule
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        (Hidden(), "Hidden must keep argument 'power' as self.power"),
+        (Loose(power=2), r"Loose must name its arguments one by one, got \*\*options"),
+        (Callback(print), "Callback must keep argument 'rule' as numbers, texts, lists or selectors"),
+        (Callback(float("nan")), "Callback must keep argument 'rule'"),
+    ],
+)
+def test_an_identity_is_complete_or_an_error(selector, message):
+    with pytest.raises(TypeError, match=message):
+        identity.identity(selector)
+
+
+def test_selectors_in_a_list_are_part_of_the_identity():
+    first, second = (identity.identity(Callback([Norm(largest=largest)])) for largest in (True, False))
+    assert first != second
+    assert first["init_args"]["rule"][0]["init_args"] == {"largest": True}
+
+
+def in_a_shell(body: str) -> type:
+    """A class from a module without a file, as in a notebook."""
+    home = types.ModuleType("shell_session")
+    sys.modules["shell_session"] = home
+    home.__dict__.update(Norm=Norm)
+    exec(
+        f"def weigh(x):\n    return {body}\n\nclass Shell(Norm):\n    def score(self, t):\n        return weigh(t)\n",
+        vars(home),
+    )
+    return home.Shell
+
+
+def test_a_class_of_a_notebook_is_known_by_its_code():
+    """Run again after an edit, even of a function that it calls, it must not meet its earlier records."""
+    found = [identity.identity(in_a_shell(body)())["source"] for body in ("x + 1", "x + 1", "x + 2", "x * 1")]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3

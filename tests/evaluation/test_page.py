@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from selector.errors import UsageError
 from selector.evaluation import records
 from selector.evaluation.columns import LEGEND
-from selector.evaluation.errors import UsageError
 from selector.evaluation.evidence import canvas_of
 from selector.evaluation.images import store_image
 from selector.evaluation.measure import pack
@@ -207,8 +207,8 @@ def test_markdown_lists_changed_answers(tmp_path):
     _, path = write_report([make_run(tmp_path / "run", tasks=("toy",))])
     text = path.with_suffix(".md").read_text()
     assert "Unpruned, the model is right on 100% [51, 100] of 4 questions" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("| </script><b>0?")]
-    assert line == "| </script><b>0? | red | red | “blue” theirs 0.5, theirs 8 |"
+    (line,) = [line for line in text.splitlines() if line.startswith("| &lt;/script>&lt;b>0?")]
+    assert line == "| &lt;/script>&lt;b>0? | red | red | “blue” theirs 0.5, theirs 8 |"
 
 
 def test_selectors_that_see_the_question_are_marked_everywhere(page, tmp_path):

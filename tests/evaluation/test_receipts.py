@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.tasks import glyphs, receipts, scans, scramble
 
 SHOPS = (
@@ -106,6 +106,16 @@ def test_a_missing_folder_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv(scans.VARIABLE, str(tmp_path))
     with pytest.raises(UsageError, match=tmp_path.name):
         scans.fingerprint()
+
+
+def test_a_changed_scan_changes_the_fingerprint(written):
+    data, _ = written
+    before, file = scans.fingerprint(data), scans.receipts(data)[0].file
+    kept = file.read_bytes()
+    file.write_bytes(kept + b" ")
+    changed = scans.fingerprint(data)
+    file.write_bytes(kept)
+    assert changed != before == scans.fingerprint(data)
 
 
 def test_glyphs_are_found(written):

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from selector.errors import UsageError
 from selector.evaluation import records
-from selector.evaluation.errors import UsageError
 
 
 def test_round_trip(tmp_path):
@@ -36,9 +36,52 @@ def test_a_line_cut_short_is_dropped_and_redone(tmp_path, cut):
 
 def test_a_broken_line_inside_is_an_error(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    path.write_text('{"id": 1}\n{"id": \n{"id": 3}\n')
+    path.write_text('{"id": "1"}\n{"id": \n{"id": "3"}\n')
     with pytest.raises(UsageError, match="line 2 is not JSON"):
         records.read_records(path)
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", "null", '{"id": 1}', "[" * 100_000])
+def test_a_line_that_is_no_record_is_an_error(tmp_path, line):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"id": "1"}\n' + line + "\n")
+    with pytest.raises(UsageError, match=r"predictions\.jsonl line 2 is (no record|not JSON)"):
+        records.read_records(path)
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "deep" / "run"):
+        with pytest.raises(UsageError, match=f"out must be a place to write to, .*{tmp_path}/file is no folder"):
+            records.check_place(place)
+        with pytest.raises(UsageError, match=f"out must be a place to write to, {place}"):
+            records.lock(place, (0, 1))
+        with pytest.raises(UsageError, match=f"out must be a place to write to, {place}"):
+            records.Records(place, {})
+        with pytest.raises(UsageError, match="out must be a place to write to"):
+            records.write_json(place / "x.json", {})
+    records.check_place(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """The error of a write names no file by itself."""
+    file = records.Records(tmp_path, {})
+    file.path.symlink_to("/dev/full")
+    with pytest.raises(UsageError, match=r"predictions\.jsonl: No space left on device"):
+        file.append({"id": "x"})
+
+
+def test_fresh_forgets_a_broken_file_unread(tmp_path):
+    file = records.Records(tmp_path, {})
+    file.append({"id": "x"})
+    file.path.write_text("{bad\n" + file.path.read_text())
+    with pytest.raises(UsageError, match=r"line 1 is not JSON.*start over with --fresh"):
+        records.Records(tmp_path, {})
+    again = records.Records(tmp_path, {}, fresh=True)
+    assert again.done == {}
+    again.append({"id": "y"})
+    assert list(records.Records(tmp_path, {}).done) == ["y"]
 
 
 def test_nan_is_never_written(tmp_path):

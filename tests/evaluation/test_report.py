@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from rich.console import Console
 
+from selector.errors import UsageError
 from selector.evaluation import records
 from selector.evaluation.columns import LEGEND, main_columns
-from selector.evaluation.errors import UsageError
 from selector.evaluation.metrics import FLIPS
 from selector.evaluation.report import summarize, write_report
 from selector.evaluation.tables import fitting_tables, footnotes, markdown, rich_tables
@@ -187,6 +188,123 @@ def test_markdown(run):
     assert "| 16 | theirs | 4 | 16 (40%) | 50 [15, 85] |" in text
     assert "| **16** | **ours** |" in text  # the best at its budget
     assert "vs theirs" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "![x](http://evil/x.png)",
+        "[a](http://evil)",
+        "a | b",
+    ],
+)
+def test_markdown_shows_names_and_answers_as_they_are(run, text):
+    """Nothing of a question, an answer or a name is a tag, a link, an image to fetch or a cell of its own."""
+    plan = json.loads((run / "run.json").read_text())
+    plan["tasks"] = {text: plan["tasks"]["toy"]}
+    plan["rows"] = [each | {"task": text, "label": each["label"].replace("theirs", text)} for each in plan["rows"]]
+    records.write_json(run / "run.json", plan | {"baseline": text, "model": text})
+    for path in run.glob("*/predictions.jsonl"):
+        found = [record | {"question": text, "answer": text, "target": text} for record in records.read_records(path)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in found))
+    written = write_report([run])[1].with_suffix(".md").read_text()
+    assert not re.search("<[a-z/!]", written)
+    assert not re.search(r"(?<!\\)!?(?<!\\)\[[^\]]*\]\(", written)
+    widths = {}
+    for block in re.findall(r"(?:^\|.*\n)+", written, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1
+    assert widths
+    assert "theirs" not in written
+
+
+@pytest.mark.parametrize("shard", [None, "0/2"])
+def test_a_part_of_a_run_says_so_in_its_table(run, shard):
+    plan = json.loads((run / "run.json").read_text())
+    plan["tasks"]["toy"]["samples"] = 4
+    records.write_json(run / "run.json", plan | {"shard": shard})
+    assert "of 4 samples" not in rich_tables(summarize(run))[0].title
+    plan["tasks"]["toy"]["samples"] = 8
+    records.write_json(run / "run.json", plan | {"shard": shard})
+    part = "shard 0/2: 4 of 8 samples" if shard else "4 of 8 samples"
+    assert str(rich_tables(summarize(run))[0].title) == f"toy · m · {part}"
+    text = markdown({"r": summarize(run)})
+    assert f"- toy: {part}, the others are" in text
+    assert ("shard 0/2 of 4 samples a task" in text) == (shard is not None)
+    first = next(run.glob("*/predictions.jsonl"))
+    first.write_text(first.read_text().splitlines(keepends=True)[0])
+    assert "1 to 4 of 8 samples" in str(rich_tables(summarize(run))[0].title)
+
+
+def test_names_are_no_markup_on_the_terminal(run):
+    plan = json.loads((run / "run.json").read_text())
+    name = "folder:a[/b][old]"
+    plan["tasks"] = {name: plan["tasks"]["toy"]}
+    rows = [each | {"task": name, "label": each["label"].replace("theirs", "x[/y]")} for each in plan["rows"]]
+    records.write_json(run / "run.json", plan | {"rows": rows, "baseline": "x[/y]"})
+    console = Console(width=200, record=True)
+    for table in rich_tables(summarize(run)):
+        console.print(table)
+    shown = console.export_text()
+    assert name in shown
+    assert "vs x[/y]" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("model", 5),
+            ("samples", "all"),
+            ("rows", None),
+            ("rows", [{}]),
+            ("rows", [5]),
+            ("tasks", []),
+            ("seed", None),
+        ),
+        *(("environment", {}), ("positions", "sideways"), ("unreadable", []), ("tasks", {"toy": 5}), ("layer", "0")),
+        ("rows", [{"task": "toy", "label": "full", "keep": None, "key": "../.."}]),
+        ("rows", [{"task": "other", "label": "full", "keep": None, "key": "ab"}]),
+    ],
+)
+def test_a_broken_plan_is_named(run, name, value):
+    plan = json.loads((run / "run.json").read_text())
+    records.write_json(run / "run.json", plan | {name: value})
+    with pytest.raises(UsageError, match=r"run must be whole, .*run\.json"):
+        write_report([run])
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "5", "[" * 100_000])
+def test_a_plan_that_is_none_is_named(run, content):
+    (run / "run.json").write_text(content)
+    with pytest.raises(UsageError, match=r"run must be a folder that .*run\.json"):
+        write_report([run])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("index", "0"), ("tokens", None), ("full_tokens", -1), ("correct", "yes"), ("agrees", None), ("answer", 5)),
+        *(("full_correct", None), ("anls", "1"), ("flip", None), ("question", 7), ("nll_shift", "x")),
+    ],
+)
+def test_a_broken_record_is_named(run, name, value):
+    path = sorted(run.glob("*/predictions.jsonl"))[0]
+    first, *others = records.read_records(path)
+    path.write_text("".join(json.dumps(record) + "\n" for record in [first | {name: value}, *others]))
+    with pytest.raises(
+        UsageError, match=f"the record of sample 's0' must have {name} as|no record, it needs an id and an {name}"
+    ):
+        write_report([run])
+
+
+def test_a_report_elsewhere_leaves_the_run_alone(run, tmp_path):
+    before = sorted(path.name for path in run.iterdir())
+    _, page = write_report([run], tmp_path / "elsewhere" / "page.html")
+    assert page.is_file()
+    assert sorted(path.name for path in run.iterdir() if path.name != "elsewhere") == before
 
 
 def test_rich_table_holds_every_row(run):

@@ -6,18 +6,18 @@ import base64
 import inspect
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, select_tokens
+from selector.errors import UsageError
 from selector.evaluation import records
 from selector.evaluation.answering import answer, forced, prepare, without_image
-from selector.evaluation.errors import UsageError
 from selector.evaluation.report import summarize
 from selector.evaluation.run import compare
-from selector.evaluation.settings import scored_by_anls
 from selector.evaluation.standings import distil
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
@@ -452,10 +452,23 @@ def test_images_are_stored_with_the_lines_of_their_patches(run):
         assert each["size"] == [each["xs"][-1], each["ys"][-1]]
 
 
-def test_a_task_of_a_module_that_says_so_is_scored_by_anls(task, monkeypatch):
-    assert not scored_by_anls(task)
-    monkeypatch.setattr(inspect.getmodule(task.samples), "ANLS", True, raising=False)
-    assert scored_by_anls(task)
+def test_a_run_says_which_tasks_are_scored_by_anls(run, task):
+    run(tasks=[task, replace(task, name="scans", anls=True)], keeps=("9",), samples=1)
+    plan = json.loads((run.folder / "run.json").read_text())
+    assert {name: about["anls"] for name, about in plan["tasks"].items()} == {"toy": False, "scans": True}
+
+
+def test_two_rows_never_share_records(run):
+    """Before anything runs: the second of them would show what the first measured."""
+    with pytest.raises(UsageError, match=r"'a' and 'b' at keep=0\.5 are the same"):
+        run(selectors={"a": Random(), "b": Random(seed=0)})
+    assert not list(run.folder.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("label", ["full", "blind"])
+def test_a_selector_is_not_called_like_a_reference(run, label):
+    with pytest.raises(UsageError, match=f"must not be called full or blind.*got '{label}'"):
+        run(selectors={label: Random()})
 
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])

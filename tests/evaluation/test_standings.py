@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from selector.errors import UsageError
 from selector.evaluation.columns import LEGEND
-from selector.evaluation.errors import UsageError
 from selector.evaluation.standings import joined, main, markdown, standings
 
 

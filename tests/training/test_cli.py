@@ -158,7 +158,7 @@ def test_resuming_with_another_encoder_is_refused(tmp_path, fit, tiny_model, cap
     other.save_pretrained(changed, state_dict=state)
     tiny_model()[1].save_pretrained(changed)
     arguments = [part for part in fit() if "encoder.path" not in part]
-    assert main([*arguments, f"--model.encoder.path={changed}", f"--ckpt_path={checkpoint(tmp_path)}"]) == 1
+    assert main([*arguments, f"--model.encoder.path={changed}", f"--ckpt_path={checkpoint(tmp_path)}"]) == 2
     assert "ckpt_path was trained on another encoder" in capsys.readouterr().err
 
 
@@ -258,21 +258,42 @@ def test_bad_inputs_end_with_one_line(tmp_path, fit, capsys, arguments, message)
     names = {"EMPTY": str(tmp_path / "empty"), "NOWHERE": str(tmp_path / "nowhere")}
     for short, path in names.items():
         arguments = [part.replace(short, path) for part in arguments]
-    assert main(fit(*arguments)) == 1
-    assert message in capsys.readouterr().err
+    assert main(fit(*arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert [line for line in error.splitlines() if "error" in line] == [error.splitlines()[-1]]
+
+
+def test_a_config_of_the_repository_is_found_from_anywhere(tmp_path, monkeypatch):
+    """As `selector compare --config` finds its own; a file of that name here wins."""
+    from training.cli import _with_configs
+
+    monkeypatch.chdir(tmp_path)
+    name, root = "configs/train/tiny.yaml", Path(__file__).resolve().parent.parent.parent
+    assert _with_configs(["fit", "--config", name]) == ["fit", "--config", str(root / name)]
+    assert _with_configs(["fit", f"--config={name}", "--name", "x"]) == [
+        "fit",
+        f"--config={root / name}",
+        "--name",
+        "x",
+    ]
+    assert _with_configs(["fit", "--config", "none.yaml", "--config"]) == ["fit", "--config", "none.yaml", "--config"]
+    (tmp_path / "configs/train").mkdir(parents=True)
+    (tmp_path / name).write_text("{}")
+    assert _with_configs(["fit", "--config", name]) == ["fit", "--config", name]
 
 
 def test_export_names_what_is_no_checkpoint(tmp_path, capsys):
-    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 1
+    assert main(["export", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 2
     assert "checkpoint must be a .ckpt file of a training run" in capsys.readouterr().err
     torch.save({"model": 1}, tmp_path / "foreign.ckpt")
-    assert main(["export", str(tmp_path / "foreign.ckpt"), str(tmp_path / "out")]) == 1
+    assert main(["export", str(tmp_path / "foreign.ckpt"), str(tmp_path / "out")]) == 2
     assert "was not written by selector-train" in capsys.readouterr().err
     torch.save({"selector": {"encoder": {}, "data": ""}, "state_dict": {}}, tmp_path / "older.ckpt")
-    assert main(["export", str(tmp_path / "older.ckpt"), str(tmp_path / "out")]) == 1
+    assert main(["export", str(tmp_path / "older.ckpt"), str(tmp_path / "out")]) == 2
     assert "it does not tell ['class', 'objective', 'steps', 'tokens_per_s', 'validation']" in capsys.readouterr().err
     torch.save({"selector": Path("a")}, tmp_path / "pickled.ckpt")
-    assert main(["export", str(tmp_path / "pickled.ckpt"), str(tmp_path / "out")]) == 1
+    assert main(["export", str(tmp_path / "pickled.ckpt"), str(tmp_path / "out")]) == 2
     assert "cannot be read safely" in capsys.readouterr().err
 
 
@@ -316,7 +337,7 @@ def test_a_cache_on_disk_trains_as_the_one_in_memory(tmp_path, fit, capsys):
     assert len(list((tmp_path / "cache").glob("*/index.json"))) == 2  # training and validation, the second run none
     for shard in (tmp_path / "cache").glob("*/*.safetensors"):
         shard.write_bytes(b"cut")
-    assert main(fit(*cache, name="third")) == 1
+    assert main(fit(*cache, name="third")) == 2
     assert "is damaged (3 of " in capsys.readouterr().err
 
 

@@ -182,11 +182,11 @@ def test_a_folder_with_questions(tmp_path, fit, capsys):
     assert ran.trainer.global_step >= 1
 
     (place / "annotations.jsonl").write_text("\n".join(json.dumps({"image": f"{index}.png"}) for index in range(6)))
-    assert main(fit(f"--data.images={place}", "--data.val_share=0.4", name="none")) == 1
+    assert main(fit(f"--data.images={place}", "--data.val_share=0.4", name="none")) == 2
     assert "data.images must hold questions to learn from answers" in capsys.readouterr().err
     rows[0]["qa"] = [{"q": 5}]
     (place / "annotations.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main(fit(f"--data.images={place}", "--data.val_share=0.4", name="five")) == 1
+    assert main(fit(f"--data.images={place}", "--data.val_share=0.4", name="five")) == 2
     assert "a question is not a text" in capsys.readouterr().err
 
 
@@ -208,5 +208,5 @@ def test_a_folder_with_questions(tmp_path, fit, capsys):
     ],
 )
 def test_bad_inputs_end_with_one_line(fit, capsys, arguments, message):
-    assert main(fit(*arguments)) == 1
+    assert main(fit(*arguments)) == 2
     assert message in capsys.readouterr().err

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from selector import Budget, TokenSelector, VisualTokens, select_tokens
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.metrics import anls, exact_match
-from selector.evaluation.tasks import GENERATED, generator
+from selector.evaluation.tasks import GENERATED, SCORED_BY_ANLS, generator
 from selector.evaluation.tasks.sample import Sample
 
 
@@ -68,7 +68,7 @@ def evaluate_task(model: Any, processor: Any, name: str, count: int, seed: int, 
         samples = list(task.samples(count, seed))
     except UsageError as error:
         return {"skipped": str(error)}
-    results: dict[str, Any] = {"anls": bool(getattr(task, "ANLS", False))}
+    results: dict[str, Any] = {"anls": name in SCORED_BY_ANLS}
     for way in ("seen", "base", "blind"):
         begun = time.monotonic()
         part = samples[: -(-count // 4)] if way == "base" else samples

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from selector.errors import UsageError
 from selector.evaluation import loading, speed
-from selector.evaluation.commands.common import load_all, pages, positive, whole
+from selector.evaluation.commands.common import choose, load_all, pages, positive, whole
 from selector.evaluation.commands.printing import console
-from selector.evaluation.errors import UsageError
-from selector.evaluation.tasks.folder import open_image
+from selector.images import open_image
 
 
 def run(settings: dict[str, Any]) -> int:
@@ -20,7 +20,7 @@ def run(settings: dict[str, Any]) -> int:
     image = (
         open_image(Path(settings["image"])) if settings["image"] else pages(whole("seed", settings["seed"]))[0].image
     )
-    model, processor, selectors = load_all(settings)
+    model, processor, selectors = load_all(settings, choose(settings))
     terminal = console()
     for budget in budgets:
         try:

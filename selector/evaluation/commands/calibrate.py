@@ -15,12 +15,13 @@ from selector import hub
 from selector.base import RankSelector
 from selector.budget import Newlines
 from selector.calibration import Calibration, calibrate
+from selector.errors import UsageError
 from selector.evaluation import loading
 from selector.evaluation.answering import prepare
-from selector.evaluation.commands.common import find_tasks, load_all, name_unreadable, sample_limit, whole
+from selector.evaluation.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.evaluation.commands.printing import console
-from selector.evaluation.errors import UsageError
 from selector.evaluation.identity import fingerprint
+from selector.evaluation.records import check_place, writing
 from selector.evaluation.run import sample_count
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
@@ -38,12 +39,16 @@ def run(settings: dict[str, Any]) -> int:
             raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
     spec = settings["selector"]
     source = _source(spec)
-    if source is None and settings["out"] is None:
+    if settings["out"] == "":
+        raise UsageError("out must be the name of a folder, got ''")
+    if settings["out"] is None and (source is None or not Path(source).is_dir()):
         raise UsageError(f"out must name the folder to write: {spec!r} is no folder that could be calibrated in place")
-    model, processor, loaded = load_all(settings | {"selectors": [spec]})
-    ((label, selector),) = loaded.items()
+    out = Path(settings["out"] or source or "")
+    check_place(out)
+    ((label, selector),) = choose(settings | {"selectors": [spec]}).items()
     if not isinstance(selector, RankSelector):
         raise UsageError(f"{label}: a {type(selector).__name__} has no scores; calibrate what it is made of")
+    model, processor, _ = load_all(settings, {label: selector})  # a module moves in place
     about = {
         "model": str(settings["model"]),
         "fingerprint": fingerprint(model),
@@ -62,8 +67,8 @@ def run(settings: dict[str, Any]) -> int:
         raise UsageError(f"{label}: {error}") from error
     name_unreadable(tasks)
     metadata, card = hub.about(source) if source else ({}, None)
-    out = Path(settings["out"] or source or "")
-    selector.save_pretrained(out, card=card, metadata=metadata)
+    with writing(out):
+        selector.save_pretrained(out, card=card, metadata=metadata)
     _print(selector.calibration, f"{label} · {settings['model']}", out)
     return 0
 
@@ -103,9 +108,10 @@ def _print(calibration: Calibration, title: str, out: Path) -> None:
 
 def _source(spec: str) -> str | None:
     """The folder (or hub repository) that a spec names and whose metadata and card stay; None for a method's name."""
-    if spec.startswith("hf:"):
-        return spec.removeprefix("hf:")
-    folder = loading.find_folder(spec) if "/" in spec or Path(spec).is_dir() else None
+    named = str(loading.label_of(spec)[1])
+    if named.startswith("hf:"):
+        return named.removeprefix("hf:")
+    folder = loading.find_folder(named) if "/" in named or Path(named).is_dir() else None
     return None if folder is None else str(folder)
 
 

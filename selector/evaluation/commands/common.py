@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 import torch
 
+from selector.base import TokenSelector
+from selector.errors import MissingData, UsageError
 from selector.evaluation import loading
-from selector.evaluation.errors import MissingData, UsageError
 from selector.evaluation.tasks import Task, load_task
 from selector.evaluation.tasks.sample import Sample
 
+MOST_THREADS = max(256, os.cpu_count() or 1)
+"""More than any machine has use for; some 10,000 threads crash the process."""
 SMALL = 100_000_000
 """A model of fewer parameters gets one thread: several wait for one another more than they help, the more so on busy
 cores."""
 
 
-def load_all(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """(model, processor, selectors by label), and the threads of torch set."""
+def choose(settings: dict[str, Any]) -> dict[str, TokenSelector]:
+    """The selectors by label; every other mistake that can be seen without the model is an error here, too."""
+    if settings["threads"] is not None and positive("threads", settings["threads"]) > MOST_THREADS:
+        raise UsageError(f"threads must be in 1..{MOST_THREADS}, got {settings['threads']}")
+    device = loading.find_device(settings["device"])
+    loading.choose_model(settings["model"], settings["dtype"])
+    return loading.load_selectors(settings["selectors"], device, settings["allow"])
+
+
+def load_all(
+    settings: dict[str, Any], selectors: dict[str, TokenSelector]
+) -> tuple[Any, Any, dict[str, TokenSelector]]:
+    """(model, processor, selectors by label on the model's device), and the threads of torch set."""
     import transformers
 
-    threads = None if settings["threads"] is None else positive("threads", settings["threads"])
+    threads = settings["threads"]
     transformers.logging.disable_progress_bar()
-    device = loading.find_device(settings["device"])
-    selectors = loading.load_selectors(settings["selectors"], device, settings["allow"])
     model, processor = loading.load_model(
         settings["model"], settings["device"], settings["dtype"], settings["device_map"], settings["attention"]
     )

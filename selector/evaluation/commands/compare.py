@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -12,12 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from selector.errors import UsageError
 from selector.evaluation import loading
-from selector.evaluation.commands.common import find_tasks, load_all, name_unreadable, positive, sample_limit, whole
+from selector.evaluation.commands.common import (
+    choose,
+    find_tasks,
+    load_all,
+    name_unreadable,
+    positive,
+    sample_limit,
+    whole,
+)
 from selector.evaluation.commands.printing import print_report
-from selector.evaluation.errors import UsageError
-from selector.evaluation.records import Shard
-from selector.evaluation.run import Step, compare, sample_count, shard_range
+from selector.evaluation.records import WHOLE, Shard, check_place
+from selector.evaluation.run import Step, check_part, compare, sample_count, shard_range
 from selector.evaluation.tasks import Task
 
 
@@ -30,12 +37,25 @@ def run(settings: dict[str, Any]) -> int:
     positions = loading.check_positions(settings["positions"])
     layer, repeats = whole("layer", settings["layer"]), positive("repeats", settings["repeats"])
     shard = _shard(settings.get("shard"))
-    model, processor, selectors = load_all(settings)
+    if layer < 0:
+        raise UsageError(f"layer must be >= 0, got {layer}")
+    check_part(tasks, samples, shard, settings.get("fresh", False))
+    if not settings["out"]:
+        raise UsageError("out must be the name of a folder, got ''")
+    check_place(Path(settings["out"]))
+    selectors = choose(settings)
     baseline = settings["baseline"]
     if baseline not in selectors:
         if "baseline" in settings["given"] and baseline is not None:
             raise UsageError(f"baseline must be one of the selectors {', '.join(selectors)}, got {baseline!r}")
         baseline = None
+    if shard != WHOLE and settings.get("shard") is None:
+        print(
+            f"selector compare: RANK={shard[0]} and WORLD_SIZE={shard[1]} in the environment: this process takes shard "
+            f"{shard[0]}/{shard[1]} of the samples; --shard 0/1 takes them all",
+            file=sys.stderr,
+        )
+    model, processor, selectors = load_all(settings, selectors)
     steps = compare(
         model,
         processor,
@@ -66,7 +86,7 @@ def run(settings: dict[str, Any]) -> int:
 
 def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> bool:
     """Drives the run behind a progress bar; True when the user interrupted it."""
-    text = TextColumn("{task.description:<12} {task.fields[seen]}")
+    text = TextColumn("{task.description:<12} {task.fields[seen]}", markup=False)
     clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
     right: dict[str, list[bool]] = {"full": [], "pruned": []}
     shares: list[float] = []
@@ -100,7 +120,13 @@ def _seen(right: dict[str, list[bool]], shares: list[float]) -> str:
 def _shard(value: Any) -> Shard:
     """ "1/4" as numbers; without one, the place that torchrun or accelerate gave this process, if any."""
     if value is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, number = loading.place_of("RANK", 0), loading.place_of("WORLD_SIZE", 1)
+        if rank >= number:
+            raise UsageError(
+                f"the environment variable RANK must be below WORLD_SIZE, got RANK={rank} and WORLD_SIZE={number}; "
+                "unset them"
+            )
+        return rank, number
     found = re.fullmatch(r"(\d+)/(\d+)", str(value), re.ASCII)
     if not found or int(found[1]) >= int(found[2]):
         raise UsageError(f"shard must be i/n with 0 <= i < n, such as 0/2 and 1/2, got {value!r}")

@@ -30,7 +30,7 @@ def run(settings: dict[str, Any]) -> int:
     terminal.print(table)
     terminal.print("time: an image; N tokens, D channels, K kept, W inner width, P pivots", highlight=False)
     for folder, class_path in _checkpoints():
-        terminal.print(f"checkpoint {folder}: {class_path}", highlight=False)
+        terminal.print(f"checkpoint {folder}: {class_path}", highlight=False, markup=False)
     return 0
 
 
@@ -54,6 +54,9 @@ def markdown() -> str:
 def _checkpoints() -> Iterator[tuple[str, str]]:
     root = find_folder("checkpoints")
     for config in sorted(root.glob("*/config.json")) if root else []:
-        class_path = json.loads(config.read_text(encoding="utf-8")).get("class_path")
-        if class_path:
-            yield f"checkpoints/{config.parent.name}", class_path
+        try:
+            about = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # of something else: a list is not the place to complain
+        if isinstance(about, dict) and isinstance(about.get("class_path"), str):
+            yield f"checkpoints/{config.parent.name}", about["class_path"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from selector.errors import UsageError
 from selector.evaluation.commands.printing import print_report
-from selector.evaluation.errors import UsageError
 
 
 def run(settings: dict[str, Any]) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from selector.errors import UsageError
 from selector.evaluation import gallery, loading, picture
-from selector.evaluation.commands.common import load_all, pages, positive, whole
-from selector.evaluation.errors import UsageError
-from selector.evaluation.tasks.folder import open_image
+from selector.evaluation.commands.common import choose, load_all, pages, positive, whole
+from selector.evaluation.records import check_place, writing
+from selector.evaluation.tasks import check_question
 from selector.evaluation.tasks.sample import Sample
+from selector.images import open_image
 
 
 def run(settings: dict[str, Any]) -> int:
@@ -17,12 +20,15 @@ def run(settings: dict[str, Any]) -> int:
     out = Path(settings["out"])
     if out.suffix.lower() != ".png":
         raise UsageError(f"out must be the name of a PNG file, got {settings['out']!r}")
-    question = settings["question"]
+    if out.is_dir():
+        raise UsageError(f"out must be the name of a PNG file, {settings['out']!r} is a folder")
+    check_place(out.parent)
+    question = None if settings["question"] is None else check_question(settings["question"])
     samples = [Sample(name, open_image(Path(name)), question, None, ()) for name in settings.get("images", [])]
-    samples = samples or pages(whole("seed", settings["seed"]))
+    samples = samples or [_asked(page, question) for page in pages(whole("seed", settings["seed"]))]
     limit = positive("max_new_tokens", settings["max_new_tokens"])
     positions = loading.check_positions(settings["positions"])
-    model, processor, selectors = load_all(settings)
+    model, processor, selectors = load_all(settings, choose(settings))
     strips = []
     for sample in samples:
         for strip, words in gallery.strips(
@@ -39,7 +45,13 @@ def run(settings: dict[str, Any]) -> int:
             for line in words:
                 print(line)
     page = picture.stack(strips, heading=f"{settings['model']}: what stays of the visual tokens")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    page.save(out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        page.save(out)
     print(f"{out}: {page.width} x {page.height}, {len(strips)} rows of {len(selectors) + 1} panels")
     return 0
+
+
+def _asked(page: Sample, question: str | None) -> Sample:
+    """A generated page with the user's question in place of its own, whose answer and boxes it does not share."""
+    return page if question is None else replace(page, question=question, answer=None, boxes=())

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from selector.base import TokenSelector
 from selector.budget import Budget
+from selector.errors import UsageError
 from selector.evaluation import loading
 from selector.evaluation.answering import prepare
-from selector.evaluation.commands.common import find_tasks, load_all, name_unreadable, sample_limit, whole
-from selector.evaluation.errors import UsageError
+from selector.evaluation.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.evaluation.evidence import model_canvas
 from selector.evaluation.identity import fingerprint, identity
-from selector.evaluation.records import write_json
+from selector.evaluation.records import check_place, write_json
 from selector.evaluation.run import sample_count
 from selector.evaluation.settings import environment, written
 from selector.evaluation.stability import Change, Overlap, Pairs, changes, overlap_of, pairs
@@ -44,17 +44,21 @@ def run(settings: dict[str, Any]) -> int:
     out = None if settings["out"] is None else Path(settings["out"])
     if out is not None and out.suffix.lower() != ".json":
         raise UsageError(f"out must be the name of a JSON file, got {settings['out']!r}")
+    if out is not None:
+        check_place(out.parent)
     for task in tasks:
         if samples is None and task.size is None:
             raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
-    model, processor, selectors = load_all(settings)
-    seeds = _seeds(settings, model.device)
+    selectors = choose(settings)
+    seeds = _seeds(settings)
     for label, selector in (selectors | seeds).items():
         for budget in budgets:
             try:
                 selector.resolved(budget)
             except ValueError as error:
                 raise UsageError(f"{label}: {error}") from error
+    model, processor, selectors = load_all(settings, selectors)
+    seeds = {label: selector.to(model.device) for label, selector in seeds.items()}
     result: dict[str, Any] = {
         "model": str(settings["model"]),
         "fingerprint": fingerprint(model),
@@ -73,7 +77,6 @@ def run(settings: dict[str, Any]) -> int:
     name_unreadable(tasks)
     print(markdown(result))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)
         print(f"\nFigures: {out}")
     return 0
@@ -202,11 +205,11 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _seeds(settings: Mapping[str, Any], device: torch.device) -> dict[str, TokenSelector]:
+def _seeds(settings: Mapping[str, Any]) -> dict[str, TokenSelector]:
     """The selectors of one recipe; none where none are named."""
     if not settings["seeds"]:
         return {}
-    seeds = loading.load_selectors(settings["seeds"], device, settings["allow"])
+    seeds = loading.load_selectors(settings["seeds"], loading.find_device(settings["device"]), settings["allow"])
     kinds = dict.fromkeys(type(selector).__name__ for selector in seeds.values())
     if len(seeds) < 2 or len(kinds) > 1:
         raise UsageError(

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selector.errors import UsageError
 from selector.evaluation.columns import marked
-from selector.evaluation.errors import UsageError
 from selector.evaluation.records import IMAGES, image_name, seeing_question
+from selector.evaluation.tables import plain
 
 Key = tuple[str, str, str | None]
 SHOWN, ROOM = 16, 3_200_000
@@ -70,9 +71,10 @@ def changed_answers(shown: Mapping[str, Any], most: int = 8) -> str:
         if others and len(lines) < most:
             said = "; ".join(f"“{answer}” {', '.join(names)}" for answer, names in others.items())
             cells = (sample["question"], sample.get("target") or "–", sample["answer"], said)
-            lines.append("| " + " | ".join(" ".join(str(c).replace("|", "/").split()) for c in cells) + " |")
+            lines.append("| " + " | ".join(plain(str(cell)) for cell in cells) + " |")
     head = "| question | right answer | unpruned | pruned, where other |\n|---|---|---|---|\n"
-    return "\n".join(f"## Changed answers: {name}\n\n{head}" + "\n".join(g) + "\n" for name, g in groups.items() if g)
+    tables = {plain(f"## Changed answers: {name}"): lines for name, lines in groups.items() if lines}
+    return "\n".join(f"{title}\n\n{head}" + "\n".join(lines) + "\n" for title, lines in tables.items())
 
 
 def _telling(rows: Mapping[tuple[str, str | None], Mapping[str, dict[str, Any]]]) -> list[str]:

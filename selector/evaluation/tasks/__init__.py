@@ -1,4 +1,4 @@
-"""Tasks: streams of samples. ``documents`` and ``scenes`` are generated, ``folder:PATH`` reads a folder of images."""
+"""Tasks: streams of samples. Those in `GENERATED` are drawn, ``folder:PATH`` reads a folder of images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.tasks.sample import Sample
 
 GENERATED = ("documents", "scenes", "charts", "receipts")
+SCORED_BY_ANLS = ("receipts",)
+"""Generated tasks whose answers are also scored by ANLS: a text read from a scan may be nearly right."""
+PLACEHOLDER = "<image>"
+"""What stands for the image in a prompt; a question must not hold a second one."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Task:
         size: how many samples there are; None where they are generated without end.
         fingerprint: changes when the samples do.
         unreadable: images that were left out; filled while iterating, only where the user allowed it.
+        anls: whether answers are also scored by ANLS, which forgives a misread letter.
     """
 
     name: str
@@ -32,10 +37,11 @@ class Task:
     size: int | None
     fingerprint: str
     unreadable: list[str] = field(default_factory=list)
+    anls: bool = False
 
 
 def load_task(spec: str, skip_unreadable: bool = False) -> Task:
-    """The task of a spec: "documents", "scenes" or "folder:PATH".
+    """The task of a spec: a name of `GENERATED`, or "folder:PATH".
 
     Args:
         skip_unreadable: leave images out that cannot be decoded (named in `Task.unreadable`) instead of raising.
@@ -54,7 +60,20 @@ def load_task(spec: str, skip_unreadable: bool = False) -> Task:
         raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH{hint}")
     module = generator(spec)
     data = module.fingerprint() if hasattr(module, "fingerprint") else ""
-    return Task(spec, module.samples, None, _probe(module.samples, data))
+    return Task(spec, module.samples, None, _probe(module.samples, data), anls=spec in SCORED_BY_ANLS)
+
+
+def check_question(text: str) -> str:
+    """The question itself, if it can be asked.
+
+    Raises:
+        UsageError: it is empty, or holds the placeholder of an image.
+    """
+    if not text.strip():
+        raise UsageError(f"a question must be a text, got {text!r}")
+    if PLACEHOLDER in text:
+        raise UsageError(f"a question must not hold {PLACEHOLDER}, which stands for the image, got {text[:80]!r}")
+    return text
 
 
 def generator(name: str) -> ModuleType:

@@ -18,14 +18,12 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from selector.evaluation.errors import UsageError
+from selector.errors import UsageError
 from selector.evaluation.tasks.glyphs import glyphs
 from selector.evaluation.tasks.sample import Box, Draft, Marks, Page, Sample, Turn
 from selector.evaluation.tasks.scans import GLYPHS, KINDS, Question, Receipt, pixels, receipts
 from selector.evaluation.tasks.scramble import Scrambled, scramble
 
-ANLS = True
-"""Answers are also scored by ANLS: a text read from a scan may be nearly right."""
 SIZES = ((192, 192), (192, 96), (96, 192))
 READ, LONGEST = "read the page.", 60
 ADVANCE = (9.0, 10.0)

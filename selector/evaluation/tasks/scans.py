@@ -7,7 +7,6 @@ variable `SELECTOR_DATA`. Companies are split, not windows: no chain of shops is
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import zlib
@@ -21,7 +20,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageFont
 
-from selector.evaluation.errors import MissingData, UsageError
+from selector.errors import MissingData, UsageError
+from selector.evaluation.tasks.folder import ANNOTATIONS, content, read_annotations
 
 VARIABLE = "SELECTOR_DATA"
 GLYPHS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,-/()$%#&*@+':=!")
@@ -79,14 +79,17 @@ def folder(data: Path | None) -> Path:
             f"receipts need real scans: set {VARIABLE} to the folder that holds documents/ (it is not set)"
         )
     documents = Path(named) / "documents"
-    if not (documents / "annotations.jsonl").is_file():
+    if not (documents / ANNOTATIONS).is_file():
         raise UsageError(f"{VARIABLE} must name a folder that holds documents/annotations.jsonl, got {str(named)!r}")
     return documents
 
 
 def fingerprint(data: Path | None = None) -> str:
-    """Changes when the annotations do."""
-    return hashlib.sha256((folder(data) / "annotations.jsonl").read_bytes()).hexdigest()[:16]
+    """Changes when the annotations or the bytes of a scan do."""
+    digest = hashlib.sha256((folder(data) / ANNOTATIONS).read_bytes())
+    for receipt in receipts(data):
+        digest.update(content(receipt.file, skip_unreadable=False).encode())
+    return digest.hexdigest()[:16]
 
 
 def receipts(data: Path | None = None) -> tuple[Receipt, ...]:
@@ -96,8 +99,7 @@ def receipts(data: Path | None = None) -> tuple[Receipt, ...]:
 
 @cache
 def _load(documents: Path) -> tuple[Receipt, ...]:
-    lines = (documents / "annotations.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, filter(str.strip, lines)) if "SROIE" in row["source"]]
+    rows = [row for _, row in read_annotations(documents / ANNOTATIONS) if "SROIE" in str(row.get("source"))]
     if not rows:
         raise UsageError(f"{documents / 'annotations.jsonl'} must hold receipts (source SROIE), got none")
     companies = {_stem(name) for row in rows if (name := _company(row))}
