@@ -386,7 +386,7 @@ def test_shares_on_average_and_fixed_ones_share_a_group(tmp_path):
     assert (versus["difference"], versus["pairs"]) == (pytest.approx((4 - 3) / 6), 6)  # two of them called s0 in both
     assert pooled["0.25"]["versus_fixed"] is None
     last = rich_tables(summary)[-1]
-    assert last.title.startswith("all tasks")
+    assert str(last.title).startswith("all tasks")
     assert [row.end_section for row in last.rows] == [True, True, False, False]
     write_report([tmp_path])
     assert "## all tasks" in (tmp_path / "report.md").read_text()
