@@ -87,7 +87,7 @@ class SelectorModule(LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 50,
-        clip_norm: float = 1.0,
+        clip_norm: float = 0.0,
         statistics_batches: int = 20,
         kept_shares: tuple[float, ...] = (0.5, 0.25, 0.1),
         answers_from: AnswersFrom = "model",
