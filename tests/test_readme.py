@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -65,3 +66,29 @@ def test_links_and_pictures_exist():
 
 def test_no_placeholder_is_left():
     assert re.findall(r"<!-- \w+ -->", TEXT) == []
+
+
+def test_the_first_table_is_the_committed_data():
+    """Right answers at 64 / 32 / 16 tokens, from configs/compare/standings.json."""
+    data = json.loads((ROOT / "configs/compare/standings.json").read_text())
+    right = {(row["task"], row["selector"], row["keep"]): row["right"] for row in data["rows"]}
+    names = {
+        "**trained, reads the question** †": "selector-llava-next-tiny-question",
+        "**trained, does not**": "selector-llava-next-tiny",
+        "trained by reconstruction": "selector-llava-next-tiny-reconstruction",
+        "ridge-leverage (formula)": "ridge-leverage",
+        "lofi (formula)": "lofi",
+        "svd-prune (formula)": "svd-prune",
+        "random": "random",
+    }
+
+    def percent(task: str, name: str, keep: str) -> str:
+        hits = right[task, name, keep]
+        return f"{100 * hits.count('1') / len(hits):.0f}"
+
+    for label, name in names.items():
+        cells = [
+            " / ".join(percent(task, name, keep) for keep in ("64", "32", "16"))
+            for task in ("documents", "charts", "scenes", "receipts")
+        ]
+        assert f"| {label} | {' | '.join(cells)} |" in TEXT
