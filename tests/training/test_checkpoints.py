@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import os
 import shutil
 import signal
@@ -16,15 +15,6 @@ from training.cli import run
 from training.module import SelectorModule
 
 EPOCHS, STEPS = 6, 3  # steps an epoch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")

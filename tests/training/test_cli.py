@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -23,32 +22,15 @@ from training.encoders import LlavaNextEncoder
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
-
-
 @pytest.fixture
-def tower(tmp_path, tiny_model):
-    model, processor = tiny_model()
-    model.save_pretrained(tmp_path / "llava")
-    processor.save_pretrained(tmp_path / "llava")
-    return str(tmp_path / "llava")
-
-
-@pytest.fixture
-def fit(tmp_path, tower):
+def fit(tmp_path, llava_folder):
     """``fit(*more)`` -> arguments of a small run on the tiny tower."""
 
     def arguments(*more: str, command: str = "fit", name: str = "run") -> list[str]:
         return [
             command,
             "--model.encoder=training.encoders.LlavaNextEncoder",
-            f"--model.encoder.path={tower}",
+            f"--model.encoder.path={llava_folder}",
             "--model.allow_worse_than_random=true",
             "--data.generated_train=6",
             "--data.generated_val=3",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -16,32 +15,15 @@ from selector.evaluation.answering import prepare
 from training.cli import main, run
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
-
-
 @pytest.fixture
-def folder(tmp_path, tiny_model):
-    model, processor = tiny_model()
-    model.save_pretrained(tmp_path / "llava")
-    processor.save_pretrained(tmp_path / "llava")
-    return str(tmp_path / "llava")
-
-
-@pytest.fixture
-def fit(tmp_path, folder):
+def fit(tmp_path, llava_folder):
     """``fit(*more)`` -> arguments of a small run."""
 
     def arguments(*more: str, name: str = "run") -> list[str]:
         return [
             "fit",
             "--model.encoder=training.encoders.LlavaNextModel",
-            f"--model.encoder.path={folder}",
+            f"--model.encoder.path={llava_folder}",
             "--model.objectives+=training.answers.Answers",
             "--model.architecture=image-transformer",
             "--model.width=16",
