@@ -67,6 +67,10 @@ class TableSelector(ScoreSelector):
         return table.to(self.feature_mean.dtype)
 
     def embedded(self, table: Float[Tensor, "T N C"], embed: nn.Linear) -> Float[Tensor, "T N W"]:
-        """``embed`` of the normalised table, from the raw one: what normalises goes into the small weight instead."""
-        weight = embed.weight / self.feature_std
-        return F.linear(table, weight, embed.bias - weight @ self.feature_mean)
+        """``embed`` of the normalised table, from the raw one: what normalises goes into the small weight instead.
+
+        In full precision even under autocast: raw channels whose mean is far larger than their spread would cancel.
+        """
+        with torch.autocast(table.device.type, enabled=False):
+            weight = embed.weight / self.feature_std
+            return F.linear(table, weight, embed.bias - weight @ self.feature_mean)

@@ -38,7 +38,8 @@ class VisualTokens:
         keys: ``[T, N, k]`` attention keys of the layer that produced the features, mean over heads.
         text: ``[T, N]`` relevance of each token to the prompt, the higher the more.
         question: ``[I, Q, d]`` the language model's input embeddings of the text that follows each image in its prompt
-            (the user's words and what the chat template puts around them), zero where `question_mask` is False.
+            (the user's words and what the chat template puts around them, of several turns all that follow; labelled
+            tokens are left out), zero where `question_mask` is False.
         question_mask: ``[I, Q]`` which of these are real.
     """
 

@@ -43,13 +43,15 @@ def train(sweep: Mapping[str, Any], out: Path) -> dict[str, list[Path]]:
             label = f"{name}-{seed}"
             folder = out / "checkpoints" / label
             checkpoints.setdefault(name, []).append(folder)
-            if (folder / "config.json").is_file():
-                continue
             settings = merged(merged(sweep["base"], change or {}), {"model": {"seed": seed}, "seed_everything": seed})
             settings |= {"root": str(out / "runs"), "name": label}
-            out.mkdir(parents=True, exist_ok=True)
             file = out / f"{label}.yaml"
-            file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            text = yaml.safe_dump(settings, sort_keys=False)
+            if (folder / "config.json").is_file() and file.is_file() and file.read_text(encoding="utf-8") == text:
+                continue
+            out.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+            (folder / "config.json").unlink(missing_ok=True)  # of other settings: not to be taken for this one's
             trainer = run(["fit", f"--config={file}"]).trainer
             best: Any = trainer.checkpoint_callback
             export(best.best_model_path, folder, command=f"python -m training.ablation (variant {name}, seed {seed})")
@@ -74,7 +76,7 @@ def compare(sweep: Mapping[str, Any], checkpoints: Mapping[str, list[Path]], out
 
 
 def table(sweep: Mapping[str, Any], checkpoints: Mapping[str, list[Path]], rows: list[dict[str, Any]]) -> str:
-    """Markdown: right answers [95% Wilson] / answers that stayed the same, in %, over all seeds of a variant."""
+    """Markdown: right answers [95% Wilson over the questions] / answers that stayed the same, in %, mean over seeds."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     keeps = [str(keep) for keep in sweep["compare"]["keep"]]
     labels = {name: [folder.name for folder in folders] for name, folders in checkpoints.items()}
@@ -91,7 +93,8 @@ def table(sweep: Mapping[str, Any], checkpoints: Mapping[str, list[Path]], rows:
                 asked = sum(row["samples"] for row in found)
                 right = round(sum(row["accuracy"] * row["samples"] for row in found))
                 same = sum(row["agreement"] * row["samples"] for row in found) / asked
-                low, high = wilson(right, asked)
+                # Seeds answer the same questions: they make the mean steadier, not the questions more.
+                low, high = wilson(round(right / len(found)), asked // len(found))
                 cells.append(f"{100 * right / asked:.0f} [{100 * low:.0f}, {100 * high:.0f}] / {100 * same:.0f}")
             lines.append(f"| {name} | {keep} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

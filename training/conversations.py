@@ -84,7 +84,8 @@ class Converse:
         """A conversation of (question, answer or None) pairs.
 
         Raises:
-            ValueError: no question, or a chat template that does not put the question behind the image.
+            ValueError: no question, one that holds the image's placeholder, or a chat template that does not put the
+                question behind the image.
         """
         if not turns:
             raise ValueError("turns must hold at least one question about the image")
@@ -102,7 +103,9 @@ class Converse:
 
     def _branch(self, question: str, answer: str | None) -> Branch:
         tokenizer = self.processor.tokenizer
-        behind = self._prompt(question).rsplit(self.processor.image_token, 1)[-1]
+        if self.processor.image_token in question:
+            raise ValueError(f"a question must not hold the image's placeholder, got {question!r}")
+        behind = self._prompt(question).split(self.processor.image_token, 1)[1]
         ids = None
         if answer is not None:
             ids = torch.tensor([*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id])

@@ -61,7 +61,8 @@ class ImageModule(LightningDataModule):
             receipts, where the environment variable SELECTOR_DATA names them), several of them in turn, joined by "+"
             (``documents+documents+charts``), or ``mixed`` for documents, scenes and charts.
         generated_train: number of generated training images.
-        generated_val: number of generated images for validation, and as many others for `test`.
+        generated_val: number of generated images for validation, and as many others for `test`. Validation receipts are
+            other windows of the scans trained on.
         batch_size: images a step and process; an AnyRes image brings all its tiles.
         workers: loader processes.
         cache_features: encode every image once and keep the features in memory (small sets only).
@@ -216,13 +217,7 @@ class ImageModule(LightningDataModule):
         if self.images is None:
             pages = self._pages(split)
         else:
-            asked = questions_of(self._split(split))
-            pages = [_AskedFile(ImageFile(path), turns) for path, turns in asked.items() if turns]
-            if not pages:
-                raise ValueError(
-                    f"data.images must hold questions to learn from answers: no image of {self.images!r} ({split}) has "
-                    "`qa` in an annotations.jsonl beside it"
-                )
+            pages = [_AskedFile(ImageFile(path), turns) for path, turns in questions_of(self._split(split)).items()]
         return ConversationDataset(pages, encoder.converse)
 
     def _pages(self, split: str) -> list[_Page]:
@@ -237,6 +232,14 @@ class ImageModule(LightningDataModule):
             return []
         if self._paths is None:
             self._paths = list_images(self.images, self.skip_unreadable)
+            if self._asks():
+                asked = questions_of(self._paths)
+                self._paths = [path for path in self._paths if asked[path]]
+                if not self._paths:
+                    raise ValueError(
+                        f"data.images must hold questions to learn from answers: no image of {self.images!r} has `qa` "
+                        "in an annotations.jsonl beside it"
+                    )
         train, held_out = split_by_hash(self._paths, self.val_share)
         if split == "train":
             return even_sample(train, self.train_images)

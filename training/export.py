@@ -122,8 +122,9 @@ def _answer_table(seen: dict[str, float]) -> list[str]:
     ]
     return [
         "",
-        "On held-out pages, against the model with all visual tokens: KL of the answers (nats per token; lower is",
-        "better) / answers that stay the same, token by token, in %:",
+        "On validation pages (of other seeds; receipts: other windows of the scans trained on), against the model with",
+        "all visual tokens: KL of the answers (nats per token; lower is better) / answers that stay the same, token by",
+        "token, in %:",
         "",
         "| kept | " + " | ".join(f"{share}%" for share in shares) + " |",
         "|---|" + "---|" * len(shares),

@@ -25,7 +25,10 @@ from training.conversations import Branch, Conversation
 FLOOR = 1e-5
 """Gates below this count as this in a logarithm: exp(-11.5) of a key's attention is nothing, its gradient is finite."""
 FAINT = 0.01
-"""Tokens dimmer than this are left out of a gated pass: together they would change attention by less than it."""
+"""Tokens dimmer than this are left out of a gated pass, which so costs little more than a pruned one.
+
+While gates are still soft, tokens left out can together hold a tenth of the budget and more; nothing is left of that
+once gates have become nearly binary."""
 
 
 @dataclass(frozen=True)

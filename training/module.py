@@ -158,7 +158,9 @@ class SelectorModule(LightningModule):
     # ---- training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
-        progress, generator = self.global_step / self._total_steps(), self._generator(self.global_step)
+        # Batches whose gradients are gathered for one step draw noise of their own.
+        generator = self._generator(self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        progress = self.global_step / self._total_steps()
         losses, logs = [], []
         for step in self._steps(batch, progress, generator):
             for objective in self.objectives:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.models import Encoded
-from training.conversations import Conversation
+from training.conversations import Branch, Conversation
 from training.language import FrozenLanguageModel
 
 AnswersFrom = Literal["model", "data"]
@@ -54,7 +54,7 @@ class Taught:
 
     @property
     def bytes(self) -> int:
-        """Memory it takes, the image's pixels aside."""
+        """Memory of what it says; ids are next to nothing."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.log_probs, *self.looks))
 
 
@@ -114,17 +114,22 @@ class Teacher:
         memory: int = 2 * 2**30,
     ):
         self.language, self.answers, self.limit, self.looks, self.memory = language, answers, limit, looks, memory
-        key = hashlib.sha256(f"{fingerprint} {limit}".encode()).hexdigest()[:16]
+        settings = language.model.generation_config.to_dict()
+        settings.pop("transformers_version", None)
+        told = f"{fingerprint} {limit} {json.dumps(settings, sort_keys=True, default=str)}"
+        key = hashlib.sha256(told.encode()).hexdigest()[:16]
         self.store = AnswerStore(None if folder is None else Path(folder) / f"answers-{key}.jsonl")
-        self._remembered: dict[str, Taught] = {}
+        self._remembered: dict[tuple[str, ...], Taught] = {}
 
     @torch.no_grad()
     def __call__(self, encoded: Encoded, conversation: Conversation) -> Taught:
         """Answers the questions, and says with what probabilities."""
         image = _image_key(conversation)
-        key = image + "".join(branch.question for branch in conversation.branches)
+        given = [None if branch.answer is None else branch.answer.tolist() for branch in conversation.branches]
+        key = image, *(_question_key(conversation, branch) for branch in conversation.branches), str(given)
         if key not in self._remembered:
             found = self._learned(encoded, conversation, image)
+            found = replace(found, conversation=replace(found.conversation, pixels={}))  # nothing reads them again
             if self.memory < found.bytes:
                 return found
             self.memory -= found.bytes
@@ -135,7 +140,9 @@ class Teacher:
         """Finds the answers to learn; what the model has not answered before is generated."""
         own = self.answers == "model"
         device = conversation.prefix.device
-        known = [self.store.get(image, branch.question) if own else None for branch in conversation.branches]
+        keys = [_question_key(conversation, branch) for branch in conversation.branches]
+        wanted = [own or branch.answer is None for branch in conversation.branches]  # from the model, not the data
+        known = [self.store.get(image, key) if ours else None for key, ours in zip(keys, wanted, strict=True)]
         answers = [
             torch.tensor(ids, device=device) if ids is not None else branch.answer
             for ids, branch in zip(known, conversation.branches, strict=True)
@@ -143,9 +150,7 @@ class Teacher:
 
         # Where the model would give the data's answer itself, token by token, there is nothing to generate.
         taught = None
-        settled = [
-            ids is not None or (not own and answer is not None) for ids, answer in zip(known, answers, strict=True)
-        ]
+        settled = [ids is not None or not ours for ids, ours in zip(known, wanted, strict=True)]
         if all(answer is not None for answer in answers):
             taught = self._pass(encoded, conversation, answers)
             pairs = zip(settled, taught.log_probs, answers, strict=True)
@@ -153,12 +158,12 @@ class Teacher:
                 done or (answer is not None and torch.equal(logs.argmax(-1), answer)) for done, logs, answer in pairs
             ]
 
-        for index, branch in enumerate(conversation.branches):
+        for index, key in enumerate(keys):
             answer = answers[index]
             if answer is None or not settled[index]:
                 answer = answers[index] = self.language.own_answer(encoded, conversation, index, self.limit)
-            if own and known[index] is None:
-                self.store.put(image, branch.question, answer.tolist())
+            if wanted[index] and known[index] is None:
+                self.store.put(image, key, answer.tolist())
         return taught if taught is not None and all(settled) else self._pass(encoded, conversation, answers)
 
     def _pass(self, encoded: Encoded, conversation: Conversation, answers: Sequence[Tensor | None]) -> Taught:
@@ -169,6 +174,12 @@ class Teacher:
             return Taught(answered, self.language.log_probs(row), [])
         logs, looks = self.language.attention_to_image(row)
         return Taught(answered, logs, list(looks * encoded.tokens.is_patch[0]))
+
+
+def _question_key(conversation: Conversation, branch: Branch) -> str:
+    """The question, and a hash of the ids around the image: another chat template is another question."""
+    ids = conversation.prefix.tolist(), branch.prompt.tolist()
+    return f"{hashlib.sha256(str(ids).encode()).hexdigest()[:12]} {branch.question}"
 
 
 def _image_key(conversation: Conversation) -> str:

@@ -114,7 +114,10 @@ def _with_question(tokens: VisualTokens, model: Any, inputs: Mapping[str, Any]) 
             f"input_ids hold {len(position)} image placeholders, the images give {int(last[-1]) + 1} tokens"
         )
     row, position = row[last], position[last]
-    text = (mask.bool() & ~visual)[row] & (column > position[:, None])
+    words = mask.bool() & ~visual
+    if inputs.get("labels") is not None:  # what is to be predicted is no part of the question
+        words = words & (inputs["labels"] == -100)
+    text = words[row] & (column > position[:, None])
 
     # Each image's text moves to the left; the rest is padding.
     width = max(1, int(text.sum(1).max()))

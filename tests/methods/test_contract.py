@@ -370,3 +370,18 @@ with torch.no_grad():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_image_transformer_ranks_alike_under_autocast():
+    """Channels whose mean is far above their spread must not cancel at half precision."""
+    torch.manual_seed(0)
+    selector = ImageTransformer(dim=32, width=32, heads=2).eval()
+    tokens = VisualTokens.from_features(0.05 * torch.randn(4, 144, 32) + 30)
+    table = tokens.features.flatten(0, 1)
+    selector.feature_mean.copy_(table.mean(0))
+    selector.feature_std.copy_(table.std(0))
+    with torch.no_grad():
+        exact = selector.score(tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = selector.score(tokens).float()
+    assert float(torch.corrcoef(torch.stack([exact.flatten(), rough.flatten()]))[0, 1]) > 0.99

@@ -30,7 +30,7 @@ def test_the_table_adds_up_the_seeds_of_a_variant():
     sweep = {"compare": {"keep": [64], "selectors": ["lofi"]}}
     rows = [row("a-0", 0.5, 0.6), row("a-1", 0.7, 0.8), row("lofi", 0.1, 0.2), row("full", 1.0, 1.0)]
     lines = table(sweep, {"a": [Path("x/a-0"), Path("x/a-1")]}, rows).splitlines()
-    assert lines[2] == "| a | 64 | 60 [50, 69] / 70 |"  # Wilson of 60 in 100
+    assert lines[2] == "| a | 64 | 60 [46, 72] / 70 |"  # Wilson of 30 in 50: both seeds answer the same questions
     assert lines[3].startswith("| lofi | 64 | 10 [")
 
 

@@ -163,6 +163,42 @@ def test_given_answers_are_learned_where_that_is_asked_for(asked):
     assert said == [answer for _, answer in TURNS]
 
 
+def test_a_question_that_holds_the_placeholder_is_refused(tiny_model, make_image):
+    model, processor = tiny_model()
+    converse = Converse(processor, model.config.image_token_id)
+    with pytest.raises(ValueError, match="must not hold the image's placeholder, got 'what does <image> mean"):
+        converse(make_image(40, 40), [("what?", None), ("what does <image> mean?", None)])
+
+
+def test_missing_answers_are_written_and_kept_where_the_data_gives_the_others(asked, tmp_path, monkeypatch):
+    turns = (("what is this?", "a red square."), ("is it red?", None))
+    model, processor, encoded, conversation, _ = asked(turns=turns)
+    settings = {"answers": "data", "limit": 4, "folder": str(tmp_path)}
+    first = Teacher(FrozenLanguageModel(model), **settings)(encoded, conversation)
+    monkeypatch.setattr(FrozenLanguageModel, "own_answer", None)
+    again = Teacher(FrozenLanguageModel(model), **settings)(encoded, conversation)
+    for taught in (first, again):
+        given, own = (branch.answer for branch in taught.conversation.branches)
+        assert processor.decode(given, skip_special_tokens=True) == "a red square."
+        assert own.tolist() == first.conversation.branches[1].answer.tolist()
+
+
+def test_questions_are_told_apart_by_their_prompts_and_answers(asked):
+    teacher = Teacher(FrozenLanguageModel(asked()[0]), answers="data")
+    _, processor, encoded, one, _ = asked(turns=(("ab", "red"), ("c", "it")))
+    other = asked(turns=(("a", "red"), ("bc", "it")))[3]
+    changed = asked(turns=(("ab", "red"), ("c", "image")))[3]
+    said = [
+        [
+            processor.decode(branch.answer, skip_special_tokens=True)
+            for branch in teacher(encoded, each).conversation.branches
+        ]
+        for each in (one, other, changed)
+    ]
+    assert said == [["red", "it"], ["red", "it"], ["red", "image"]]
+    assert [branch.question for branch in teacher(encoded, other).conversation.branches] == ["a", "bc"]
+
+
 def test_the_teacher_remembers_within_its_memory(asked):
     model, _, encoded, conversation, _ = asked()
     teacher = Teacher(FrozenLanguageModel(model), limit=4)
