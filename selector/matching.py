@@ -45,7 +45,7 @@ def eliminate(
         merge: the match of a token that leaves becomes the mean of all it has taken in, as later rounds see it.
     """
     size, left, alive = mask.sum(1), mask.sum(1), mask.clone()
-    total, weight = precise(table) * mask[..., None], mask.double() if table.device.type != "mps" else mask.float()
+    total = precise(table) * mask[..., None]  # sums: tokens match by cosine, so a sum serves as the mean
     place = torch.full_like(mask, 0, dtype=torch.long).masked_fill(~mask, mask.shape[1])
     parent = torch.full_like(place, -1)
     while int(left.max()) > 1:
@@ -63,8 +63,6 @@ def eliminate(
         alive = _put(alive, out, torch.zeros_like(leaves))
         if merge:
             joins = leaves & (best > APART)
-            moved = weight.gather(1, even) * joins
-            weight = weight.scatter_add(1, into, moved)
             index = into[..., None].expand(-1, -1, total.shape[2])
             total = total.scatter_add(1, index, total.gather(1, _wide(even, total)) * joins[..., None])
         left = left - leaves.sum(1)
