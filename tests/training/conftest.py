@@ -7,7 +7,7 @@ import logging
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def quiet():
     """Lightning's remarks on the machine would bury what a failing test prints."""
     logger = logging.getLogger("pytorch_lightning")

@@ -14,6 +14,8 @@ import torch
 from training.cli import run
 from training.module import SelectorModule
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 EPOCHS, STEPS = 6, 3  # steps an epoch
 
 

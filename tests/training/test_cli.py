@@ -19,6 +19,8 @@ from training.cli import main, run
 from training.comparison import RANKERS
 from training.encoders import LlavaNextEncoder
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 
 

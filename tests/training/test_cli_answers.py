@@ -14,6 +14,8 @@ from selector import TokenSelector, select_tokens
 from selector.evaluation.answering import prepare
 from training.cli import main, run
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 
 @pytest.fixture
 def fit(tmp_path, llava_folder):
