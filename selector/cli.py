@@ -243,7 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     _calibrate(add("calibrate", "find the thresholds of --keep auto:SHARE, stored in a checkpoint", CALIBRATE))
     _stability(add("stability", "whether a changed image, or another training, keeps the same places", STABILITY))
     listing = add("list", "the selectors: name, paper, whether trained, what they need, what they rank")
-    listing.add_argument("--markdown", action="store_true", help="the table of the README, without checkpoints")
+    listing.add_argument(
+        "--markdown", action="store_true", help="the table of selector/methods/README.md, without checkpoints"
+    )
     listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     report = add("report", "the table and the page (HTML, Markdown) of one or several runs, from their records alone")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders that `selector compare` wrote: runs/compare")

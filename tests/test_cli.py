@@ -389,11 +389,11 @@ def test_list(call):
         assert word in out
 
 
-def test_list_as_the_table_of_the_readme(call):
+def test_list_as_the_table_of_the_page(call):
     code, out, _ = call("list", "--markdown")
     assert code == 0
     assert out.startswith("| name |")
-    assert out.strip() in (ROOT / "README.md").read_text()
+    assert out.strip() in (ROOT / "selector" / "methods" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

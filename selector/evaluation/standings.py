@@ -133,8 +133,8 @@ def markdown(data: Data) -> str:
     same = " same: answers that stayed the same, %, over all tasks and budgets;" if "same" in data["rows"][0] else ""
     within = ", between selectors of one table only" if seeing else ""
     lines = [
-        f"{Path(data['model']).name}, {samples} questions per task; unpruned, right %: {', '.join(full)}. At each budget "
-        f"mean accuracy over the tasks, as % of the unpruned model's;{same} meetings over tasks and budgets{within}.",
+        f"{Path(data['model']).name}, {samples} questions per task; unpruned, right %: {', '.join(full)}. At each "
+        f"budget mean accuracy over the tasks, as % of the unpruned model's;{same} meetings over tasks and budgets{within}.",
     ]
     if unseeing:
         lines += ["", *_table(unseeing, False)]

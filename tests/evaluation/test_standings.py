@@ -102,4 +102,4 @@ def test_the_table_is_printed_from_the_data(tmp_path, capsys):
 def test_the_table_of_the_readme_is_that_of_the_data():
     root = Path(__file__).parents[2]
     shown = markdown(json.loads((root / "configs/compare/standings.json").read_text()))
-    assert shown in (root / "README.md").read_text()
+    assert shown in (root / "configs/compare/README.md").read_text()
