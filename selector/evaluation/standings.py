@@ -134,7 +134,8 @@ def markdown(data: Data) -> str:
     within = ", between selectors of one table only" if seeing else ""
     lines = [
         f"{Path(data['model']).name}, {samples} questions per task; unpruned, right %: {', '.join(full)}. At each "
-        f"budget mean accuracy over the tasks, as % of the unpruned model's;{same} meetings over tasks and budgets{within}.",
+        f"budget mean accuracy over the tasks, as % of the unpruned model's;{same} meetings over tasks "
+        f"and budgets{within}.",
     ]
     if unseeing:
         lines += ["", *_table(unseeing, False)]
