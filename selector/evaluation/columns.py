@@ -107,19 +107,29 @@ MENDED = _flips("w→r", "wrong_to_right", "answers that selection mended")
 
 
 def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
-    """Head to head: what was right, what stayed the same, what it took. Columns without any figure are left out."""
+    """Head to head: what was right, what stayed the same, what it took. Columns without any figure are left out.
+
+    Args:
+        summary: the figures of a run, see `selector.evaluation.report.summarize`.
+        task: the one whose table it is; None or `POOLED` for all.
+    """
+    # Only tasks that say so are scored by how near an answer comes.
     wanted = summary["tasks"].values() if task in (None, POOLED) else [summary["tasks"][task]]
     anls = [_plain("ANLS", "anls", 1, "mean normalised Levenshtein similarity × 100", 100.0)]
+
     columns = [
+        # Who, and what stayed.
         KEEP,
         SELECTOR,
         SAMPLES,
         TOKENS,
+        # Right or wrong, and against what.
         Column("right % [95%]", _accuracy, lambda r: r["accuracy"], "exact match, with its Wilson interval"),
         *(anls if any(each["anls"] for each in wanted) else []),
         _versus("vs full", "versus_full", "points right more than the unpruned model, paired; *: McNemar, Holm < 0.05"),
         _versus(f"vs {summary['baseline']}", "versus_baseline", "the same against the baseline at the same budget"),
         _versus("vs fixed", "versus_fixed", "a share on average against the same share of every image, same selector"),
+        # What changed, whether right or not, and whether the evidence was still in sight.
         SAME,
         BROKEN,
         MENDED,
@@ -127,6 +137,7 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         Column(
             "evidence % (base)", _evidence, lambda r: r["evidence"], "share of the answer's boxes under kept tokens"
         ),
+        # What it took.
         Column("select ms", _selection, lambda r: r["selection_ms"] if r["keep"] else None, "selector and budget"),
         _plain("prefill ms", "prefill_ms", 1, "prompt to first token"),
     ]

@@ -15,12 +15,25 @@ from selector.images import open_image
 
 
 def run(settings: dict[str, Any]) -> int:
+    """Times every selector at every budget on one image, a table per budget.
+
+    Args:
+        settings: by the names of ``DEFAULTS["bench"]`` in `selector.cli`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: a setting out of its range, or a budget that removes nothing from the image.
+    """
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     repeats = positive("repeats", settings["repeats"])
     image = (
         open_image(Path(settings["image"])) if settings["image"] else pages(whole("seed", settings["seed"]))[0].image
     )
+
     model, processor, selectors = load_all(settings, choose(settings))
+
     terminal = console()
     for budget in budgets:
         try:

@@ -30,6 +30,18 @@ from selector.tokens import VisualTokens
 
 
 def run(settings: dict[str, Any]) -> int:
+    """Finds the thresholds of a selector on the images of some tasks, and writes it with them as a checkpoint.
+
+    Args:
+        settings: by the names of ``DEFAULTS["calibrate"]`` in `selector.cli`, and ``selector``, a spec.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: a setting out of its range, a selector without scores, or a share that no threshold meets.
+    """
+    # All that can be wrong with the settings is said before a model is loaded.
     shares, policies = _shares(settings["shares"]), _policies(settings["newlines"])
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("calibrate", settings["tasks"], settings["skip_unreadable"])
@@ -39,15 +51,11 @@ def run(settings: dict[str, Any]) -> int:
             raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
     spec = settings["selector"]
     source = _source(spec)
-    if settings["out"] == "":
-        raise UsageError("out must be the name of a folder, got ''")
-    if settings["out"] is None and (source is None or not Path(source).is_dir()):
-        raise UsageError(f"out must name the folder to write: {spec!r} is no folder that could be calibrated in place")
-    out = Path(settings["out"] or source or "")
-    check_place(out)
+    out = _target(settings["out"], spec, source)
     ((label, selector),) = choose(settings | {"selectors": [spec]}).items()
     if not isinstance(selector, RankSelector):
         raise UsageError(f"{label}: a {type(selector).__name__} has no scores; calibrate what it is made of")
+
     model, processor, _ = load_all(settings, {label: selector})  # a module moves in place
     about = {
         "model": str(settings["model"]),
@@ -66,11 +74,25 @@ def run(settings: dict[str, Any]) -> int:
     except ValueError as error:
         raise UsageError(f"{label}: {error}") from error
     name_unreadable(tasks)
+
+    # It stays the checkpoint that it was, but for its thresholds: its card and metadata go with it.
     metadata, card = hub.about(source) if source else ({}, None)
     with writing(out):
         selector.save_pretrained(out, card=card, metadata=metadata)
+
     _print(selector.calibration, f"{label} · {settings['model']}", out)
     return 0
+
+
+def _target(out: str | None, spec: str, source: str | None) -> Path:
+    """The folder to write to: the one named, else that of the selector itself."""
+    if out == "":
+        raise UsageError("out must be the name of a folder, got ''")
+    if out is None and (source is None or not Path(source).is_dir()):
+        raise UsageError(f"out must name the folder to write: {spec!r} is no folder that could be calibrated in place")
+    place = Path(out or source or "")
+    check_place(place)
+    return place
 
 
 def _samples(tasks: Sequence[Task], samples: int | None, seed: int) -> Iterator[Sample]:
@@ -89,12 +111,14 @@ def _encoded(model: Any, processor: Any, selector: RankSelector, samples: Iterab
 
 
 def _print(calibration: Calibration, title: str, out: Path) -> None:
+    """The thresholds as a table, what their shares are of, and where the checkpoint is."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for header in ("keep", "newlines", "score above", "measured %"):
         table.add_column(header, justify="left" if header in ("keep", "newlines") else "right")
     for point in calibration.points:
         measured = f"{100 * point.measured:.2f}"
         table.add_row(f"auto:{point.share}", point.newlines, f"{point.threshold:.6g}", measured)
+
     terminal, about = console(), calibration.about
     terminal.print(table)
     terminal.print(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from selector.base import TokenSelector
 from selector.errors import UsageError
 from selector.evaluation import loading
 from selector.evaluation.commands.common import (
@@ -29,6 +30,19 @@ from selector.evaluation.tasks import Task
 
 
 def run(settings: dict[str, Any]) -> int:
+    """Runs a comparison, or what is left of it, and prints the table of what is done.
+
+    Args:
+        settings: by the names of ``DEFAULTS["compare"]`` in `selector.cli`; ``given`` lists those not left to the
+            defaults, and ``shard`` and ``fresh`` may be among them.
+
+    Returns:
+        The exit code: 0, or 130 where the user interrupted the run.
+
+    Raises:
+        UsageError: a setting out of its range, or a sample that cannot be measured.
+    """
+    # All that can be wrong with the settings is said before a model is loaded.
     samples = sample_limit(settings["samples"])
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     tasks = find_tasks("compare", settings["tasks"], settings["skip_unreadable"])
@@ -44,17 +58,10 @@ def run(settings: dict[str, Any]) -> int:
         raise UsageError("out must be the name of a folder, got ''")
     check_place(Path(settings["out"]))
     selectors = choose(settings)
-    baseline = settings["baseline"]
-    if baseline not in selectors:
-        if "baseline" in settings["given"] and baseline is not None:
-            raise UsageError(f"baseline must be one of the selectors {', '.join(selectors)}, got {baseline!r}")
-        baseline = None
+    baseline = _baseline(settings, selectors)
     if shard != WHOLE and settings.get("shard") is None:
-        print(
-            f"selector compare: RANK={shard[0]} and WORLD_SIZE={shard[1]} in the environment: this process takes shard "
-            f"{shard[0]}/{shard[1]} of the samples; --shard 0/1 takes them all",
-            file=sys.stderr,
-        )
+        _announce(shard)
+
     model, processor, selectors = load_all(settings, selectors)
     steps = compare(
         model,
@@ -75,21 +82,46 @@ def run(settings: dict[str, Any]) -> int:
         fresh=settings.get("fresh", False),
         model_name=str(settings["model"]),
     )
+
+    # A record per sample and row; the unpruned model and, with answers, the blind one are rows too.
     rows = len(selectors) * len(budgets) + 1 + int(settings["answers"])
     sizes = {task.name: len(range(*shard_range(shard, sample_count(task, samples)))) * rows for task in tasks}
     interrupted = _watch(steps, tasks, sizes)
+
     print_report([Path(settings["out"])])
     if interrupted:
         print("interrupted: the table shows what is done; the same command goes on from here", file=sys.stderr)
     return 130 if interrupted else 0
 
 
+def _baseline(settings: dict[str, Any], selectors: Mapping[str, TokenSelector]) -> str | None:
+    """The label of the baseline; the default one is done without where it is not among the selectors."""
+    baseline = settings["baseline"]
+    if baseline in selectors:
+        return baseline
+    if "baseline" in settings["given"] and baseline is not None:
+        raise UsageError(f"baseline must be one of the selectors {', '.join(selectors)}, got {baseline!r}")
+    return None
+
+
+def _announce(shard: Shard) -> None:
+    """Names the environment that made this process take a part: nobody asked for one on the command line."""
+    print(
+        f"selector compare: RANK={shard[0]} and WORLD_SIZE={shard[1]} in the environment: this process takes shard "
+        f"{shard[0]}/{shard[1]} of the samples; --shard 0/1 takes them all",
+        file=sys.stderr,
+    )
+
+
 def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> bool:
     """Drives the run behind a progress bar; True when the user interrupted it."""
     text = TextColumn("{task.description:<12} {task.fields[seen]}", markup=False)
     clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
+
+    # Of the task at work: what the model got right, unpruned and pruned, and what share of its tokens stayed.
     right: dict[str, list[bool]] = {"full": [], "pruned": []}
     shares: list[float] = []
+
     with Progress(text, *clock, console=Console(stderr=True)) as progress:
         bars = {name: progress.add_task(name, total=size, seen="") for name, size in sizes.items()}
         shown = None
@@ -97,20 +129,24 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
             for step in steps:
                 if step.task != shown:
                     right, shares, shown = {"full": [], "pruned": []}, [], step.task
+
                 record = step.record
                 if step.row.label != "blind":
                     if "correct" in record:
                         right["pruned" if step.row.selector else "full"].append(record["correct"])
                     if step.row.selector:
                         shares.append(record["tokens"] / max(1, record["full_tokens"]))
+
                 progress.update(bars[step.task], advance=1, seen=_seen(right, shares))
         except KeyboardInterrupt:
             return True
+
     name_unreadable(tasks)
     return False
 
 
 def _seen(right: dict[str, list[bool]], shares: list[float]) -> str:
+    """The running figures behind a bar: "full 81% · pruned 74% · kept 25%"."""
     parts = [f"{name} {100 * sum(hits) / len(hits):.0f}%" for name, hits in right.items() if hits]
     if shares:
         parts.append(f"kept {100 * sum(shares) / len(shares):.0f}%")

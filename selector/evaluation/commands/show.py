@@ -1,4 +1,4 @@
-"""`selector show`: a PNG with a row an image and budget, and a panel a selector; and what it shows in words."""
+"""`selector show`: a PNG with a row per image and budget, and a panel per selector; and what it shows in words."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ from selector.images import open_image
 
 
 def run(settings: dict[str, Any]) -> int:
+    """Draws what each selector keeps of some images, as one PNG; answers, where a question is asked, go below.
+
+    Args:
+        settings: by the names of ``DEFAULTS["show"]`` in `selector.cli`, and ``images``, file names.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: a setting out of its range, an image that cannot be read, or a place that cannot be written to.
+    """
+    # All that can be wrong with the settings is said before a model is loaded.
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     out = Path(settings["out"])
     if out.suffix.lower() != ".png":
@@ -23,11 +35,14 @@ def run(settings: dict[str, Any]) -> int:
     if out.is_dir():
         raise UsageError(f"out must be the name of a PNG file, {settings['out']!r} is a folder")
     check_place(out.parent)
+
     question = None if settings["question"] is None else check_question(settings["question"])
     samples = [Sample(name, open_image(Path(name)), question, None, ()) for name in settings.get("images", [])]
     samples = samples or [_asked(page, question) for page in pages(whole("seed", settings["seed"]))]
+
     limit = positive("max_new_tokens", settings["max_new_tokens"])
     positions = loading.check_positions(settings["positions"])
+
     model, processor, selectors = load_all(settings, choose(settings))
     strips = []
     for sample in samples:
@@ -44,10 +59,12 @@ def run(settings: dict[str, Any]) -> int:
             strips.append(strip)
             for line in words:
                 print(line)
+
     page = picture.stack(strips, heading=f"{settings['model']}: what stays of the visual tokens")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         page.save(out)
+
     print(f"{out}: {page.width} x {page.height}, {len(strips)} rows of {len(selectors) + 1} panels")
     return 0
 

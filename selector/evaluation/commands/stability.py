@@ -38,27 +38,32 @@ Found = dict[tuple[str, str, str], list[tuple[Overlap | None, Overlap | None]]]
 
 
 def run(settings: dict[str, Any]) -> int:
+    """Prints how far selectors keep the same places of changed images, and trainings of one recipe the same places.
+
+    Args:
+        settings: by the names of ``DEFAULTS["stability"]`` in `selector.cli`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: a setting out of its range, or a sample on which a selector cannot choose.
+    """
+    # All that can be wrong with the settings is said before a model is loaded.
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("stability", settings["tasks"], settings["skip_unreadable"])
-    out = None if settings["out"] is None else Path(settings["out"])
-    if out is not None and out.suffix.lower() != ".json":
-        raise UsageError(f"out must be the name of a JSON file, got {settings['out']!r}")
-    if out is not None:
-        check_place(out.parent)
+    out = _target(settings["out"])
     for task in tasks:
         if samples is None and task.size is None:
             raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
     selectors = choose(settings)
     seeds = _seeds(settings)
-    for label, selector in (selectors | seeds).items():
-        for budget in budgets:
-            try:
-                selector.resolved(budget)
-            except ValueError as error:
-                raise UsageError(f"{label}: {error}") from error
+    _check_calibrated(selectors | seeds, budgets)
+
     model, processor, selectors = load_all(settings, selectors)
     seeds = {label: selector.to(model.device) for label, selector in seeds.items()}
+
     result: dict[str, Any] = {
         "model": str(settings["model"]),
         "fingerprint": fingerprint(model),
@@ -68,6 +73,7 @@ def run(settings: dict[str, Any]) -> int:
         "selectors": {label: identity(selector) for label, selector in (selectors | seeds).items()},
         "rows": [],
     }
+
     with Progress(console=Console(stderr=True)) as progress:
         for task in tasks:
             count = sample_count(task, samples)
@@ -75,11 +81,33 @@ def run(settings: dict[str, Any]) -> int:
             found = measure(model, processor, selectors, seeds, budgets, stream)
             result["rows"] += [{"task": task.name} | row for row in summarize(found)]
     name_unreadable(tasks)
+
     print(markdown(result))
     if out is not None:
         write_json(out, result)
         print(f"\nFigures: {out}")
     return 0
+
+
+def _target(name: str | None) -> Path | None:
+    """The file to write the figures to; None where they are only printed."""
+    if name is None:
+        return None
+    out = Path(name)
+    if out.suffix.lower() != ".json":
+        raise UsageError(f"out must be the name of a JSON file, got {name!r}")
+    check_place(out.parent)
+    return out
+
+
+def _check_calibrated(selectors: Mapping[str, TokenSelector], budgets: Sequence[Budget]) -> None:
+    """Refuses a budget that a selector's calibration does not know: better said now than at the first sample."""
+    for label, selector in selectors.items():
+        for budget in budgets:
+            try:
+                selector.resolved(budget)
+            except ValueError as error:
+                raise UsageError(f"{label}: {error}") from error
 
 
 def measure(
@@ -90,22 +118,34 @@ def measure(
     budgets: Sequence[Budget],
     samples: Iterable[Sample],
 ) -> Found:
-    """The overlaps of every image, for every selector, budget and change; of `seeds`, those of every pair, averaged."""
+    """The overlaps of every image, for every selector, budget and change; of `seeds`, those of every pair, averaged.
+
+    Args:
+        selectors, seeds: by label, on the model's device; `seeds` may be empty.
+
+    Raises:
+        UsageError: a selector cannot choose on a sample, which is named.
+    """
     everyone = [*selectors.values(), *seeds.values()]
     needs = frozenset({"features"}).union(*(selector.needs for selector in everyone))
     chance = [load_selector(f"random:seed={number}").to(model.device) for number in (0, 1)]
+
     found: Found = {}
     for sample in samples:
         try:
             before = _encoded(model, processor, sample.image, sample.question, needs)
             canvas = model_canvas(model.config, (sample.image.height, sample.image.width), before.grid)
             places = canvas.rectangles()
+
+            # Every selector against itself, on the image and on the changed one.
             for change in changes(sample.image, canvas):
                 after = _encoded(model, processor, change.image, sample.question, needs)
                 at = pairs(places, before.valid, change)
                 for budget, named in itertools.product(budgets, selectors.items()):
                     each = _compared((named, named), (before, after), budget, at, chance)
                     found.setdefault((named[0], str(written(budget)), change.name), []).append(each)
+
+            # Every training against every other, on the same image.
             at = pairs(places, before.valid, Change(SEEDS, sample.image))
             for budget in budgets if seeds else ():
                 couples = itertools.combinations(seeds.items(), 2)
@@ -175,7 +215,7 @@ def summarize(found: Found) -> list[dict[str, Any]]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A table a task."""
+    """A table per task, of the figures that `run` collects."""
     headers = ("selector", "keep", "change", "n", "Jaccard [95%]", "chance", "in common [95%]", "chance")
     lines = [f"# Stability of what is kept: {result['model']}"]
     for task in dict.fromkeys(row["task"] for row in result["rows"]):
