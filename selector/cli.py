@@ -1,7 +1,7 @@
 """The command line: ``selector compare | show | bench | calibrate | stability | list | report``.
 
 Only the parser lives here, so that ``selector --help`` answers at once; the commands are in
-`selector.evaluation.commands` and are imported when one runs. Settings come from three places, the later wins: the
+`selector.commands` and are imported when one runs. Settings come from three places, the later wins: the
 defaults below, a YAML file (``--config``, same names as the flags), the flags.
 """
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, debug = arguments.pop("command"), arguments.pop("debug", False)
     try:
         settings = _settings(command, arguments)
-        return importlib.import_module(f"selector.evaluation.commands.{command}").run(settings)
+        return importlib.import_module(f"selector.commands.{command}").run(settings)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
