@@ -14,9 +14,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from selector.errors import UsageError
+from selector.record import Record
 
 FORMAT = 2
 """Raise it when the meaning of a record changes."""
@@ -48,11 +49,11 @@ class Records:
         read_records(self.path, repair=True)
         self.done = {record["id"]: record for record in read_folder(self.folder)}
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         with writing(self.path), self.path.open("ab") as file:
             file.write(line.encode())
-        self.done[record["id"]] = dict(record)
+        self.done[record["id"]] = record
 
     def clear(self) -> None:
         for path in _parts(self.folder):
@@ -60,7 +61,7 @@ class Records:
         self.done = {}
 
 
-def read_folder(folder: Path) -> list[dict[str, Any]]:
+def read_folder(folder: Path) -> list[Record]:
     """The records of one key from all its shards, each sample once, in the order of the samples."""
     found = {record["id"]: record for path in _parts(folder) for record in read_records(path)}
     return sorted(found.values(), key=lambda record: record.get("index", 0))
@@ -93,7 +94,7 @@ def lock(run: Path, shard: Shard) -> IO[str]:
     return file
 
 
-def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
+def read_records(path: Path, repair: bool = False) -> list[Record]:
     """The records of a file, in the order written; a last line without its end was cut short and does not count.
 
     Args:
@@ -108,7 +109,7 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
     whole = data.rfind(b"\n") + 1
     if repair and whole < len(data):
         os.truncate(path, whole)
-    records = []
+    records: list[Record] = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
             record = json.loads(line)
@@ -125,7 +126,7 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
                 f"{path} line {number} is no record, it needs an id and an index: {record!r:.80}; "
                 "repair it or start over with --fresh"
             )
-        records.append(record)
+        records.append(cast(Record, record))
     return records
 
 
