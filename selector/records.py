@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
 from selector.errors import UsageError
+from selector.files import output, write_json
 from selector.record import Record
 
 FORMAT = 2
@@ -40,10 +40,9 @@ class Records:
     def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE, fresh: bool = False):
         self.key = key_of(settings)
         self.folder = run / self.key
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / (PREDICTIONS if shard == WHOLE else f"predictions.{shard[0]}-of-{shard[1]}.jsonl")
-        write_json(self.folder / SETTINGS, settings)
+        with output(self.folder):
+            write_json(self.folder / SETTINGS, settings)
         if fresh:
             self.clear()
         read_records(self.path, repair=True)
@@ -51,7 +50,7 @@ class Records:
 
     def append(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        with writing(self.path), self.path.open("ab") as file:
+        with output(self.path), self.path.open("ab") as file:
             file.write(line.encode())
         self.done[record["id"]] = record
 
@@ -77,7 +76,7 @@ def lock(run: Path, shard: Shard) -> IO[str]:
     Raises:
         UsageError: another process holds it.
     """
-    with writing(run):
+    with output(run):
         run.mkdir(parents=True, exist_ok=True)
         file = (run / f".lock-{shard[0]}-of-{shard[1]}").open("w")
     try:
@@ -143,46 +142,3 @@ def key_of(settings: Mapping[str, Any]) -> str:
 def image_name(task_fingerprint: str, seed: int, sample_id: str) -> str:
     """File name of a sample's image in `IMAGES`, without its ending."""
     return hashlib.sha256(f"{task_fingerprint} {seed} {sample_id}".encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Whole or not at all.
-
-    Raises:
-        UsageError: it cannot be written, with the path and the reason.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Whatever keeps `path` from being written is a UsageError that names it: a full disk names no file by itself."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"out must be a place to write to, {path}: {error.strerror or error}") from error
-
-
-def check_place(path: Path) -> None:
-    """Refuses a place to write to that is none, before the work is done whose outcome it is for.
-
-    Raises:
-        UsageError: an ancestor is a file, or may not be written to.
-    """
-    ancestor = next((each for each in (path, *path.parents) if each.exists()), Path())
-    if not ancestor.is_dir():
-        raise UsageError(f"out must be a place to write to, {path}: {ancestor} is no folder")
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise UsageError(f"out must be a place to write to, {path}: {ancestor} is read-only")

@@ -24,9 +24,10 @@ from selector.commands.common import (
 )
 from selector.commands.printing import print_report
 from selector.errors import UsageError
+from selector.files import check_output
 from selector.measure.protocol import Protocol
 from selector.measure.run import Step, check_part, compare, sample_count, shard_range
-from selector.records import WHOLE, Shard, check_place
+from selector.records import WHOLE, Shard
 from selector.tasks import Task
 
 
@@ -52,7 +53,7 @@ def run(settings: dict[str, Any]) -> int:
     check_part(tasks, samples, shard, settings.get("fresh", False))
     if not settings["out"]:
         raise UsageError("out must be the name of a folder, got ''")
-    check_place(Path(settings["out"]))
+    check_output(Path(settings["out"]))
     selectors = choose(settings)
     baseline = _baseline(settings, selectors)
     if shard != WHOLE and settings.get("shard") is None:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -26,7 +26,12 @@ WHOLE = 256 * 2**20
 
 def fingerprint(module: nn.Module) -> str:
     """Hash of a module's tensors: names, types, shapes and values (sampled evenly in modules above 256 MiB)."""
-    state = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    return fingerprint_of(module.state_dict())
+
+
+def fingerprint_of(tensors: Mapping[str, Any]) -> str:
+    """`fingerprint` of a state dict; entries that are no tensors do not count."""
+    state = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     whole = sum(value.nbytes for value in state.values()) <= WHOLE
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):

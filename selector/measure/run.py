@@ -19,6 +19,7 @@ from selector import records
 from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.errors import UsageError
+from selector.files import output, write_json
 from selector.measure.bench import BLIND, FULL, Bench, Measured, Row
 from selector.measure.images import FIRST, store_image
 from selector.measure.protocol import Protocol
@@ -118,7 +119,7 @@ def compare(
             for row, file in zip(rows, files[task.name], strict=True)
         ],
     }
-    records.write_json(out / records.RUN, plan)
+    _write_plan(out, plan)
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
     bench = Bench(model, processor, needs, protocol)
 
@@ -139,9 +140,14 @@ def compare(
                     raise UsageError(f"task {task.name!r}: none of its {len(task.unreadable)} images can be read")
                 if task.unreadable:
                     plan["unreadable"][task.name] = task.unreadable
-                    records.write_json(out / records.RUN, plan)
+                    _write_plan(out, plan)
 
     return steps()
+
+
+def _write_plan(out: Path, plan: Mapping[str, Any]) -> None:
+    with output(out / records.RUN):
+        write_json(out / records.RUN, plan)
 
 
 def check_part(tasks: Sequence[Task], samples: int | None, shard: records.Shard, fresh: bool) -> None:

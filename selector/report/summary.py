@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from selector.errors import UsageError
+from selector.files import output, write_json, write_text
 from selector.record import Record, check, summed_by
-from selector.records import FLIPS, RUN, read_folder, seeing_question, write_json, write_text
+from selector.records import FLIPS, RUN, read_folder, seeing_question
 from selector.report.columns import POOLED, is_auto, share_of
 from selector.report.page import render
 from selector.report.page.explorer import changed_answers, explorer
@@ -242,12 +243,14 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[di
     summaries = [summarize(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
         if out is None:
-            write_json(run / RESULTS, summary)
+            with output(run / RESULTS):
+                write_json(run / RESULTS, summary)
     target = out or runs[0] / REPORT_HTML
     pages = dict(zip(names, summaries, strict=True))
     shown = explorer({name: (run, *read_run(run)) for name, run in zip(names, runs, strict=True)})
-    write_text(target.with_suffix(".md"), f"{markdown(pages)}\n\n{changed_answers(shown)}")
-    write_text(target, render(pages, shown))
+    with output(target):
+        write_text(target.with_suffix(".md"), f"{markdown(pages)}\n\n{changed_answers(shown)}")
+        write_text(target, render(pages, shown))
     return summaries, target
 
 
