@@ -76,6 +76,41 @@ def test_cls_attention_is_that_of_the_feature_layer(tiny_model, make_image, atte
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_received_attention_is_the_mean_over_heads_and_queries(tiny_model, make_image, vision):
+    """Oracle: the eager tower with every attention returned. SigLIP has no CLS token, and needs none."""
+    needs = ("received_attention", "received_attention@0", "received_attention@-1")
+    model, inputs, result = encoded(tiny_model, [make_image(64, 64, 1)], needs=needs, vision=vision)
+    tower = copy.deepcopy(model.model.vision_tower)
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = tower(inputs["pixel_values"][0], output_attentions=True).attentions
+    first = 1 if vision == "clip" else 0
+    want = [attention.mean((1, 2))[:, first:] for attention in attentions]
+    torch.testing.assert_close(result.tokens.received_attention, want[-2])
+    torch.testing.assert_close(result.tokens.layers["received_attention@0"], want[0])
+    torch.testing.assert_close(result.tokens.layers["received_attention@-1"], want[-1])
+    assert set(result.tokens.layers) == {"received_attention@0", "received_attention@-1"}
+
+
+def test_joint_heads_are_one_head_of_the_whole_width(tiny_model, make_image):
+    """Oracle: the last layer's own projections, as one softmax over the whole width."""
+    needs = ("joint_cls_attention@-1", "joint_received_attention@-1", "joint_keys@-1", "cls_attention@0")
+    model, inputs, result = encoded(tiny_model, [make_image(64, 64, 1)], needs=needs)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        hidden = tower(inputs["pixel_values"][0], output_hidden_states=True).hidden_states
+        block = tower.get_submodule(next(n for n, _ in tower.named_modules() if n.endswith("encoder.layers")))[-1]
+        seen = block.layer_norm1(hidden[-2])
+        queries, keys = block.self_attn.q_proj(seen), block.self_attn.k_proj(seen)
+    attention = (queries @ keys.mT / queries.shape[-1] ** 0.5).softmax(-1)
+    got = result.tokens.layers
+    torch.testing.assert_close(got["joint_cls_attention@-1"], attention[:, 0, 1:])
+    torch.testing.assert_close(got["joint_received_attention@-1"], attention.mean(1)[:, 1:])
+    torch.testing.assert_close(got["joint_keys@-1"], keys[:, 1:])
+    assert not any(m._forward_hooks for n, m in model.named_modules() if n.endswith(("k_proj", "q_proj")))
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_keys_are_those_of_the_layer_that_made_the_features(tiny_model, make_image, vision):
     """Oracle: the layer's own projection of its normalised input, which is the hidden state before it."""
     model, inputs, result = encoded(tiny_model, [make_image(64, 64, 1)], needs=("keys",), vision=vision)
@@ -136,5 +171,12 @@ def test_what_the_model_cannot_give_is_named(tiny_model, make_image):
         encoded(tiny_model, image, needs=("cls_attention",), vision="siglip")
     with pytest.raises(ValueError, match="gives no depth"):
         encoded(tiny_model, image, needs=("depth", "keys"))
+    for need in ("depth@1", "keys@x", "joint_keys", "text@1"):
+        with pytest.raises(ValueError, match=f"gives no {need} to a selector"):
+            encoded(tiny_model, image, needs=(need,))
+    with pytest.raises(ValueError, match="received_attention@9: the vision tower has attention layers 0 to 2, got 9"):
+        encoded(tiny_model, image, needs=("received_attention@9",))
+    with pytest.raises(ValueError, match="joint_cls_attention@-1: .*no CLS token.* take attention=received"):
+        encoded(tiny_model, image, needs=("joint_cls_attention@-1",), vision="siglip")
     with pytest.raises(ValueError, match=r"text: .* pass relevance="):
         encoded(tiny_model, image, needs=("text",))
