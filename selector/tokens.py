@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -69,7 +70,7 @@ class VisualTokens:
 
     @classmethod
     def from_features(
-        cls, features: Float[Tensor, "B N D"], grid: tuple[int, int] | None = None, **extra: Tensor
+        cls, features: Float[Tensor, "B N D"], grid: tuple[int, int] | None = None, **extra: Any
     ) -> VisualTokens:
         """Every row is an image of one tile, with no newline: a bare encoder, or a training batch."""
         rows, patches = features.shape[:2]
