@@ -75,6 +75,22 @@ def test_cls_attention_is_that_of_the_feature_layer(tiny_model, make_image, atte
     torch.testing.assert_close(result.tokens.cls_attention, want)
 
 
+@pytest.mark.parametrize(("layer", "made_by"), [(1, 0), (2, 1), (3, 2), (-1, 2), (-3, 0)])
+def test_a_feature_layer_counted_from_the_front_is_that_of_the_attention_before_it(
+    tiny_model, make_image, layer, made_by
+):
+    """`hidden_states` begins with the embeddings, so entry 1 is what attention 0 made."""
+    model, processor = tiny_model()
+    inputs = processor(images=[make_image(64, 64, 1)], text=["<image>"], return_tensors="pt")
+    with torch.no_grad():
+        tokens = encode(model, {**inputs, "vision_feature_layer": layer}, ("cls_attention", "keys")).tokens
+        tower = copy.deepcopy(model.model.vision_tower)
+        tower.set_attn_implementation("eager")
+        outputs = tower(inputs["pixel_values"][0], output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(tokens.cls_attention, outputs.attentions[made_by][:, :, 0, 1:].mean(1))
+    torch.testing.assert_close(tokens.features, outputs.hidden_states[layer][:, 1:])
+
+
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_received_attention_is_the_mean_over_heads_and_queries(tiny_model, make_image, vision):
     """Oracle: the eager tower with every attention returned. SigLIP has no CLS token, and needs none."""

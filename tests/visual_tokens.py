@@ -88,8 +88,7 @@ def only(tokens: VisualTokens, i: int) -> VisualTokens:
     first = int(mine.nonzero()[0]) * tokens.features.shape[1]
     slots = tokens.slots[i : i + 1, : int(tokens.lengths[i])]
     fields = {
-        name: None if (value := getattr(tokens, name)) is None else value[mine]
-        for name in (*TABLES, *SCORES)
+        name: None if (value := getattr(tokens, name)) is None else value[mine] for name in (*TABLES, *SCORES)
     } | {"layers": {name: value[mine] for name, value in tokens.layers.items()}}
     image = torch.zeros(int(mine.sum()), dtype=torch.long)
     if tokens.question is not None and tokens.question_mask is not None:
