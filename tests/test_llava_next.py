@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selector import Budget, prune_inputs
+from selector import Budget, load_selector, prune_inputs
 from selector.grid import places
 from selector.methods.cdpruner import CDPruner
 from selector.models import encode
@@ -108,6 +108,24 @@ def test_received_attention_is_the_mean_over_heads_and_queries(tiny_model, make_
     assert set(result.tokens.layers) == {"received_attention@0", "received_attention@-1"}
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("cls-attention", "prumerge", "prumerge-plus", "visionzip", "vispruner", "hired", "holov"),
+        *("hiprune:layer=1", "cdpruner:relevance=received_attention"),
+    ],
+)
+def test_a_tower_without_cls_serves_selectors_of_received_attention(tiny_model, make_image, spec):
+    model, processor = tiny_model(vision="siglip")
+    inputs = processor(images=[make_image(64, 64, 1)], text=["<image>"], return_tensors="pt")
+    if ":" not in spec:
+        with torch.no_grad(), pytest.raises(ValueError, match=r"no CLS token.* take attention=received"):
+            prune_inputs(model, inputs, load_selector(spec), Budget(6))
+        spec += ":attention=received"
+    with torch.no_grad():
+        assert prune_inputs(model, inputs, load_selector(spec), Budget(6)).measured == [6]
+
+
 def test_joint_heads_are_one_head_of_the_whole_width(tiny_model, make_image):
     """Oracle: the last layer's own projections, as one softmax over the whole width."""
     needs = ("joint_cls_attention@-1", "joint_received_attention@-1", "joint_keys@-1", "cls_attention@0")
@@ -192,7 +210,7 @@ def test_what_the_model_cannot_give_is_named(tiny_model, make_image):
             encoded(tiny_model, image, needs=(need,))
     with pytest.raises(ValueError, match="received_attention@9: the vision tower has attention layers 0 to 2, got 9"):
         encoded(tiny_model, image, needs=("received_attention@9",))
-    with pytest.raises(ValueError, match="joint_cls_attention@-1: .*no CLS token.* take attention=received"):
+    with pytest.raises(ValueError, match=r"joint_cls_attention@-1: .*no CLS token.* take attention=received"):
         encoded(tiny_model, image, needs=("joint_cls_attention@-1",), vision="siglip")
     with pytest.raises(ValueError, match=r"text: .* pass relevance="):
         encoded(tiny_model, image, needs=("text",))

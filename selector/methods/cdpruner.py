@@ -3,14 +3,15 @@
 Greedy MAP inference of the kernel diag(r) S diag(r): S is the cosine similarity of the projected tokens and r the
 relevance v of each token to the prompt, scaled over the tokens that compete: (v - min + 1e-6) / (max - min). With the
 official code, 99.4 to 100% of the kept tokens agree, and rounding decides the rest. Where we depart: r is scaled for
-each image (or tile) by itself, so batch neighbours do not matter; where all v are alike r is 1; and when the chosen tokens span all others (volume
-zero whatever comes next: all-zero or repeated tokens, more tokens than dimensions) the choice starts over among the
-rest instead of stalling.
+each image (or tile) by itself, so batch neighbours do not matter; where all v are alike r is 1; and when the chosen
+tokens span all others (volume zero whatever comes next: all-zero or repeated tokens, more tokens than dimensions) the
+choice starts over among the rest instead of stalling. On a LLaVA-NeXT the official run spends K/5 on each crop by
+itself, which is ``scope="tile"``.
 
-Relevance is `VisualTokens.text`, and **higher is more**. The official code takes the mean of *minus* the cosine of image
-and text embedding ("the lower, the more relevant"): negate a plain CLIP cosine to get the published method. On a
-LLaVA-NeXT the official run spends K/5 on each crop by itself, which is ``scope="tile"``. A LLaVA-NeXT holds only the vision half of its CLIP and cannot give it; pass
-``relevance=`` to `selector.prune_inputs`, a function that computes it, e.g. with the whole CLIP.
+Relevance is `VisualTokens.text`, and **higher is more**. The official code takes the mean of *minus* the cosine of
+image and text embedding ("the lower, the more relevant"): negate a plain CLIP cosine to get the published method. A
+LLaVA-NeXT holds only the vision half of its CLIP and cannot give it; pass ``relevance=`` to `selector.prune_inputs`, a
+function that computes it, e.g. with the whole CLIP.
 """
 
 from __future__ import annotations

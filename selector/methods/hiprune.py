@@ -1,9 +1,9 @@
 """HiPrune (arXiv 2508.00553): anchors and their neighbours by a middle layer's attention, the rest by a late layer's.
 
-Attention is what a patch receives, mean over all heads and queries, so towers without a CLS token will do. The round(K ·
-alpha / 5) patches that receive most in layer `layer` (from 0; officially 9 of CLIP-L's 24) are anchors; they and their
-four neighbours stay, and the rest of K is what receives most at the feature layer. A tower of fewer layers needs a
-`layer` that it has.
+Attention is what a patch receives, mean over all heads and queries, so towers without a CLS token will do. The
+round(K · alpha / 5) patches that receive most in layer `layer` (from 0; officially 9 of CLIP-L's 24) are anchors; they
+and their four neighbours stay, and the rest of K is what receives most at the feature layer. A tower of fewer layers
+needs a `layer` that it has.
 
 Where we depart: a patch at the edge has fewer neighbours (officially one more or one less in raster order, which wraps
 to the next row), and with a budget an image the tiles are laid out as one grid, so that neighbours reach across. On a

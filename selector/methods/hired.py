@@ -1,9 +1,9 @@
-"""HiRED (arXiv 2408.10945): the base view gets its part of the budget, the tiles theirs by what the base view attends to.
+"""HiRED (arXiv 2408.10945): the base view gets a part of the budget, the tiles theirs by where the base view attends.
 
-Of B tokens the base view gets int(B · alpha), those with the highest CLS attention at the feature layer. The rest r goes
-to the tiles: of the int(N (1 - alpha)) base tokens with the highest CLS attention at the *first* layer, which still
-sees objects as wholes, a tile that shows m gets int(r m / all of them), again those with the highest CLS attention at
-the feature layer. Officially B is a fifth of all encoder tokens, before unpadding; here it is what the budget pays for.
+Of B tokens the base view gets int(B · alpha), those with the highest CLS attention at the feature layer. The rest r
+goes to the tiles: of the int(N (1 - alpha)) base tokens with the highest CLS attention at the *first* layer, a tile
+that shows m gets int(r m / all of them), again those with the highest CLS attention at the feature layer. Officially B
+is a fifth of all encoder tokens, before unpadding; here it is what the budget pays for.
 
 Where we depart: a tile's region is the part of the picture that the tile shows. Officially a reshape makes it a
 horizontal band of the base view (``regions="bands"``: the T tiles take T equal runs of its tokens). A view never gets
@@ -65,10 +65,9 @@ class HiRED(RankSelector):
 
         groups = Groups.of(tokens, "image")
         quota = self._quotas(early, groups.patches(tokens, budget), tokens)
-        place = ranks(late, tokens.valid)
-        turn = torch.arange(len(quota), device=quota.device)
-        table = torch.stack([place, quota[:, None].expand_as(place), turn[:, None].expand_as(place)], 2)
-        return groups.scatter(shared_out(*groups.gather(table).unbind(2), groups.mask), tokens)
+        place, turn = ranks(late, tokens.valid), torch.arange(len(quota), device=quota.device)
+        place, quota, turn = (groups.gather(part.expand_as(place)) for part in (place, quota[:, None], turn[:, None]))
+        return groups.scatter(shared_out(place, quota, turn, groups.mask), tokens)
 
     def _quotas(self, early: Float[Tensor, "T N"], count: Int[Tensor, "I"], tokens: VisualTokens) -> Int[Tensor, "T"]:
         """Tokens that each view gets."""

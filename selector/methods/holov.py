@@ -2,11 +2,11 @@
 
 The sequence of an image's tokens is cut into `crops` contiguous runs, the first ones a token longer where they do not
 divide it. In a run of m tokens S are the cosines of the projected tokens with a zero diagonal, μ_i = Σ_j S_ij / (m - 1)
-and v_i = Σ_j (S_ij - μ_i)² / (m - 1), the diagonal included. With u = 1000 times the CLS attention at the feature layer,
-the run weighs w = mean(u + variety · v · mean(u) / (mean(v) + 1e-6)), all means over the run. It gets floor(K w / Σ w)
-tokens, those that rounding leaves go to the runs of largest w, and inside a run the highest attention stays.
-Mind that mean(v) cancels: where it is far above 1e-6, as almost everywhere, w is (1 + variety) · mean(u), and the shares
-are those of attention alone.
+and v_i = Σ_j (S_ij - μ_i)² / (m - 1), the diagonal included. With u = 1000 times the CLS attention at the feature
+layer, the run weighs w = mean(u + variety · v · mean(u) / (mean(v) + 1e-6)), all means over the run. It gets
+floor(K w / Σ w) tokens, those that rounding leaves go to the runs of largest w, and inside a run the highest attention
+stays. Mind that mean(v) cancels: where it is far above 1e-6, as almost everywhere, w is (1 + variety) · mean(u), and
+the shares are those of attention alone.
 
 Where we depart: a run never gets more than it has (officially it is filled up with tokens of zeros); what is left over
 goes to the others in the order of w, one each, again and again. Newline tokens cost all runs alike.

@@ -3,7 +3,7 @@
 Of K tokens a share `contextual` (published: 10 of 64) stands for what is not dominant. Of the R tokens that are left, c
 are targets: the first of each stride, at 0, s, 2s and so on with s = max(1, R // c), so that the tail has none. Every
 other token joins the target most similar to it by cosine of the keys, and a target becomes itself plus the mean of its
-members. With the official code, all kept sets agree.
+members. From the same attention the official code takes the same dominant tokens.
 
 Where we depart: the official K counts the CLS token, which it keeps too (its 54 + 10 are 53 patches, CLS and 10); here
 all K are patches. Tokens merge after the projector, not before, and within a view; and when newline tokens leave room

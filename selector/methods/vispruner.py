@@ -1,12 +1,12 @@
 """VisPruner (arXiv 2412.01818): important tokens by CLS attention, diverse ones by removing duplicates from the rest.
 
-Of K tokens the share `important` (officially a half, rounded down) is that of the highest CLS attention. The rest, in the
-order of their attention, is matched again and again: those at even places with their most similar one at an odd place
-(cosine of the features). The `drop` = 8 with the most similar match leave; the others at even places then come first, by
-falling similarity, and behind them those at odd places; so until the diverse share remains. With the official code,
-all kept sets agree. Where we depart: any K works (the official code raises where the number that remains is odd), and
-when newline tokens leave room for fewer patches than K, both parts shrink alike. On a LLaVA-NeXT the official run
-spends K/5 on each crop by itself, which is ``scope="tile"``.
+Of K tokens the share `important` (officially a half, rounded down) is that of the highest CLS attention. The rest, in
+the order of their attention, is matched again and again: those at even places with their most similar one at an odd
+place (cosine of the features). The `drop` = 8 with the most similar match leave; the others at even places then come
+first, by falling similarity, and behind them those at odd places; so until the diverse share remains. With these rules
+and the same inputs, the official code keeps the same set. Where we depart: any K works (the official code raises where
+the number that remains is odd), and when newline tokens leave room for fewer patches than K, both parts shrink alike.
+On a LLaVA-NeXT the official run spends K/5 on each crop by itself, which is ``scope="tile"``.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from visual_tokens import anyres, changed, ragged, single
 
 from selector import Budget, Flow, GumbelSelector, LoFi, Norm, Random, SVDPrune, Uniform, VisualTokens, load_selector
+from selector.attention import attention_field
 from selector.grid import bands, cells, places
 from selector.groups import Groups
 from selector.methods.cdpruner import CDPruner
@@ -425,7 +426,7 @@ def test_holov_shares_the_budget_between_runs(seed, count, crops, power):
 
 
 def test_variety_all_but_cancels_in_the_published_holov():
-    """A run of alike tokens weighs as much as a varied one; only one without any similarity weighs 1 instead of 1 + λ."""
+    """A run of alike tokens weighs as much as a varied one; only one without any similarity lacks the 1 + λ."""
     features = torch.ones(1, 16, 8)
     features[0, :8] = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     more = torch.ones(1, 16)
@@ -619,3 +620,13 @@ def test_lrcp_names_a_wrong_matrix():
     unchecked = inspect.unwrap(LRCP.__init__)  # as users run it: the type checker of the tests would speak first
     with pytest.raises(ValueError, match="matrix must be 'image' or 'tile', got 'page'"):
         unchecked(LRCP(), matrix="page")
+
+
+def test_wrong_words_are_named():
+    """As users run it, without the type checker of the tests."""
+    with pytest.raises(ValueError, match="weights must be one of published, scaled, attention, got 'half'"):
+        inspect.unwrap(PruMerge.__init__)(PruMerge(), weights="half")
+    with pytest.raises(ValueError, match="regions must be one of tiles, bands, got 'rows'"):
+        inspect.unwrap(HiRED.__init__)(HiRED(), regions="rows")
+    with pytest.raises(ValueError, match="attention must be one of cls, received, got 'all'"):
+        inspect.unwrap(attention_field)("all")
