@@ -209,7 +209,9 @@ def test_what_the_model_cannot_give_is_named(tiny_model, make_image):
         with pytest.raises(ValueError, match=f"gives no {need} to a selector"):
             encoded(tiny_model, image, needs=(need,))
     with pytest.raises(ValueError, match="received_attention@9: the vision tower has attention layers 0 to 2, got 9"):
-        encoded(tiny_model, image, needs=("received_attention@9",))
+        encoded(tiny_model, image, needs=("cls_attention", "received_attention@9"))
+    tower = tiny_model()[0].model.vision_tower
+    assert not any(module._forward_hooks for name, module in tower.named_modules() if name.endswith("_proj"))
     with pytest.raises(ValueError, match=r"joint_cls_attention@-1: .*no CLS token.* take attention=received"):
         encoded(tiny_model, image, needs=("joint_cls_attention@-1",), vision="siglip")
     with pytest.raises(ValueError, match=r"text: .* pass relevance="):

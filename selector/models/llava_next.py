@@ -29,6 +29,58 @@ GIVES = frozenset({"features", "projected", "text", "question"}) | HEARD
 
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
     """See `selector.models.encode`."""
+    _check_needs(needs, relevance)
+    base, config = model.base_model, model.config
+    layer = _setting(inputs, config, "vision_feature_layer")
+    strategy = _setting(inputs, config, "vision_feature_select_strategy")
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer must be one layer for selection, got {layer}")
+    prefix = 1 if strategy == "default" else 0  # tokens before the patches that the model itself cuts off: CLS
+    wanted = frozenset(need for need in needs if _quantity(need) in HEARD)
+    without_cls = sorted(need for need in wanted if _quantity(need) == "cls_attention")
+    if without_cls and prefix == 0:
+        raise ValueError(
+            f"{', '.join(without_cls)}: this vision tower has no CLS token (vision_feature_select_strategy is 'full'); "
+            "selectors that read attention take attention=received"
+        )
+
+    # The model's own encoding, with its own arguments; attention is overheard, not computed a second time.
+    names = inspect.signature(base.get_image_features).parameters
+    arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    with _listening(base.vision_tower, layer, wanted) as heard:
+        output = base.get_image_features(**arguments, return_dict=True)
+    read = {need: _read(need, heard[need], prefix) for need in wanted}
+    features = output.hidden_states[layer][:, prefix:]
+    packed = list(output.pooler_output)
+
+    tiles = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        for size in inputs["image_sizes"]
+    ]
+    side = config.vision_config.image_size // config.vision_config.patch_size
+
+    tokens = VisualTokens(
+        features=features,
+        grid=(side, side),
+        image=torch.repeat_interleave(torch.tensor(tiles, device=features.device)),
+        slots=_index_map(base, tiles, features, inputs["image_sizes"], strategy),
+        layers={need: read.pop(need) for need in wanted - HEARD},
+        **read,
+    )
+
+    # What is read off the tokens, once they are there.
+    if "projected" in needs:
+        tokens = _with_projected(tokens, packed)
+    if "text" in needs and relevance is not None:
+        tokens = replace(tokens, text=relevance(tokens, inputs))
+    if "question" in needs:
+        tokens = _with_question(tokens, model, inputs)
+
+    return Encoded(tokens, packed, output, config.image_token_id)
+
+
+def _check_needs(needs: frozenset[str], relevance: Relevance | None) -> None:
+    """Refuses, by name, what this model cannot give."""
     unknown = {need for need in needs if need not in GIVES and _quantity(need) not in HEARD}
     if unknown:
         raise ValueError(
@@ -40,49 +92,10 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
             "text: a LLaVA-NeXT has the vision half of its CLIP only, no text tower to compare tokens with; pass "
             "relevance=, a function (tokens, inputs) -> [tiles, patches]"
         )
-    base, config = model.base_model, model.config
-    layer = _setting(inputs, config, "vision_feature_layer")
-    strategy = _setting(inputs, config, "vision_feature_select_strategy")
-    if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer must be one layer for selection, got {layer}")
-    names = inspect.signature(base.get_image_features).parameters
-    arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
-    prefix = 1 if strategy == "default" else 0
-    wanted = frozenset(need for need in needs if _quantity(need) in HEARD)
-    without_cls = sorted(need for need in wanted if _quantity(need) == "cls_attention")
-    if without_cls and prefix == 0:
-        raise ValueError(
-            f"{', '.join(without_cls)}: this vision tower has no CLS token (vision_feature_select_strategy is 'full'); "
-            "selectors that read attention take attention=received"
-        )
-    with _listening(base.vision_tower, layer, wanted) as heard:
-        output = base.get_image_features(**arguments, return_dict=True)
-    read = {need: _read(need, heard[need], prefix) for need in wanted}
-    features = output.hidden_states[layer][:, prefix:]
-    packed = list(output.pooler_output)
-    tiles = [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        for size in inputs["image_sizes"]
-    ]
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    tokens = VisualTokens(
-        features=features,
-        grid=(side, side),
-        image=torch.repeat_interleave(torch.tensor(tiles, device=features.device)),
-        slots=_index_map(base, tiles, features, inputs["image_sizes"], strategy),
-        layers={need: read.pop(need) for need in wanted - HEARD},
-        **read,
-    )
-    if "projected" in needs:
-        tokens = _with_projected(tokens, packed)
-    if "text" in needs and relevance is not None:
-        tokens = replace(tokens, text=relevance(tokens, inputs))
-    if "question" in needs:
-        tokens = _with_question(tokens, model, inputs)
-    return Encoded(tokens, packed, output, config.image_token_id)
 
 
 def _setting(inputs: Mapping[str, Any], config: Any, name: str) -> Any:
+    """A setting of this call where the caller gives one, as the model itself reads it; else the checkpoint's."""
     return inputs[name] if inputs.get(name) is not None else getattr(config, name)
 
 
@@ -150,21 +163,22 @@ def _listening(tower: Any, layer: int, wanted: frozenset[str]) -> Iterator[dict[
 
     The hooks of these modules are gone when the block ends; the tower may use any attention implementation.
     """
-    heard: dict[str, dict[str, Any]] = {}
+    # Before the first hook: a layer that is not there is an error that leaves nothing behind.
+    attentions = {name: _attention_of(tower, layer, name) for name in sorted(wanted)}
+    heard: dict[str, dict[str, Any]] = {name: {"scale": attention.scale} for name, attention in attentions.items()}
     handles = []
 
     def listen(name: str, part: str, heads: int, out: Tensor) -> None:
         heard[name][part] = out.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    for name in sorted(wanted):
-        attention = _attention_of(tower, layer, name)
-        heard[name] = {"scale": attention.scale}
+    for name, attention in attentions.items():
         for part in ("q_proj", "k_proj"):
             handles.append(
                 getattr(attention, part).register_forward_hook(
                     lambda _, __, out, name=name, part=part, heads=attention.num_heads: listen(name, part, heads, out)
                 )
             )
+
     try:
         yield heard
     finally:
