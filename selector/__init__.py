@@ -20,6 +20,9 @@ _HOME = {
     "GreedySelector": "base",
     "GridPool": "methods.grid_pool",
     "GumbelSelector": "methods.gumbel",
+    "HiPrune": "methods.hiprune",
+    "HiRED": "methods.hired",
+    "HoloV": "methods.holov",
     "ImageTransformer": "methods.image_transformer",
     "LRCP": "methods.lrcp",
     "LoFi": "methods.lofi",
@@ -60,6 +63,9 @@ if TYPE_CHECKING:
     from selector.methods.farthest_point import FarthestPoint
     from selector.methods.grid_pool import GridPool
     from selector.methods.gumbel import GumbelSelector
+    from selector.methods.hiprune import HiPrune
+    from selector.methods.hired import HiRED
+    from selector.methods.holov import HoloV
     from selector.methods.image_transformer import ImageTransformer
     from selector.methods.lofi import LoFi
     from selector.methods.lrcp import LRCP
@@ -95,6 +101,9 @@ __all__ = [
     "GreedySelector",
     "GridPool",
     "GumbelSelector",
+    "HiPrune",
+    "HiRED",
+    "HoloV",
     "ImageTransformer",
     "LoFi",
     "Merge",

@@ -291,9 +291,12 @@ def test_every_shipped_method_runs_on_a_model_as_it_is_loaded(ragged):
     """Attention and keys included, under SDPA; what cannot be had is named."""
     model, inputs = ragged
     for name, cls in available_selectors().items():
-        spec = {"merge": "merge:selector=norm", "mix": "mix:a=norm,b=cls-attention", "lofi": "lofi:rank=3"}.get(
-            name, name
-        )
+        spec = {
+            "merge": "merge:selector=norm",
+            "mix": "mix:a=norm,b=cls-attention",
+            "lofi": "lofi:rank=3",
+            "hiprune": "hiprune:layer=1",
+        }.get(name, name)
         if cls.learned:
             continue
         with torch.no_grad(), select_tokens(model, spec, keep=7, relevance=lambda t, _: t.features.mean(-1)) as log:
