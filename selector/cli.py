@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from selector.errors import UsageError
+from selector.shipped import places
 
 MODEL = "checkpoints/llava-next-tiny"
 SELECTORS = [
@@ -168,8 +169,7 @@ def _settings(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
 def _read_config(name: str, command: str) -> dict[str, Any]:
     import yaml
 
-    places = (Path(name), Path(__file__).resolve().parent.parent / name)
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places(name) if place.is_file()), None)
     if path is None:
         raise UsageError(f"config must be a YAML file, there is no {name!r}")
     try:

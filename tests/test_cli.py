@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import yaml
 from PIL import Image
 
 from selector import cli
+from selector.cli import MODEL, SELECTORS
 from selector.evaluation.tasks import GENERATED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -484,13 +487,43 @@ def test_mistakes_of_the_other_commands(call, arguments, message):
 
 
 def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
-    """Defaults are looked for in the current folder, then at the root of the repository that is installed."""
+    """Defaults are looked for in the current folder, then at the root of the clone (below: of the wheel)."""
     from selector.evaluation.loading import find_folder
 
     assert find_folder("configs/compare") == ROOT / "configs/compare"
     Path("configs/compare").mkdir(parents=True)
     assert find_folder("configs/compare") == Path("configs/compare")
     assert find_folder("checkpoints/none") is None
+
+
+def test_a_wheel_finds_what_ships_inside_its_package(tmp_path):
+    """The same module in another place, as an installer would put it: with the folder `shipped` beside it, that is it."""
+    (tmp_path / "site-packages" / "selector").mkdir(parents=True)
+    path = tmp_path / "site-packages" / "selector" / "shipped.py"
+    shutil.copy(ROOT / "selector" / "shipped.py", path)
+    assert runpy.run_path(str(path))["places"]("configs") == (Path("configs"), tmp_path / "site-packages" / "configs")
+    (path.parent / "shipped").mkdir()
+    assert runpy.run_path(str(path))["places"]("configs") == (Path("configs"), path.parent / "shipped" / "configs")
+
+
+def test_the_wheel_has_every_default():
+    """What the commands name without being asked is among what the wheel takes, and comes where `shipped` looks."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    named = {value for value in (MODEL, *SELECTORS) if "/" in value}
+    assert len(named) > 1
+    assert named <= {*wheel["only-include"]}
+    assert {*wheel["sources"].values()} == {"selector/shipped/checkpoints", "selector/shipped/configs"}
+
+
+def test_an_installed_checkpoint_is_not_calibrated_in_place(call, monkeypatch, tmp_path):
+    from selector.evaluation.commands import calibrate
+
+    shutil.copytree(ROOT / "checkpoints" / "selector-llava-next-tiny", tmp_path / "one")
+    monkeypatch.setattr(calibrate, "INSTALLED", tmp_path)
+    code, _, err = call("calibrate", "./one", "--tasks", "documents", "--samples", "1")
+    assert code == 2
+    assert "out must name the folder to write" in err
+    assert "part of the installed package" in err
 
 
 def test_debug_shows_the_traceback(call):

@@ -26,6 +26,7 @@ from selector.evaluation.run import sample_count
 from selector.evaluation.tasks import Task
 from selector.evaluation.tasks.sample import Sample
 from selector.models import encode
+from selector.shipped import INSTALLED
 from selector.tokens import VisualTokens
 
 
@@ -43,6 +44,8 @@ def run(settings: dict[str, Any]) -> int:
         raise UsageError("out must be the name of a folder, got ''")
     if settings["out"] is None and (source is None or not Path(source).is_dir()):
         raise UsageError(f"out must name the folder to write: {spec!r} is no folder that could be calibrated in place")
+    if settings["out"] is None and Path(source or "").resolve().is_relative_to(INSTALLED):
+        raise UsageError(f"out must name the folder to write: {spec!r} is part of the installed package")
     out = Path(settings["out"] or source or "")
     check_place(out)
     ((label, selector),) = choose(settings | {"selectors": [spec]}).items()
