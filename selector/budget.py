@@ -28,7 +28,7 @@ class Budget:
     """What may stay.
 
     Args:
-        keep: an int >= 1 is a count of visual tokens an image; a float in (0, 1] is a share of them, rounded half up,
+        keep: an int >= 1 is a count of visual tokens per image; a float in (0, 1] is a share of them, rounded half up,
             at least 1; NumPy's scalars count as Python's; ``"energy:p"`` keeps the smallest set of patches whose scores
             (which must be >= 0) sum to the share p of the total; ``"threshold:t"`` keeps the patches whose score
             exceeds t, at least the best one; ``"auto:s"`` keeps the share s in (0, 1) on average over images, by a
@@ -67,7 +67,11 @@ class Budget:
     def parse(
         cls, text: str | int | float | np.number, scope: Scope = "image", newlines: Newlines = "kept_rows"
     ) -> Budget:
-        """From a command line: ``"64"`` is a count, ``"0.5"`` and ``"1.0"`` are shares, else an adaptive rule."""
+        """From a command line: ``"64"`` is a count, ``"0.5"`` and ``"1.0"`` are shares, else an adaptive rule.
+
+        Raises:
+            ValueError: no budget, see the class.
+        """
         if isinstance(text, str) and ":" not in text:
             with suppress(ValueError):  # the constructor names what is wrong
                 text = int(text) if text.strip().lstrip("+-").isdigit() else float(text)
@@ -77,12 +81,22 @@ class Budget:
         return str(self.keep)
 
     def counts(self, tokens: VisualTokens) -> Int[Tensor, "I"]:
-        """Visual tokens each image keeps. Fixed budgets only; a count above an image's length keeps all of it."""
+        """Visual tokens each image keeps. Fixed budgets only; a count above an image's length keeps all of it.
+
+        Returns:
+            ``[I]`` counts in 1..length, newline tokens included.
+
+        Raises:
+            TypeError: an adaptive budget.
+            ValueError: a share below 1 that, rounded, removes nothing from some image.
+        """
         length = tokens.lengths
         if isinstance(self.keep, str):
             raise TypeError(f"keep={self.keep!r} is adaptive: its counts depend on the scores")
+
         if isinstance(self.keep, int):
             return length.clamp(max=min(self.keep, int(length.max())))  # a count beyond int64 keeps all, as any other
+
         # On Python floats: float32 would turn 0.1 * 5 + 0.5 into a hair under 1.
         count = length.new_tensor([max(1, math.floor(self.keep * n + 0.5)) for n in length.tolist()])
         if self.keep < 1 and bool((count >= length).any()):
@@ -93,19 +107,30 @@ class Budget:
     def select(self, scores: Float[Tensor, "T N"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:
         """Keep mask over the packed slots: the highest scores, ties by packed order.
 
+        Args:
+            scores: the higher survives; values where ``tokens.valid`` is False are ignored.
+
+        Returns:
+            ``[I, L]`` True at the patches and newline tokens that stay, False at padding.
+
         Raises:
             ValueError: a score is NaN or infinite, or the budget cannot be met (named).
         """
         if not bool(torch.isfinite(scores[tokens.valid]).all()):
             raise ValueError("scores must be finite: got NaN or infinity for a visual token")
+
+        # An adaptive rule chooses patches alone: newline tokens follow from them and cost nothing.
         ranked = scores.float()
         if isinstance(self.keep, str):
             kept = self._adaptive(ranked, tokens)
             return kept | self.newlines_of(kept, tokens)
+
         if self.scope == "tile":
             ranked = _rank_within_tiles(ranked, tokens)
         count, length = self.counts(tokens), tokens.lengths
         newline = tokens.slots == NEWLINE
+
+        # Newline tokens are part of the count: with "all" they are paid for before the first patch.
         if self.newlines == "all":
             floor = newline.sum(1)
             short = (count <= floor) & (count < length)
@@ -117,22 +142,29 @@ class Budget:
             kept, ended = _prefix(ranked, tokens, count - floor, count_rows=False)[0], newline
         else:
             kept, ended = _prefix(ranked, tokens, count, count_rows=self.newlines == "kept_rows")
+
+        # An image that may keep everything keeps its newline tokens too, whatever the policy.
         whole = (count >= length)[:, None]
         return (kept | ended | whole) & (tokens.slots != PAD)
 
     def _adaptive(self, scores: Float[Tensor, "T N"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:
+        """The patches that a rule on the scores keeps, at least the best one of every image."""
         rule, value = str(self.keep).split(":")
         best = tokens.packed(scores, -math.inf).argmax(1, keepdim=True)
+
         if rule == "threshold":
             kept = tokens.packed(scores, -math.inf) > float(value)
             return kept.scatter(1, best, True)
         if rule == "auto":
             raise ValueError(f"keep={self.keep!r} has to be resolved by a calibrated selector: `selector calibrate`")
+
+        # energy: a patch stays while those ranked before it fall short of the share.
         if bool((scores[tokens.valid] < 0).any()):
             raise ValueError(f"keep={self.keep!r} adds scores up: they must be >= 0, got {float(scores.min()):.4g}")
         share = float(value) * (1 - 1e-6)  # float32 scores that reach the share exactly must not miss it by rounding
         mass = scores.masked_fill(~tokens.valid, 0).double()
         packed = tokens.packed(mass, 0.0)
+
         if self.scope == "tile":  # every tile reaches the share by itself
             order = mass.argsort(dim=1, descending=True, stable=True)
             before = _mass_before(mass, order)
@@ -140,7 +172,7 @@ class Budget:
         else:
             order = packed.masked_fill(~tokens.is_patch, -1).argsort(dim=1, descending=True, stable=True)
             kept = _mass_before(packed, order) < share * packed.sum(1, keepdim=True)
-        return (kept & tokens.is_patch).scatter(1, best, True)
+        return (kept & tokens.is_patch).scatter(1, best, True)  # where all scores are 0 nothing else would stay
 
     def newlines_of(self, kept: Bool[Tensor, "I L"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:
         """The newline tokens that the policy keeps beside these patches."""
@@ -149,6 +181,8 @@ class Budget:
             return newline & False
         if self.newlines == "all":
             return newline
+
+        # Row -1, of slots that no newline ends, is counted in column 0 and read by no newline.
         row = tokens.rows
         alive = row.new_zeros(row.shape[0], int(row.max()) + 2, dtype=torch.bool)
         alive = alive.scatter_reduce(1, row + 1, kept & tokens.is_patch, "amax")
@@ -168,13 +202,19 @@ def _prefix(
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
+
+    # What the ranking costs up to each patch, read back in packed order: a patch stays while that fits.
     cost = patch.long()
     if not count_rows:
         paid = cost.gather(1, order).cumsum(1).gather(1, rank)
         return patch & (paid <= count[:, None]), torch.zeros_like(patch)
+
+    # The best-ranked patch of each row opens it, and pays for the newline as well (column 0: rows without one).
     first = rank.new_full((row.shape[0], int(row.max()) + 2), order.shape[1])
     first = first.scatter_reduce(1, row + 1, rank.masked_fill(~patch, order.shape[1]), "amin")
     opens_row = patch & (row >= 0) & (rank == first.gather(1, row + 1))
+
+    # A patch needs only its own token to stay; the newline needs both.
     cost = cost + opens_row.long()
     paid = cost.gather(1, order).cumsum(1).gather(1, rank)
     kept = patch & (paid - cost + 1 <= count[:, None])
@@ -199,7 +239,9 @@ def _mass_before(mass: Float[Tensor, "R C"], order: Int[Tensor, "R C"]) -> Float
 
 
 def _check_keep(keep: int | float | str | np.number) -> None:
+    """Raises ValueError unless `keep` has one of the forms of `Budget`."""
     rule = "an int >= 1, a float in (0, 1], 'energy:p' with p in (0, 1], 'threshold:t' or 'auto:s' with s in (0, 1)"
+
     if isinstance(keep, str):
         name, _, value = keep.partition(":")
         try:
@@ -211,11 +253,12 @@ def _check_keep(keep: int | float | str | np.number) -> None:
             or (name == "threshold" and math.isfinite(number))
             or (name == "auto" and 0 < number < 1)
         )
-    elif isinstance(keep, bool):
+    elif isinstance(keep, bool):  # True would pass as the int 1
         ok = False
     elif isinstance(keep, int):
         ok = keep >= 1
     else:
         ok = isinstance(keep, float) and 0 < keep <= 1  # False for NaN too
+
     if not ok:
         raise ValueError(f"keep must be {rule}, got {keep!r}")

@@ -28,11 +28,18 @@ class Places(NamedTuple):
 
 
 def places(tokens: VisualTokens, scope: Scope = "image") -> Places:
-    """View, row and column of every packed patch."""
+    """View, row and column of every packed patch.
+
+    Args:
+        scope: ``"image"`` lays the tiles of an image out as one grid, ``"tile"`` leaves each tile a view of its own.
+    """
     patch, width = tokens.is_patch, tokens.grid[1]
     tile = tokens.slots.div(tokens.features.shape[1], rounding_mode="floor")
     within = tokens.slots.remainder(tokens.features.shape[1])
+
     view, y, x = tile, within.div(width, rounding_mode="floor"), within.remainder(width)
+
+    # The packing cuts the grid of tiles (unpadding), so rows and columns are counted between newlines, not in tiles.
     if scope == "image":
         several = torch.bincount(tokens.image, minlength=tokens.num_images)[:, None] > 1
         laid_out = patch & several & (tokens.rows >= 0)  # rows that a newline ends: the tiles form one grid
@@ -40,6 +47,7 @@ def places(tokens: VisualTokens, scope: Scope = "image") -> Places:
         ends = torch.where(tokens.slots < 0, position, -1).cummax(1).values  # the last newline before a slot
         start = torch.maximum(ends + 1, tokens.base.sum(1, keepdim=True))
         second = torch.where(laid_out, tile, len(tokens.image)).amin(1, keepdim=True)
+
         view = torch.where(laid_out, second, tile)
         y, x = torch.where(laid_out, tokens.rows, y), torch.where(laid_out, position - start, x)
     return Places(*(part.masked_fill(~patch, -1) for part in (view, y, x)))
@@ -51,6 +59,12 @@ def bayer(y: Int[Tensor, "*S"], x: Int[Tensor, "*S"], bits: int) -> Int[Tensor, 
     The lowest bits of row and column count most, as (0,0) < (1,1) < (1,0) < (0,1): the first quarter of the order is
     every second row and column, the first half a checkerboard, and so on down. So every prefix covers the grid evenly
     in both directions, and a smaller choice lies inside every larger one.
+
+    Args:
+        y, x: rows and columns, in 0..2^bits - 1.
+
+    Returns:
+        Place of each cell in the order, in 0..4^bits - 1, every one once.
     """
     key = torch.zeros_like(y)
     for bit in range(bits):
@@ -60,7 +74,12 @@ def bayer(y: Int[Tensor, "*S"], x: Int[Tensor, "*S"], bits: int) -> Int[Tensor, 
 
 
 def even_order(tokens: VisualTokens) -> Float[Tensor, "I L"]:
-    """Place of every packed patch in the Bayer order of its view, in (0, 1), so that views share any prefix fairly."""
+    """Place of every packed patch in the Bayer order of its view, in (0, 1), so that views share any prefix fairly.
+
+    Returns:
+        ``[I, L]`` float32, 0 at newlines and padding.
+    """
+    # One sort serves all views: the view is the high part of the key, and what is no patch comes last.
     view, y, x = places(tokens)
     bits = max(1, int(torch.maximum(y, x).max()).bit_length())
     key = (view << (2 * bits)) | bayer(y.clamp(min=0), x.clamp(min=0), bits)
@@ -69,19 +88,34 @@ def even_order(tokens: VisualTokens) -> Float[Tensor, "I L"]:
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
+
+    # Midpoints (k + 0.5) / size: a view with twice the patches has two of them for each of the other's.
     first, size = per_view(rank, view, tokens, "amin"), sizes(view, tokens)
     return ((rank - first[view] + 0.5) / size[view].clamp(min=1)).float().masked_fill(view < 0, 0)
 
 
 class Cells(NamedTuple):
-    """A partition of every view: the cell of each packed patch (counted through the batch, -1: none), its centres."""
+    """A partition of every view.
+
+    Attributes:
+        cell: the cell of each packed patch, counted through the batch; -1: none.
+        centre: the one patch in the middle of each cell.
+    """
 
     cell: Int[Tensor, "I L"]
     centre: Bool[Tensor, "I L"]
 
 
 def bands(count: Int[Tensor, "T"], height: Int[Tensor, "T"], width: Int[Tensor, "T"]) -> Int[Tensor, "T"]:
-    """Rows of cells that make `count` cells of a view as square as can be."""
+    """Rows of cells that make `count` cells of a view as square as can be.
+
+    Args:
+        count: cells of each view.
+        height, width: patches of each view.
+
+    Returns:
+        ``[T]`` in 1..height, and enough that no row holds more cells than patches; 0 where `count` is 0.
+    """
     wanted = (count * height / width.clamp(min=1)).sqrt().round().long()
     return torch.minimum(torch.maximum(wanted, -(-count // width.clamp(min=1))), torch.minimum(height, count))
 
@@ -90,12 +124,20 @@ def cells(where: Places, tokens: VisualTokens, count: Int[Tensor, "T"], rows: In
     """Cuts every view into `count` cells: `rows` bands of equal height, each cut into equal parts, none empty.
 
     Centres of a band lie in one row, so that a band costs one newline token.
+
+    Args:
+        where: the views, see `places`.
+        count: cells of each view, 0 for a view without any.
+        rows: bands of each view, see `bands`.
     """
     view, y, x, height, width = extents(where, tokens)
     total, band_count = count[view], rows[view].clamp(min=1)
     band, band_mid = _part(y, height[view], band_count)
+
+    # Cells of the view before and after each band: rounded down, so that the bands' cells add up to all of them.
     before, after = band * total // band_count, (band + 1) * total // band_count
     column, column_mid = _part(x, width[view], (after - before).clamp(min=1))
+
     used = (view >= 0) & (total > 0)
     cell = (count.cumsum(0) - count)[view] + before + column
     return Cells(cell.masked_fill(~used, -1), used & band_mid & column_mid)
@@ -130,6 +172,8 @@ def _part(
     """Which of `parts` equal parts of `length` a place lies in, and whether it is the middle of its part."""
     length = length.clamp(min=1)
     part = place * parts // length
+
+    # Rounded up: a part starts at the first place with place * parts >= part * length.
     first = -(-part * length // parts)
     last = -(-(part + 1) * length // parts) - 1
     return part, place == (first + last) // 2

@@ -39,7 +39,12 @@ class Flow:
 
     @classmethod
     def mean(cls, target: Int[Tensor, "I L"]) -> Flow:
-        """Every slot flows whole into one target (of its image; -1: nowhere), and targets are plain means."""
+        """Every slot flows whole into one target (of its image; -1: nowhere), and targets are plain means.
+
+        Args:
+            target: packed slot, in 0..L-1, that each slot flows into; a target's own feature is part of its
+                mean only where it flows into itself.
+        """
         edge = target.flatten() >= 0
         offset = torch.arange(len(target), device=target.device)[:, None] * target.shape[1]
         into = (target + offset).flatten()[edge]
@@ -52,14 +57,24 @@ class Flow:
         return Flow(self.target, self.source, self.weight / total[self.target])
 
     def apply(self, packed: Sequence[Float[Tensor, "_ d"]]) -> list[Tensor]:
-        """The packed tokens of each image with the merged ones in their targets' places; sums are in float32."""
+        """The packed tokens of each image with the merged ones in their targets' places; sums are in float32.
+
+        Args:
+            packed: of each image its ``[slots, d]`` projected tokens, newlines included.
+
+        Returns:
+            The same shapes and type; what is no target is untouched, to the bit.
+        """
         length = max(len(rows) for rows in packed)
         table = torch.nn.utils.rnn.pad_sequence(list(packed), batch_first=True).flatten(0, 1)
+
+        # A sparse product: of the L^2 pairs of an image only the edges take room.
         target, source, weight = (part.to(table.device) for part in (self.target, self.source, self.weight))
         shape = (len(table), len(table))
         wide = table.double() if table.dtype == torch.float64 else table.float()
         mixing = torch.sparse_coo_tensor(torch.stack([target, source]), weight.to(wide), shape, check_invariants=False)
         mixed = torch.sparse.mm(mixing, wide).to(table)
+
         changed = torch.zeros(len(table), 1, dtype=torch.bool, device=table.device)
         changed[target] = True
         merged = torch.where(changed, mixed, table).view(len(packed), length, -1)
@@ -80,14 +95,27 @@ def nearest(
     target: Bool[Tensor, "I L"],
     view: Int[Tensor, "I L"],
 ) -> Int[Tensor, "I L"]:
-    """The target of highest cosine similarity for every source, in its view (-1: none); targets flow to themselves."""
+    """The target of highest cosine similarity for every source, in its view (-1: none); targets flow to themselves.
+
+    Args:
+        table: what tokens are compared by.
+        source: slots that look for a target.
+        target: slots that may be found.
+        view: number of the view that each slot lies in, see `selector.grid.places`.
+
+    Returns:
+        ``[I, L]`` packed slots, as `Flow.mean` takes them.
+    """
+    # Targets are few: compared with them alone, not all with all.
     most = max(1, int(target.sum(1).max()))
     order = (~target).int().argsort(dim=1, stable=True)[:, :most]  # the targets first
     rows = unit(table)
     chosen = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
     similarity = grained(rows @ chosen.mT)
+
     fits = target.gather(1, order)[:, None] & (view[:, :, None] == view.gather(1, order)[:, None])
     best, place = similarity.masked_fill(~fits, -torch.inf).max(-1)
     found = order.gather(1, place).masked_fill(best.isneginf() | ~source, -1)
+
     own = torch.arange(target.shape[1], device=target.device).expand_as(found)
     return torch.where(target, own, found)

@@ -158,6 +158,7 @@ class _Reconstruction(Objective):
     """
 
     reconstructs = True
+    threshold_gradient = True
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class _Reconstruction(Objective):
     def drawn(self, step: Step) -> Float[Tensor, "B N"]:
         """A mask of a sampled size by noisy scores, straight-through."""
         keep = sampled_keep(step.scores.shape[1], self.kept_range, step.generator)
-        return gumbel_top_k(step.scores, keep, self.temperature(step), step.generator)
+        return gumbel_top_k(step.scores, keep, self.temperature(step), step.generator, self.threshold_gradient)
 
 
 class SampledBudget(_Reconstruction):
@@ -204,7 +205,25 @@ class SampledBudget(_Reconstruction):
 
 
 class StraightThrough(_Reconstruction):
-    """Mean error over all tokens under straight-through masks of all sizes."""
+    """Mean error over all tokens under straight-through masks of all sizes.
+
+    Args:
+        threshold_gradient: keep the threshold of the masks in the graph. False is a trap to look at, not to use: the
+            ranking can come out upside down (`configs/ablation/upside-down.yaml`).
+        weight, kept_range, random_share, temperature_start, temperature_end: as of the others.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        threshold_gradient: bool = True,
+        kept_range: tuple[float, float] = (0.05, 0.75),
+        random_share: float = 0.5,
+        temperature_start: float = 1.0,
+        temperature_end: float = 0.5,
+    ):
+        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end)
+        self.threshold_gradient = threshold_gradient
 
     def __call__(self, step: Step) -> Loss:
         mask = self.random(step) if self.at_random(step) else self.drawn(step)

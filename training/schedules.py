@@ -39,17 +39,23 @@ def logistic_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def gumbel_top_k(
-    scores: Float[Tensor, "B N"], keep: int, temperature: float, generator: torch.Generator
+    scores: Float[Tensor, "B N"],
+    keep: int,
+    temperature: float,
+    generator: torch.Generator,
+    threshold_gradient: bool = True,
 ) -> Float[Tensor, "B N"]:
-    """Exactly `keep` tokens a tile by noisy scores, straight-through.
+    """Exactly `keep` tokens per tile by noisy scores, straight-through.
 
     A two-way Gumbel-Softmax whose threshold is moved to where `keep` tokens pass. Forward 0/1, backward the gradient of
     ``sigmoid((score + noise - threshold) / temperature)``. The threshold, itself a noisy score, stays in the graph: so
     the gradient sums to zero over a tile, and raising all scores together, which changes nothing, is not rewarded.
+    Without `threshold_gradient` it does not: the trap that the upside-down rankings come from.
     """
     noisy = (scores + logistic_noise(scores, generator)) / temperature
     top = noisy.topk(keep, dim=-1)
-    soft = torch.sigmoid(noisy - top.values[:, -1:])
+    threshold = top.values[:, -1:]
+    soft = torch.sigmoid(noisy - (threshold if threshold_gradient else threshold.detach()))
     hard = torch.zeros_like(soft).scatter(1, top.indices, 1.0)
     return hard + soft - soft.detach()
 

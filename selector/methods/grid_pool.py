@@ -39,7 +39,13 @@ class GridPool(RankSelector):
     def shares(
         self, count: Int[Tensor, "I"], size: Int[Tensor, "T"], tokens: VisualTokens, budget: Budget
     ) -> Int[Tensor, "T"]:
-        """Cells of every view: in proportion to its patches, rounded so that they add up to `count`."""
+        """Cells of every view: in proportion to its patches, rounded so that they add up to `count`.
+
+        Args:
+            count: cells of each image.
+            size: patches of each view.
+        """
+        # Rounding the running total at both ends of a view (half up, in integers) leaves no cell over or short.
         before, after, total = _within_image(size, tokens)
         twice = 2 * count[tokens.image]
         return (twice * after + total) // (2 * total) - (twice * before + total) // (2 * total)
@@ -47,25 +53,41 @@ class GridPool(RankSelector):
     def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Cells]:
         """A ranking with the middles of the cells first, and the cells."""
         wanted = Groups.of(tokens, "image").patches(tokens, budget)
+
         where = places(tokens, budget.scope)
         size, (_, _, _, height, width) = sizes(where.view, tokens), extents(where, tokens)
+
+        # How many cells the budget pays for depends on the rows they open, and these on the number of cells.
         count, rows = wanted, size
         for _ in range(2):  # fewer cells open fewer rows, whose newlines cost less
             share = self.shares(count, size, tokens, budget)
             rows = bands(share, height, width)
             opened = budget.newlines_of(cells(where, tokens, share, rows).centre, tokens).sum(1)
             count = torch.minimum(wanted, (budget.counts(tokens) - opened).clamp(min=1))
+
+        # These shares may differ from those that `rows` was made for: the bands change only where a cell would be empty.
         share = self.shares(count, size, tokens, budget)
         rows = torch.minimum(torch.maximum(rows, -(-share // width.clamp(min=1))), torch.minimum(height, share))
         parts = cells(where, tokens, share, rows)
+
+        # The even order lies in (0, 1): it orders the middles among themselves, and all other patches behind them.
         return tokens.unpacked(parts.centre.float() - even_order(tokens)), parts
 
 
 def pooled(parts: Cells, keep: Bool[Tensor, "I L"]) -> Int[Tensor, "I L"]:
-    """The middle of its cell for every packed patch (-1: not kept); kept tokens stay themselves."""
+    """The middle of its cell for every packed patch, as `Flow.mean` takes it; kept tokens stay themselves.
+
+    Args:
+        parts: the cells of every view.
+        keep: what the budget has left, which need not be all the middles.
+
+    Returns:
+        ``[I, L]`` packed slots; -1 where the middle is not kept, or the patch has no cell.
+    """
     position = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
     middle = position.new_full((int(parts.cell.max()) + 2,), -1)  # the last one serves patches without a cell
     middle[parts.cell[parts.centre]] = position[parts.centre]
+
     target = middle[parts.cell]
     target = target.masked_fill(~keep.gather(1, target.clamp(min=0)), -1)
     return torch.where(keep & (parts.cell >= 0), position, target)

@@ -47,6 +47,8 @@ class VisionZip(RankSelector):
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         scores, targets = self._plan(tokens, budget)
         keep = budget.select(scores, tokens)
+
+        # Only targets that the budget has left take anything in.
         target = keep & (tokens.packed(targets.float(), 0.0) > 0)
         keys, patch = tokens.by_image(tokens.read("keys", self))
         into = nearest(keys, patch & ~keep, target, places(tokens, budget.scope).view)
@@ -56,14 +58,19 @@ class VisionZip(RankSelector):
         """The ranking, and which tokens are contextual targets."""
         groups = Groups.of(tokens, budget.scope)
         place = ranks(groups.gather(tokens.read("cls_attention", self)).float(), groups.mask)
+
+        # With contextual=1 no token is dominant; otherwise one is at least.
         count = groups.patches(tokens, budget)
         other = (count * self.contextual + 0.5).long().clamp(max=count - 1 if self.contextual < 1 else count)
         dominant = count - other
+
+        # Even strides through the rest, in packed order: (number + 1) * many / total passes a whole number `many` times.
         rest = groups.mask & (place >= dominant[:, None])
         number = rest.cumsum(1) - 1
         total, many = rest.sum(1, keepdim=True).clamp(min=1), other[:, None]
         stride = (number + 1) * many // total  # steps up at every target
         target = rest & (stride > number * many // total)
+
         # Of evenly strided targets any number may be cut by newlines: the even order keeps what remains spread.
         bits = max(1, int(stride.max()).bit_length())
         spread = bayer(stride.clamp(min=0), torch.zeros_like(stride), bits)
@@ -72,7 +79,10 @@ class VisionZip(RankSelector):
         return groups.scatter(scores, tokens), groups.scatter(target.float(), tokens) > 0
 
     def _averages(self, into: Tensor, target: Bool[Tensor, "I L"]) -> Flow:
+        """Each target and the mean of its members: their average, or with `add` their sum."""
         flow = Flow.mean(into.masked_fill(target, -1))  # the members' mean
+
+        # The target's own edge; a target that nothing joined stays as it is.
         own = target.flatten().nonzero()[:, 0]
         members = torch.bincount(flow.target, minlength=target.numel())[own] > 0
         half = 1.0 if self.add else 0.5

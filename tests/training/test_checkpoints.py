@@ -25,35 +25,24 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
-def fit(root, tiny_model):
+def fit(root, tiny_model, run_arguments):
     """``fit(*more, name=...)`` -> arguments of a run that is best early, since its learning rate is far too high."""
     if not (root / "llava").exists():
         for part in tiny_model():
             part.save_pretrained(root / "llava")
+    own = [
+        "--model.learning_rate=3.0",
+        "--model.warmup_steps=9",
+        "--model.width=16",
+        "--model.layers=1",
+        f"--data.generated_train={2 * STEPS}",
+        "--data.generated_val=2",
+        "--data.cache_features=true",
+        f"--trainer.max_epochs={EPOCHS}",
+    ]
 
     def arguments(*more: str, name: str) -> list[str]:
-        return [
-            "fit",
-            "--model.encoder=training.encoders.LlavaNextEncoder",
-            f"--model.encoder.path={root / 'llava'}",
-            "--model.allow_worse_than_random=true",
-            "--model.learning_rate=3.0",
-            "--model.warmup_steps=9",
-            "--model.width=16",
-            "--model.layers=1",
-            f"--data.generated_train={2 * STEPS}",
-            "--data.generated_val=2",
-            "--data.batch_size=2",
-            "--data.cache_features=true",
-            "--trainer.accelerator=cpu",
-            f"--trainer.max_epochs={EPOCHS}",
-            "--trainer.log_every_n_steps=1",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-            f"--root={root}",
-            f"--name={name}",
-            *more,
-        ]
+        return run_arguments("LlavaNextEncoder", root / "llava", root, name, *own, *more)
 
     return arguments
 

@@ -25,27 +25,12 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"
 
 
 @pytest.fixture
-def fit(tmp_path, llava_folder):
+def fit(tmp_path, llava_folder, run_arguments):
     """``fit(*more)`` -> arguments of a small run on the tiny tower."""
 
     def arguments(*more: str, command: str = "fit", name: str = "run") -> list[str]:
-        return [
-            command,
-            "--model.encoder=training.encoders.LlavaNextEncoder",
-            f"--model.encoder.path={llava_folder}",
-            "--model.allow_worse_than_random=true",
-            "--data.generated_train=6",
-            "--data.generated_val=3",
-            "--data.batch_size=2",
-            "--trainer.accelerator=cpu",
-            "--trainer.max_epochs=2",
-            "--trainer.log_every_n_steps=1",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-            f"--root={tmp_path / 'runs'}",
-            f"--name={name}",
-            *more,
-        ]
+        own = ["--data.generated_val=3", *more]
+        return run_arguments("LlavaNextEncoder", llava_folder, tmp_path / "runs", name, *own, command=command)
 
     return arguments
 

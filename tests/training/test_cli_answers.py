@@ -18,36 +18,23 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
-def fit(tmp_path, llava_folder):
+def fit(tmp_path, llava_folder, run_arguments):
     """``fit(*more)`` -> arguments of a small run."""
+    own = [
+        "--model.objectives+=training.answers.Answers",
+        "--model.architecture=image-transformer",
+        "--model.width=16",
+        "--model.heads=2",
+        "--model.layers=1",
+        "--model.questions=2",
+        "--model.answer_tokens=3",
+        "--model.warmup_steps=2",
+        "--data.generated=documents+scenes",
+        "--data.generated_val=2",
+    ]
 
     def arguments(*more: str, name: str = "run") -> list[str]:
-        return [
-            "fit",
-            "--model.encoder=training.encoders.LlavaNextModel",
-            f"--model.encoder.path={llava_folder}",
-            "--model.objectives+=training.answers.Answers",
-            "--model.architecture=image-transformer",
-            "--model.width=16",
-            "--model.heads=2",
-            "--model.layers=1",
-            "--model.questions=2",
-            "--model.answer_tokens=3",
-            "--model.allow_worse_than_random=true",
-            "--model.warmup_steps=2",
-            "--data.generated=documents+scenes",
-            "--data.generated_train=6",
-            "--data.generated_val=2",
-            "--data.batch_size=2",
-            "--trainer.accelerator=cpu",
-            "--trainer.max_epochs=2",
-            "--trainer.log_every_n_steps=1",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-            f"--root={tmp_path / 'runs'}",
-            f"--name={name}",
-            *more,
-        ]
+        return run_arguments("LlavaNextModel", llava_folder, tmp_path / "runs", name, *own, *more)
 
     return arguments
 

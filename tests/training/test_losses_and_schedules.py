@@ -74,6 +74,16 @@ def test_gumbel_top_k_does_not_reward_raising_all_scores():
     torch.testing.assert_close(scores.grad.sum(1), torch.zeros(3), atol=1e-6, rtol=0)
 
 
+def test_without_the_gradient_of_the_threshold_every_score_is_pushed_one_way():
+    """The trap itself, where every kept token lowers the loss: all scores rise, and nothing ranks them."""
+    scores = torch.randn(3, 20, requires_grad=True)
+    mask = gumbel_top_k(scores, 7, 1.0, seeded(), threshold_gradient=False)
+    (-mask).sum().backward()
+    assert scores.grad is not None
+    assert bool((scores.grad <= 0).all())
+    assert bool((scores.grad.sum(1) < -0.1).all())
+
+
 def test_gumbel_top_k_draws_as_a_gumbel_softmax_does():
     """At equal scores every token is the one kept equally often; a higher score makes it so more often."""
     scores = torch.zeros(4000, 4)
