@@ -115,7 +115,7 @@ class TokenSelector(nn.Module, ABC):
         return loaded
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Saves and uploads to the Hugging Face hub; returns the address of the commit."""
+        """Saves and uploads to the Hugging Face hub; returns the address of the commit. See `selector.hub.push`."""
         from selector.hub import push
 
         return push(self, repo_id, **kwargs)

@@ -12,7 +12,6 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from selector.errors import UsageError

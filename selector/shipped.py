@@ -1,4 +1,4 @@
-"""What ships beside the code: ``checkpoints/`` and ``configs/``, at the root of a clone or within an installed wheel."""
+"""What ships beside the code: ``checkpoints/`` and ``configs/``, at the root of a clone or inside a wheel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = PACKAGE / "shipped"
-"""Where a wheel has them (see ``[tool.hatch.build.targets.wheel]`` in ``pyproject.toml``); a clone has no such folder."""
+"""Where a wheel has them, by ``[tool.hatch.build.targets.wheel]`` of ``pyproject.toml``; a clone has no such folder."""
 ROOT = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
 
 

@@ -69,11 +69,21 @@ def test_report_imports_no_torch():
 
 
 @pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "stability", "list", "report"])
-def test_help_of_every_command(command, capsys):
+def test_help_of_every_command(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
-    assert command in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert command in shown
+
+    # Each default that a user gets is named, beside the flag whose default it is.
+    flags = dict(re.findall(r"(?ms)^  --([a-z-]+)(.*?)(?=^  -|\Z)", shown))
+    for name, value in cli.DEFAULTS.get(command, {}).items():
+        if value in (None, False, []):
+            continue  # not there unless asked for
+        text = " ".join(map(str, value)) if isinstance(value, list) else "ask" if value is True else str(value)
+        assert f"(default: {text})" in " ".join(flags[name.replace("_", "-")].split()), name
 
 
 @pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "stability"])
@@ -497,7 +507,7 @@ def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
 
 
 def test_a_wheel_finds_what_ships_inside_its_package(tmp_path):
-    """The same module in another place, as an installer would put it: with the folder `shipped` beside it, that is it."""
+    """The same module where an installer puts it: with a folder `shipped` beside it, that is the place."""
     (tmp_path / "site-packages" / "selector").mkdir(parents=True)
     path = tmp_path / "site-packages" / "selector" / "shipped.py"
     shutil.copy(ROOT / "selector" / "shipped.py", path)

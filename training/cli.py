@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selector.errors import RankingError
