@@ -139,6 +139,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert settings["given"] == ["keep", "samples"]
 
 
+@pytest.mark.slow
 def test_compare_then_report(call, model):
     code, out, _ = call("compare", "--model", model, *SMALL, "--out", "runs/a", "--tasks", "documents", "scenes")
     assert code == 0
@@ -212,6 +213,7 @@ def test_unreadable_images(call, model, tmp_path):
     assert "b.png" in out
 
 
+@pytest.mark.slow
 def test_interrupted_prints_what_is_done(call, model, monkeypatch):
     from selector.evaluation import measure
 
@@ -234,6 +236,7 @@ def test_interrupted_prints_what_is_done(call, model, monkeypatch):
     assert call("compare", "--model", model, *SMALL, "--tasks", "scenes")[0] == 0
 
 
+@pytest.mark.slow
 def test_show(call, model, make_image):
     make_image(70, 120).save("a.png")
     make_image(50, 50).save("b.jpg")
@@ -325,6 +328,7 @@ def test_bench(call, model):
         assert word in out
 
 
+@pytest.mark.slow
 def test_calibrate_then_compare(call, model):
     """A method's name gives a new checkpoint, a checkpoint is calibrated in place; both keep what they say."""
     from selector import TokenSelector

@@ -223,12 +223,14 @@ def test_a_killed_run_loses_one_sample(run):
     assert len(first) == 24
 
 
+@pytest.mark.slow
 def test_fresh_starts_over(run):
     run()
     assert all(s.new for s in run(fresh=True))
     assert all(len(records.read_records(p)) == 4 for p in run.folder.rglob("*.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -246,6 +248,7 @@ def test_a_changed_setting_meets_no_old_record(run, change):
     assert all(s.new for s in steps if s.row.selector)
 
 
+@pytest.mark.slow
 def test_a_changed_selector_or_model_meets_no_old_record(run, tiny_model):
     class Weighted(Random):
         def __init__(self, seed: int = 0):

@@ -14,7 +14,7 @@ import torch
 from training.cli import run
 from training.module import SelectorModule
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.slow]
 
 EPOCHS, STEPS = 6, 3  # steps an epoch
 

@@ -7,6 +7,7 @@ sees which; a right ranking keeps the few, an upside-down one the background.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ def tiles(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.where(surprising[..., None], surprises, background) + noise, surprising
 
 
+@pytest.mark.slow
 def test_the_unpredictable_tokens_are_kept():
     torch.manual_seed(0)
     steps, generator = 240, torch.Generator().manual_seed(0)
