@@ -17,7 +17,7 @@ from PIL import Image
 
 from selector import cli
 from selector.cli import MODEL, SELECTORS
-from selector.evaluation.tasks import GENERATED
+from selector.tasks import GENERATED
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--selectors", "svd-prune:rank=2", "random", "--keep", "0.5", "9", "--samples", "2", "--max-new-tokens", "2"]
@@ -64,7 +64,7 @@ def test_help_imports_no_torch():
 
 
 def test_report_imports_no_torch():
-    code = "import sys; import selector.evaluation.commands.report; assert 'torch' not in sys.modules"
+    code = "import sys; import selector.commands.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -120,8 +120,8 @@ def test_tiny_yaml_equals_the_defaults():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_is_valid(path):
-    from selector.evaluation import loading
-    from selector.evaluation.commands.common import find_tasks
+    from selector.commands import loading
+    from selector.commands.common import find_tasks
 
     settings = cli._settings("compare", {"config": str(path)})
     loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
@@ -215,7 +215,7 @@ def test_unreadable_images(call, model, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_prints_what_is_done(call, model, monkeypatch):
-    from selector.evaluation import measure
+    from selector.measure import bench as measure
 
     kept, calls = measure.answer, []
 
@@ -502,7 +502,7 @@ def test_mistakes_of_the_other_commands(call, arguments, message):
 
 def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
     """Defaults are looked for in the current folder, then at the root of the clone (below: of the wheel)."""
-    from selector.evaluation.loading import find_folder
+    from selector.commands.loading import find_folder
 
     assert find_folder("configs/compare") == ROOT / "configs/compare"
     Path("configs/compare").mkdir(parents=True)
@@ -530,7 +530,7 @@ def test_the_wheel_has_every_default():
 
 
 def test_an_installed_checkpoint_is_not_calibrated_in_place(call, monkeypatch, tmp_path):
-    from selector.evaluation.commands import calibrate
+    from selector.commands import calibrate
 
     shutil.copytree(ROOT / "checkpoints" / "selector-llava-next-tiny", tmp_path / "one")
     monkeypatch.setattr(calibrate, "INSTALLED", tmp_path)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from selector.evaluation.statistics import wilson
+from selector.report.statistics import wilson
 from training.export import export
 
 

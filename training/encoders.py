@@ -25,7 +25,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from selector.evaluation.loading import find_folder
+from selector.commands.loading import find_folder
 from selector.models import Encoded, encode
 from selector.table import Inputs
 from training.conversations import Conversation, Converse
