@@ -80,7 +80,7 @@ def test_help_of_every_command(command, monkeypatch, capsys):
     # Each default that a user gets is named, beside the flag whose default it is.
     flags = dict(re.findall(r"(?ms)^  --([a-z-]+)(.*?)(?=^  -|\Z)", shown))
     for name, value in cli.DEFAULTS.get(command, {}).items():
-        if value in (None, False, []):
+        if value is None or value is False or value == []:
             continue  # not there unless asked for
         text = " ".join(map(str, value)) if isinstance(value, list) else "ask" if value is True else str(value)
         assert f"(default: {text})" in " ".join(flags[name.replace("_", "-")].split()), name
