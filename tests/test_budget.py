@@ -123,6 +123,7 @@ def test_unequal_images_do_not_disturb_each_other():
 def test_an_image_of_a_single_tile_has_no_base_view():
     """Its tile is the grid: the newline ends its row, and is paid for."""
     tokens = ragged()
+    assert tokens.lengths.tolist() == [16 + 4 * 8, 17]
     assert tokens.base.sum(1).tolist() == [16, 0]
     assert tokens.rows[1, :17].tolist() == [0] * 17
     assert bool((tokens.rows[1, 17:] == -1).all())
