@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from selector.files import atomic, output, write_json
 from selector.measure.evidence import Canvas
-from selector.records import IMAGES, write_json, writing
+from selector.records import IMAGES
 
 LONGEST = 640
 FIRST = 200
@@ -26,12 +27,13 @@ def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas) -> Non
         return
     small = image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-    temporary = folder / f".{name}.jpg"
-    with writing(folder / f"{name}.jpg"):
-        folder.mkdir(parents=True, exist_ok=True)
-        small.save(temporary, "JPEG", quality=85, subsampling=0)
-        temporary.replace(folder / f"{name}.jpg")
+
     scale = small.width / image.width
     xs, ys = ([round(v * scale, 1) for v in edges.tolist()] for edges in canvas.edges())
     lines = {"size": list(small.size), "xs": xs, "ys": ys, "tiles": list(canvas.tiles), "grid": list(canvas.grid)}
-    write_json(folder / f"{name}.json", lines)
+
+    # The JSON last: where it is, the picture is whole.
+    with output(folder):
+        with atomic(folder / f"{name}.jpg") as partial:
+            small.save(partial, "JPEG", quality=85, subsampling=0)
+        write_json(folder / f"{name}.json", lines)

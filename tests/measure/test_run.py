@@ -16,6 +16,7 @@ from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, records, se
 from selector.errors import UsageError
 from selector.measure import bench as measure
 from selector.measure.answering import answer, forced, prepare, without_image
+from selector.measure.protocol import Protocol
 from selector.measure.run import compare
 from selector.models import encode
 from selector.plug import Pruned, prune_inputs
@@ -48,7 +49,8 @@ def run(tiny_model, task, tmp_path):
     model, processor = tiny_model()
 
     def call(selectors=None, keeps=("0.5", "9"), tasks=None, **changes):
-        options = {"max_new_tokens": TOKENS, "baseline": "random", "model_name": "toy-model"} | changes
+        options = {"baseline": "random", "model_name": "toy-model"} | changes
+        settings = {name: options.pop(name) for name in Protocol.__dataclass_fields__ if name in options}
         return list(
             compare(
                 options.pop("model", model),
@@ -57,6 +59,7 @@ def run(tiny_model, task, tmp_path):
                 [Budget.parse(keep) for keep in keeps],
                 tasks or [task],
                 tmp_path,
+                protocol=Protocol(**{"max_new_tokens": TOKENS} | settings),
                 **options,
             )
         )
@@ -267,11 +270,10 @@ def test_a_changed_selector_or_model_meets_no_old_record(run, tiny_model):
 
 def test_scope_and_newlines_are_part_of_the_key(run, tiny_model, task):
     model, processor = tiny_model()
+    brief = Protocol(max_new_tokens=2)
     for newlines, scope in itertools.product(("kept_rows", "none"), ("image", "tile")):
         budget = Budget(9, scope=scope, newlines=newlines)
-        steps = list(
-            compare(model, processor, {"svd": SVDPrune(rank=2)}, [budget], [task], run.folder, max_new_tokens=2)
-        )
+        steps = list(compare(model, processor, {"svd": SVDPrune(rank=2)}, [budget], [task], run.folder, protocol=brief))
         assert all(s.new for s in steps if s.row.selector)
     keeps = {row["keep"] for row in json.loads((run.folder / "run.json").read_text())["rows"]}
     assert keeps == {None, "9 tile newlines=none"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selector.errors import UsageError
+from selector.record import Record
 from selector.records import IMAGES, image_name, seeing_question
 from selector.report.columns import marked
 from selector.report.tables import plain
@@ -23,7 +24,7 @@ SHOWN, ROOM = 16, 3_200_000
 
 
 def explorer(
-    runs: Mapping[str, tuple[Path, Mapping[str, Any], Mapping[Key, Sequence[dict[str, Any]]]]], room: int = ROOM
+    runs: Mapping[str, tuple[Path, Mapping[str, Any], Mapping[Key, Sequence[Record]]]], room: int = ROOM
 ) -> dict[str, Any]:
     """{"images": {name: {...}}, "samples": [...]} of the runs by name; every run and task gets the same room."""
     images: dict[str, Any] = {}
@@ -77,7 +78,7 @@ def changed_answers(shown: Mapping[str, Any], most: int = 8) -> str:
     return "\n".join(f"{title}\n\n{head}" + "\n".join(lines) + "\n" for title, lines in tables.items())
 
 
-def _telling(rows: Mapping[tuple[str, str | None], Mapping[str, dict[str, Any]]]) -> list[str]:
+def _telling(rows: Mapping[tuple[str, str | None], Mapping[str, Record]]) -> list[str]:
     """Samples in the order of how much they tell: at how many budgets selectors differ, then how many answers flip."""
     order = list(dict.fromkeys(sample for found in rows.values() for sample in found))
 
@@ -93,7 +94,7 @@ def _telling(rows: Mapping[tuple[str, str | None], Mapping[str, dict[str, Any]]]
 
 
 def _sample(
-    run: str, task: str, sample: str, rows: Mapping[tuple[str, str | None], Mapping[str, dict[str, Any]]]
+    run: str, task: str, sample: str, rows: Mapping[tuple[str, str | None], Mapping[str, Record]]
 ) -> dict[str, Any] | None:
     full = next(
         (
