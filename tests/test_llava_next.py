@@ -108,13 +108,11 @@ def test_relevance_to_the_prompt_comes_from_the_caller(tiny_model, make_image):
 
 def test_the_question_is_the_text_behind_each_image_without_what_is_to_be_predicted(tiny_model, make_image):
     model, processor = tiny_model()
-    images, texts = (
-        [make_image(40, 90, 1), make_image(70, 30, 2)],
-        ["USER: <image> red? yes", "USER: <image> how many? two"],
-    )
+    texts = ["USER: <image> red? yes", "USER: <image> how many? two"]
+    images = [make_image(40, 90, 1), make_image(70, 30, 2)]
     inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
     ids = inputs["input_ids"]
-    behind = [row[row.tolist()[::-1].index(model.config.image_token_id) * -1 :] for row in ids]
+    behind = [row[int((row == model.config.image_token_id).nonzero()[-1]) + 1 :] for row in ids]
     embed = model.get_input_embeddings()
     for answer in (0, 2):  # tokens at the end of each row that are to be predicted
         labels = torch.full_like(ids, -100)

@@ -153,6 +153,25 @@ def test_bfloat16(fit):
     assert bool(ran.trainer.callback_metrics["train/loss"].isfinite())
 
 
+def test_gradients_are_clipped_to_the_norm_asked_for(fit, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def recorded(self, closure):
+        def measured():
+            loss = closure()  # gradients, clipped
+            squares = [p.grad.square().sum() for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.stack(squares).sum().sqrt()))
+            return loss
+
+        return step(self, measured)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    for norm in ("1e-3", "0"):  # 0 does not clip
+        run(fit(f"--model.clip_norm={norm}", "--trainer.max_epochs=1", name=f"clip-{norm}"))
+    assert norms[:3] == pytest.approx([1e-3] * 3, rel=1e-3)
+    assert min(norms[3:]) > 0.1
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_agree(tmp_path, fit):
     """Simulated DDP over gloo, forked: 6 images in batches of 2 are two steps for two processes (three for one)."""
