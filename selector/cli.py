@@ -13,11 +13,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn
 
 from selector.errors import UsageError
 from selector.measure.protocol import Protocol
+from selector.shipped import places
 
 MODEL = "checkpoints/llava-next-tiny"
 SELECTORS = [
@@ -178,8 +178,7 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
     """
     import yaml
 
-    places = (Path(name), Path(__file__).resolve().parent.parent / name)
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places(name) if place.is_file()), None)
     if path is None:
         raise UsageError(f"config must be a YAML file, there is no {name!r}")
 

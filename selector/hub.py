@@ -58,7 +58,7 @@ class Checkpoint(nn.Module):
         return loaded
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Saves and uploads to the Hugging Face hub; returns the address of the commit."""
+        """Saves and uploads to the Hugging Face hub; returns the address of the commit. See `push`."""
         return push(self, repo_id, **kwargs)
 
 
@@ -138,15 +138,30 @@ def about(name_or_path: str | Path) -> tuple[dict[str, Any], str | None]:
     return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("metadata", {}), text
 
 
-def push(selector: Checkpoint, repo_id: str, private: bool = False, card: str | None = None) -> str:
-    """Uploads a checkpoint to the Hugging Face hub (needs a login)."""
+def push(
+    selector: Checkpoint,
+    repo_id: str,
+    private: bool = False,
+    card: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> str:
+    """Uploads a checkpoint to the Hugging Face hub (needs a login).
+
+    Args:
+        repo_id: owner/name; a name alone is one of the user who is logged in. Made where it is not there.
+        private: of a new repository.
+        card, metadata: see `save`.
+
+    Returns:
+        The address of the commit.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save(selector, folder, card=card)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        save(selector, folder, card=card, metadata=metadata)
+        return str(api.upload_folder(repo_id=full_name, folder_path=folder))
 
 
 def _folder(name_or_path: str | Path) -> Path:

@@ -175,6 +175,25 @@ def test_relevance_to_the_prompt_comes_from_the_caller(tiny_model, make_image):
         prune_inputs(model, inputs, CDPruner(), Budget(7))
 
 
+def test_the_question_is_the_text_behind_each_image_without_what_is_to_be_predicted(tiny_model, make_image):
+    model, processor = tiny_model()
+    texts = ["USER: <image> red? yes", "USER: <image> how many? two"]
+    images = [make_image(40, 90, 1), make_image(70, 30, 2)]
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+    ids = inputs["input_ids"]
+    behind = [row[int((row == model.config.image_token_id).nonzero()[-1]) + 1 :] for row in ids]
+    embed = model.get_input_embeddings()
+    for answer in (0, 2):  # tokens at the end of each row that are to be predicted
+        labels = torch.full_like(ids, -100)
+        labels[:, ids.shape[1] - answer :] = ids[:, ids.shape[1] - answer :]
+        with torch.no_grad():
+            tokens = encode(model, {**inputs, "labels": labels}, ("question",)).tokens
+            wanted = [embed(words[: len(words) - answer]) for words in behind]
+        for i, words in enumerate(wanted):
+            assert tokens.question_mask[i].tolist() == [j < len(words) for j in range(tokens.question.shape[1])]
+            torch.testing.assert_close(tokens.question[i, : len(words)], words, rtol=0, atol=0)
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(height=st.integers(20, 300), width=st.integers(20, 300))
 def test_places_are_those_of_the_unpadded_grid(tiny_model, make_image, height, width):

@@ -341,7 +341,7 @@ class _quiet:
 
 
 def _find(path: str, argument: str) -> str:
-    """A model folder: from the current folder, else from the root of the repository installed here; or a hub name.
+    """A model folder: from the current folder, else among what ships with the package; or a hub name.
 
     A path that looks local must be there; otherwise it would be taken for a hub name and fail obscurely.
     """

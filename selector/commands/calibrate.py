@@ -24,6 +24,7 @@ from selector.measure.answering import prepare
 from selector.measure.identity import fingerprint
 from selector.measure.run import sample_count
 from selector.models import encode
+from selector.shipped import INSTALLED
 from selector.tasks import Task
 from selector.tasks.sample import Sample
 from selector.tokens import VisualTokens
@@ -90,6 +91,8 @@ def _target(out: str | None, spec: str, source: str | None) -> Path:
         raise UsageError("out must be the name of a folder, got ''")
     if out is None and (source is None or not Path(source).is_dir()):
         raise UsageError(f"out must name the folder to write: {spec!r} is no folder that could be calibrated in place")
+    if out is None and Path(source or "").resolve().is_relative_to(INSTALLED):
+        raise UsageError(f"out must name the folder to write: {spec!r} is part of the installed package")
     place = Path(out or source or "")
     check_output(place)
     return place

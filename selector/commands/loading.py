@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import torch
 
-import selector
 from selector import calibration
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
@@ -20,6 +19,7 @@ from selector.measure.bench import BLIND, FULL
 from selector.measure.identity import identity
 from selector.plug import Positions
 from selector.registry import load_selector
+from selector.shipped import places
 
 RESERVED = (FULL, BLIND)
 _NAMED = re.compile(r"([\w][\w.+-]*)=(.+)")
@@ -28,8 +28,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def find_folder(name: str) -> Path | None:
-    """The folder of that name: from the current folder, else from the root of the repository installed here."""
-    for path in (Path(name), Path(selector.__file__).parent.parent / name):
+    """The folder of that name: from the current folder, else among what ships with the package."""
+    for path in places(name):
         try:
             if name and path.is_dir():
                 return path

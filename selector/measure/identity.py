@@ -18,7 +18,10 @@ import selector
 from selector.base import TokenSelector
 from selector.budget import Budget
 
-ASIDE = ("__init__.py", "cli.py", "errors.py", "hub.py", "record.py", "records.py", "registry.py", "schema.py")
+ASIDE = (
+    *("__init__.py", "cli.py", "errors.py", "hub.py", "record.py", "records.py"),
+    *("registry.py", "schema.py", "shipped.py"),
+)
 """Files of the package through which no choice passes."""
 WHOLE = 256 * 2**20
 """Modules up to this many bytes are fingerprinted whole, larger ones by 4,096 entries of every tensor."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from transformers.image_processing_utils import get_patch_output_size
 
 from selector.measure.evidence import canvas_of, evidence, model_rectangles
 
@@ -58,6 +60,15 @@ def test_full_size_geometry():
     assert rectangles[0, 25].tolist() == [28, 28, 56, 56]
     assert rectangles[2, 24].tolist() == [336, 14, 350, 28]  # second tile: upper right; patch 24: second row
     assert rectangles[3, 0].tolist() == [0, 336, 14, 350]
+
+
+@pytest.mark.parametrize("canvas", [(64, 64), (32, 64), (64, 32), (96, 32)])
+def test_the_image_is_resized_as_the_processor_does(canvas):
+    """To the pixel: fractions of one are rounded up, in height as in width."""
+    for height, width in [(50, 97), (97, 50), (31, 64), (64, 31), (200, 130), (7, 200), (200, 7), (33, 33)]:
+        inner = canvas_of((height, width), [canvas], 32, (4, 4)).inner
+        wanted = get_patch_output_size(np.zeros((height, width, 3)), canvas, input_data_format="channels_last")
+        assert (inner[3], inner[2]) == wanted, (height, width)
 
 
 def test_share_of_several_boxes():

@@ -14,10 +14,12 @@ import torch
 
 from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, records, select_tokens
 from selector.errors import UsageError
+from selector.measure import bench as measure
 from selector.measure.answering import answer, forced, prepare, without_image
 from selector.measure.protocol import Protocol
 from selector.measure.run import compare
-from selector.plug import prune_inputs
+from selector.models import encode
+from selector.plug import Pruned, prune_inputs
 from selector.report.standings import distil
 from selector.report.summary import summarize
 from selector.tasks import Task
@@ -224,12 +226,14 @@ def test_a_killed_run_loses_one_sample(run):
     assert len(first) == 24
 
 
+@pytest.mark.slow
 def test_fresh_starts_over(run):
     run()
     assert all(s.new for s in run(fresh=True))
     assert all(len(records.read_records(p)) == 4 for p in run.folder.rglob("*.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -247,6 +251,7 @@ def test_a_changed_setting_meets_no_old_record(run, change):
     assert all(s.new for s in steps if s.row.selector)
 
 
+@pytest.mark.slow
 def test_a_changed_selector_or_model_meets_no_old_record(run, tiny_model):
     class Weighted(Random):
         def __init__(self, seed: int = 0):
@@ -395,6 +400,37 @@ def test_the_spectrum_is_of_the_visual_tokens_at_the_layer(run, task, layer):
     assert record["ipr_shift"] == pytest.approx(ipr["svd"] - ipr["full"], rel=1e-3, abs=1e-6)
     assert 0 < record["energy_shift"] <= 1
     assert results["full", "None", "s0"]["ipr_shift"] == 0
+
+
+def test_the_first_selection_warms_up_and_its_time_is_not_counted(tiny_model, make_image, monkeypatch):
+    model, processor = tiny_model()
+    inputs = prepare(processor, make_image(64, 64), "what?", model.device)
+    seconds = iter([100.0, 2.0, 1.0, 3.0, 5.0, 4.0, 6.0, 100.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr(measure, "prune_inputs", lambda *_, **__: Pruned({}, selection_seconds=next(seconds)))
+    bench = measure.Bench(model, processor, frozenset(), False, TOKENS, repeats=3)
+    encoded = encode(model, inputs)
+
+    def timed(label):
+        return bench.prune(inputs, measure.Row(label, Random(), Budget(9)), encoded).selection_seconds
+
+    assert timed("random") == 2  # of 2, 1, 3, after a first of 100
+    assert timed("random") == 5  # warm: all three count
+    assert timed("other") == 8  # each selector warms up by itself
+    assert next(seconds, None) is None
+
+
+def test_the_first_sample_is_measured_twice_and_the_first_time_thrown_away(tiny_model, task, monkeypatch):
+    opened = []
+
+    class Counted(measure.Measured):
+        def __init__(self, bench, sample):
+            opened.append(sample.id)
+
+    monkeypatch.setattr(measure, "Measured", Counted)
+    bench = measure.Bench(*tiny_model(), frozenset(), False, TOKENS)
+    for sample in task.samples(2, 0):
+        bench.open(sample)
+    assert opened == ["s0", "s0", "s1"]
 
 
 def test_another_layer_or_number_of_repeats_meets_no_old_record(run):

@@ -388,6 +388,7 @@ def test_memory_grows_with_tokens_times_channels_and_kept(name):
     assert seen.entries < n * n / 4
 
 
+@pytest.mark.slow
 def test_the_learned_scorer_compiles_to_one_graph():
     """In a process of its own: type checking of annotations does not compile."""
     code = """

@@ -17,6 +17,7 @@ from selector.measure.bench import pack
 from selector.measure.evidence import canvas_of
 from selector.measure.images import store_image
 from selector.report.columns import LEGEND
+from selector.report.page.overview import _smallest
 from selector.report.page.plots import Point, Series, axis, plot
 from selector.report.summary import read_run, run_names, write_report
 
@@ -114,6 +115,37 @@ class Tags(HTMLParser):
 
 def data_of(page):
     return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def smallest(*intervals):
+    """The cells of the table of fewest tokens, for a selector measured at 40, 20, 10, ... tokens."""
+    rows = [
+        {
+            "task": "toy",
+            "selector": "ours",
+            "sees_question": False,
+            "keep": str(40 >> i),
+            "tokens": 40 >> i,
+            "full_tokens": 80,
+            "agreement": 0.9,
+            "versus_full": {"difference": sum(pair) / 2, "interval": pair, "broken": 3, "mended": 1, "pairs": 50},
+        }
+        for i, pair in enumerate(intervals)
+    ]
+    return re.findall(r"<td>(.*?)</td>", _smallest("run", {"tasks": {"toy": {}}, "rows": rows[::-1]}))
+
+
+@pytest.mark.parametrize(
+    ("intervals", "cell"),
+    [
+        # The upper end decides: a loss is measurable where all of the interval lies below 0.
+        ([(-0.1, 0.02), (-0.2, 0.0), (-0.3, -0.01)], "20 tokens (25%): -10 [-20, +0] points, 90% same answers"),
+        ([(0.02, 0.1), (-0.04, -0.01)], "40 tokens (50%): +6 [+2, +10] points, 90% same answers"),
+        ([(-0.2, -0.1), (-0.1, 0.1)], "none of those tried"),  # what recovers below a loss is chance
+    ],
+)
+def test_the_fewest_tokens_without_measurable_loss(intervals, cell):
+    assert smallest(*intervals) == [cell]
 
 
 def test_every_tag_is_closed_and_nothing_is_fetched(page):
