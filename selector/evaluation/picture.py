@@ -1,7 +1,7 @@
 """The drawing behind `selector show`: what every selector keeps, painted where it lies in the image.
 
 One row an image and budget, one panel a selector. A panel is the canvas of the processor: the image as it lies on its
-tiles. Kept patches stay clear, dropped ones are dimmed; dashed lines are borders of tiles, hatching is padding, and a
+tiles. Kept patches stay clear, dropped ones lie under a veil (dark, but light on a dark image); dashed lines are borders of tiles, hatching is padding, and a
 cross-hatched patch is one that unpadding took away before any selector saw it. The small picture below is the base
 view (the whole image, squeezed into one tile) with its own kept patches. Boxes of the answer's evidence are outlined
 where they are known. With scores a panel is a heat map: the rank of every patch among those of its image.
@@ -23,8 +23,10 @@ from selector.evaluation.tasks.sample import Box
 PANEL, INSET, MARGIN = 340, 96, 14
 PAPER, INK, FAINT, MARK = (255, 255, 255), (25, 25, 30), (110, 110, 120), (235, 60, 40)
 GOOD, BORDER = (20, 130, 60), (90, 150, 255)
-VEIL = np.array([40.0, 46.0, 66.0])
-"""Colour that dropped patches fade into."""
+VEIL, LIGHT_VEIL = np.array([40.0, 46.0, 66.0]), np.array([226.0, 229.0, 238.0])
+"""Colours that dropped patches fade into: the second on a dark image, where the first looks like what is kept."""
+DARK = 96
+"""Of 255: where the median pixel is darker, the image is."""
 STRENGTH, HEAT = 0.74, 0.72
 
 Pixels = np.ndarray
@@ -79,7 +81,9 @@ def _panel(image: Image.Image, canvas: Canvas, panel: Panel, boxes: Sequence[Box
     base = image.resize((INSET, INSET), Image.Resampling.LANCZOS)
     rows, columns = canvas.tiles
     one, whole = _shown(panel, (1, 1), canvas.grid, 0), _shown(panel, (rows, columns), canvas.grid, 1)
-    main = Image.fromarray(_painted(_laid_out(image, canvas, size, scale), *whole, _padding(canvas, size, scale)))
+    veil = LIGHT_VEIL if is_dark(image) else VEIL
+    laid, padding = _laid_out(image, canvas, size, scale), _padding(canvas, size, scale)
+    main = Image.fromarray(_painted(laid, *whole, padding, veil))
     _borders(main, canvas.tiles)
     frame = ImageDraw.Draw(main)
     left, top, inner_w, inner_h = (v * scale for v in canvas.inner)
@@ -87,7 +91,7 @@ def _panel(image: Image.Image, canvas: Canvas, panel: Panel, boxes: Sequence[Box
     for x0, y0, x1, y1 in boxes:
         corners = (left + x0 * across - 1, top + y0 * down - 1, left + x1 * across, top + y1 * down)
         frame.rectangle(corners, outline=MARK, width=2)
-    small = Image.fromarray(_painted(np.asarray(base), *one, np.zeros((INSET, INSET), bool)))
+    small = Image.fromarray(_painted(np.asarray(base), *one, np.zeros((INSET, INSET), bool), veil))
     return _framed(main, small, panel)
 
 
@@ -154,8 +158,15 @@ def _ranks(scores: Float[Tensor, "T N"], valid: Bool[Tensor, "T N"] | None) -> F
     return flat.new_zeros(flat.shape).masked_scatter(there, order / max(1, len(order) - 1))
 
 
-def _painted(pixels: Pixels, kept: Pixels, valid: Pixels, heat: Pixels | None, padding: Pixels) -> Pixels:
-    """Pixels with dropped patches dimmed (or the heat map on), padding hatched, patches that are gone cross-hatched."""
+def is_dark(image: Image.Image) -> bool:
+    """Whether most of an image is so dark that a dark veil would not show on it."""
+    return float(np.median(np.asarray(image.convert("L")))) < DARK
+
+
+def _painted(
+    pixels: Pixels, kept: Pixels, valid: Pixels, heat: Pixels | None, padding: Pixels, veil: Pixels = VEIL
+) -> Pixels:
+    """Pixels with dropped patches veiled (or the heat map on), padding hatched, patches that are gone cross-hatched."""
     height, width = pixels.shape[:2]
     rows = (np.arange(height) * kept.shape[0]) // height
     columns = (np.arange(width) * kept.shape[1]) // width
@@ -166,7 +177,7 @@ def _painted(pixels: Pixels, kept: Pixels, valid: Pixels, heat: Pixels | None, p
     plain = pixels.astype(np.float64)
     grey = plain.mean(-1, keepdims=True)
     if heat is None:
-        shown = np.where(spread(kept)[..., None], plain, (1 - STRENGTH) * grey + STRENGTH * VEIL)
+        shown = np.where(spread(kept)[..., None], plain, (1 - STRENGTH) * grey + STRENGTH * veil)
     else:
         from matplotlib import colormaps
 

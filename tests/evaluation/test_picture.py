@@ -38,6 +38,18 @@ def test_kept_patches_are_clear_where_they_lie():
     assert seen[:, xs.min() + 1 :].sum() == (xs.max() - xs.min()) * (ys.max() + 1)  # the border of the tile is dashed
 
 
+@pytest.mark.parametrize("colour", [(18, 24, 60), (60, 70, 90), (128, 128, 128), (250, 240, 10), (255, 255, 255)])
+def test_what_is_kept_and_what_is_dropped_look_different_on_any_page(colour):
+    kept = torch.zeros(5, 16, dtype=torch.bool)
+    kept[1] = True  # the upper left tile
+    canvas = canvas_of((64, 64), [[64, 64]], 32, (4, 4))
+    pixels = np.asarray(draw(Image.new("RGB", (64, 64), colour), canvas, [Panel("name", (), kept)])).astype(float)
+    half = PANEL // 2
+    here, there = pixels[TOP + half // 2, MARGIN + half // 2], pixels[TOP + 3 * half // 2, MARGIN + 3 * half // 2]
+    assert here.tolist() == list(colour)
+    assert abs(here.mean() - there.mean()) > 45
+
+
 def test_everything_and_nothing():
     seen = clear(panel_of(torch.ones(5, 16, dtype=torch.bool)))
     middle = PANEL // 2  # borders of tiles are dashed
