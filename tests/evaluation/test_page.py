@@ -191,7 +191,7 @@ def test_samples_that_tell_selectors_apart_come_first(page):
 
 
 def told(**answers):
-    """What the explorer shows of one task with the samples "a", "b", ...: per selector and budget (right, same) each."""
+    """What the explorer shows of one task with samples a, b, ...: per selector and budget (right, same) each."""
     settings = {"tasks": {"t": {"fingerprint": "f"}}, "seed": 0, "rows": []}
 
     def records_of(hits):
