@@ -153,7 +153,7 @@ def _centred(tokens: Float[Tensor, "L d"]) -> Float[Tensor, "L d"]:
 
 
 def correlations(data: Data, consistency: str = "same", draws: int = 1000, seed: int = 0) -> list[Correlation]:
-    """Every correlation of the study.
+    """Every correlation of the study for which some group has a ρ.
 
     Args:
         consistency: ``same``, whether an answer stayed; or ``nll``, minus the ΔNLL of the unpruned answer.
@@ -172,9 +172,10 @@ def correlations(data: Data, consistency: str = "same", draws: int = 1000, seed:
                 steady = _table(data, task, lambda row: _consistency(row, consistency))
                 for over in OVER:
                     ranks, groups, points = _over(shift, steady, picks, over)
-                    low, high = np.nanquantile(ranks, [0.025, 0.975])
-                    interval = (float(low), float(high))
-                    found.append(Correlation(task, layer, mean, over, float(ranks[0]), interval, groups, points))
+                    if groups:  # else nothing varies, and there is nothing to say
+                        low, high = np.nanquantile(ranks, [0.025, 0.975])
+                        interval = (float(low), float(high))
+                        found.append(Correlation(task, layer, mean, over, float(ranks[0]), interval, groups, points))
     return found
 
 
