@@ -53,7 +53,8 @@ class Panel:
 
 def draw(image: Image.Image, canvas: Canvas, panels: Sequence[Panel], boxes: Sequence[Box] = ()) -> Image.Image:
     """A strip of panels for one image; `boxes` are outlined in every one."""
-    drawn = [_panel(image.convert("RGB"), canvas, panel, boxes) for panel in panels]
+    views = _views(image.convert("RGB"), canvas)
+    drawn = [_panel(views, image.size, canvas, panel, boxes) for panel in panels]
     strip = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)), PAPER)
     x = 0
     for panel in drawn:
@@ -75,23 +76,44 @@ def stack(strips: Sequence[Image.Image], heading: str = "") -> Image.Image:
     return page
 
 
-def _panel(image: Image.Image, canvas: Canvas, panel: Panel, boxes: Sequence[Box]) -> Image.Image:
+@dataclass(frozen=True)
+class _Views:
+    """What all panels of an image share: it is large, and resized once."""
+
+    scale: float
+    main: Pixels
+    padding: Pixels
+    base: Pixels
+    veil: Pixels
+
+
+def _views(image: Image.Image, canvas: Canvas) -> _Views:
     scale = PANEL / max(canvas.size)
     size = (max(1, round(canvas.size[0] * scale)), max(1, round(canvas.size[1] * scale)))
-    base = image.resize((INSET, INSET), Image.Resampling.LANCZOS)
-    rows, columns = canvas.tiles
-    one, whole = _shown(panel, (1, 1), canvas.grid, 0), _shown(panel, (rows, columns), canvas.grid, 1)
-    veil = LIGHT_VEIL if is_dark(image) else VEIL
-    laid, padding = _laid_out(image, canvas, size, scale), _padding(canvas, size, scale)
-    main = Image.fromarray(_painted(laid, *whole, padding, veil))
+    base = image.resize((INSET, INSET), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return _Views(
+        scale,
+        _laid_out(image, canvas, size, scale),
+        _padding(canvas, size, scale),
+        np.asarray(base),
+        LIGHT_VEIL if is_dark(image) else VEIL,
+    )
+
+
+def _panel(
+    views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, boxes: Sequence[Box]
+) -> Image.Image:
+    """A panel; `size` is the (width, height) of the image, in whose pixels the boxes are."""
+    one, whole = _shown(panel, (1, 1), canvas.grid, 0), _shown(panel, canvas.tiles, canvas.grid, 1)
+    main = Image.fromarray(_painted(views.main, *whole, views.padding, views.veil))
     _borders(main, canvas.tiles)
     frame = ImageDraw.Draw(main)
-    left, top, inner_w, inner_h = (v * scale for v in canvas.inner)
-    across, down = inner_w / image.width, inner_h / image.height
+    left, top, inner_w, inner_h = (v * views.scale for v in canvas.inner)
+    across, down = inner_w / size[0], inner_h / size[1]
     for x0, y0, x1, y1 in boxes:
         corners = (left + x0 * across - 1, top + y0 * down - 1, left + x1 * across, top + y1 * down)
         frame.rectangle(corners, outline=MARK, width=2)
-    small = Image.fromarray(_painted(np.asarray(base), *one, np.zeros((INSET, INSET), bool), veil))
+    small = Image.fromarray(_painted(views.base, *one, np.zeros((INSET, INSET), bool), views.veil))
     return _framed(main, small, panel)
 
 
@@ -117,9 +139,8 @@ def _framed(main: Image.Image, base: Image.Image, panel: Panel) -> Image.Image:
 def _laid_out(image: Image.Image, canvas: Canvas, size: tuple[int, int], scale: float) -> Pixels:
     """The image where it lies on the canvas, the padding paper."""
     left, top, width, height = (round(v * scale) for v in canvas.inner)
-    large = image.resize(
-        (max(1, width), max(1, height)), Image.Resampling.LANCZOS if image.width > width else Image.Resampling.NEAREST
-    )
+    filter = Image.Resampling.LANCZOS if image.width > width else Image.Resampling.NEAREST
+    large = image.resize((max(1, width), max(1, height)), filter, reducing_gap=3.0)
     page = Image.new("RGB", size, PAPER)
     page.paste(large, (left, top))
     return np.asarray(page)
@@ -160,7 +181,8 @@ def _ranks(scores: Float[Tensor, "T N"], valid: Bool[Tensor, "T N"] | None) -> F
 
 def is_dark(image: Image.Image) -> bool:
     """Whether most of an image is so dark that a dark veil would not show on it."""
-    return float(np.median(np.asarray(image.convert("L")))) < DARK
+    small = image.reduce(max(1, min(image.size) // 200))
+    return float(np.median(np.asarray(small.convert("L")))) < DARK
 
 
 def _painted(

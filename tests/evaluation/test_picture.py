@@ -73,6 +73,16 @@ def test_boxes_are_outlined():
     assert (pixels == MARK).all(-1).sum() > 4 * 80
 
 
+def test_a_large_image_is_resized_once_for_all_panels(monkeypatch):
+    resized = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *args, **more: resized.append(args[0].size) or resize(*args, **more))
+    panels = [Panel("name", (), torch.ones(5, 16, dtype=torch.bool))] * 6
+    canvas = canvas_of((900, 900), [[64, 64]], 32, (4, 4))
+    assert draw(Image.new("RGB", (900, 900)), canvas, panels).width == 6 * (PANEL + 2 * MARGIN)
+    assert resized == [(900, 900)] * 2  # the panels' image and the base view
+
+
 def test_stack_is_as_wide_as_the_widest():
     page = stack([Image.new("RGB", (30, 10)), Image.new("RGB", (50, 20))], heading="title")
     assert page.size == (50, 34 + 30)
