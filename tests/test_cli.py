@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from selector import cli
-from selector.evaluation.tasks import GENERATED
+from selector.tasks import GENERATED
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--selectors", "svd-prune:rank=2", "random", "--keep", "0.5", "9", "--samples", "2", "--max-new-tokens", "2"]
@@ -61,7 +61,7 @@ def test_help_imports_no_torch():
 
 
 def test_report_imports_no_torch():
-    code = "import sys; import selector.evaluation.commands.report; assert 'torch' not in sys.modules"
+    code = "import sys; import selector.commands.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -107,8 +107,8 @@ def test_tiny_yaml_equals_the_defaults():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_is_valid(path):
-    from selector.evaluation import loading
-    from selector.evaluation.commands.common import find_tasks
+    from selector.commands import loading
+    from selector.commands.common import find_tasks
 
     settings = cli._settings("compare", {"config": str(path)})
     loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
@@ -200,7 +200,7 @@ def test_unreadable_images(call, model, tmp_path):
 
 
 def test_interrupted_prints_what_is_done(call, model, monkeypatch):
-    from selector.evaluation import measure
+    from selector.measure import bench as measure
 
     kept, calls = measure.answer, []
 
@@ -485,7 +485,7 @@ def test_mistakes_of_the_other_commands(call, arguments, message):
 
 def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
     """Defaults are looked for in the current folder, then at the root of the repository that is installed."""
-    from selector.evaluation.loading import find_folder
+    from selector.commands.loading import find_folder
 
     assert find_folder("configs/compare") == ROOT / "configs/compare"
     Path("configs/compare").mkdir(parents=True)

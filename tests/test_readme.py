@@ -63,7 +63,7 @@ def test_fit_commands_give_a_whole_configuration(command):
 
 def test_every_selector_is_in_the_table():
     from selector import available_selectors
-    from selector.evaluation.commands.list import markdown
+    from selector.commands.list import markdown
 
     assert markdown() in METHODS, "selector list --markdown prints the table"
     for name, cls in available_selectors().items():

@@ -64,7 +64,7 @@ class VisionZip(RankSelector):
         other = (count * self.contextual + 0.5).long().clamp(max=count - 1 if self.contextual < 1 else count)
         dominant = count - other
 
-        # Even strides through the rest, in packed order: (number + 1) * many / total passes a whole number `many` times.
+        # Even strides through the rest, in packed order: number * many / total passes a whole number `many` times.
         rest = groups.mask & (place >= dominant[:, None])
         number = rest.cumsum(1) - 1
         total, many = rest.sum(1, keepdim=True).clamp(min=1), other[:, None]

@@ -27,6 +27,53 @@ GIVES = frozenset({"features", "projected", "cls_attention", "keys", "text", "qu
 
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
     """See `selector.models.encode`."""
+    _check_needs(needs, relevance)
+    base, config = model.base_model, model.config
+    layer = _setting(inputs, config, "vision_feature_layer")
+    strategy = _setting(inputs, config, "vision_feature_select_strategy")
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer must be one layer for selection, got {layer}")
+    prefix = 1 if strategy == "default" else 0  # tokens before the patches that the model itself cuts off: CLS
+    wanted = needs & {"cls_attention", "keys"}
+    if "cls_attention" in needs and prefix == 0:
+        raise ValueError("cls_attention: this vision tower has no CLS token (vision_feature_select_strategy is 'full')")
+
+    # The model's own encoding, with its own arguments; attention is overheard, not computed a second time.
+    names = inspect.signature(base.get_image_features).parameters
+    arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    with _listening(base.vision_tower, layer, wanted) as heard:
+        output = base.get_image_features(**arguments, return_dict=True)
+    features = output.hidden_states[layer][:, prefix:]
+    packed = list(output.pooler_output)
+
+    tiles = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        for size in inputs["image_sizes"]
+    ]
+    side = config.vision_config.image_size // config.vision_config.patch_size
+
+    tokens = VisualTokens(
+        features=features,
+        grid=(side, side),
+        image=torch.repeat_interleave(torch.tensor(tiles, device=features.device)),
+        slots=_index_map(base, tiles, features, inputs["image_sizes"], strategy),
+        cls_attention=_cls_attention(heard) if "cls_attention" in needs else None,
+        keys=heard["k_proj"].mean(1)[:, prefix:] if "keys" in needs else None,
+    )
+
+    # What is read off the tokens, once they are there.
+    if "projected" in needs:
+        tokens = _with_projected(tokens, packed)
+    if "text" in needs and relevance is not None:
+        tokens = replace(tokens, text=relevance(tokens, inputs))
+    if "question" in needs:
+        tokens = _with_question(tokens, model, inputs)
+
+    return Encoded(tokens, packed, output, config.image_token_id)
+
+
+def _check_needs(needs: frozenset[str], relevance: Relevance | None) -> None:
+    """Refuses, by name, what this model cannot give."""
     if needs - GIVES:
         raise ValueError(
             f"a LLaVA-NeXT gives no {', '.join(sorted(needs - GIVES))} to a selector; it gives {sorted(GIVES)}"
@@ -36,44 +83,10 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
             "text: a LLaVA-NeXT has the vision half of its CLIP only, no text tower to compare tokens with; pass "
             "relevance=, a function (tokens, inputs) -> [tiles, patches]"
         )
-    base, config = model.base_model, model.config
-    layer = _setting(inputs, config, "vision_feature_layer")
-    strategy = _setting(inputs, config, "vision_feature_select_strategy")
-    if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer must be one layer for selection, got {layer}")
-    names = inspect.signature(base.get_image_features).parameters
-    arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
-    prefix = 1 if strategy == "default" else 0
-    wanted = needs & {"cls_attention", "keys"}
-    if "cls_attention" in needs and prefix == 0:
-        raise ValueError("cls_attention: this vision tower has no CLS token (vision_feature_select_strategy is 'full')")
-    with _listening(base.vision_tower, layer, wanted) as heard:
-        output = base.get_image_features(**arguments, return_dict=True)
-    features = output.hidden_states[layer][:, prefix:]
-    packed = list(output.pooler_output)
-    tiles = [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        for size in inputs["image_sizes"]
-    ]
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    tokens = VisualTokens(
-        features=features,
-        grid=(side, side),
-        image=torch.repeat_interleave(torch.tensor(tiles, device=features.device)),
-        slots=_index_map(base, tiles, features, inputs["image_sizes"], strategy),
-        cls_attention=_cls_attention(heard) if "cls_attention" in needs else None,
-        keys=heard["k_proj"].mean(1)[:, prefix:] if "keys" in needs else None,
-    )
-    if "projected" in needs:
-        tokens = _with_projected(tokens, packed)
-    if "text" in needs and relevance is not None:
-        tokens = replace(tokens, text=relevance(tokens, inputs))
-    if "question" in needs:
-        tokens = _with_question(tokens, model, inputs)
-    return Encoded(tokens, packed, output, config.image_token_id)
 
 
 def _setting(inputs: Mapping[str, Any], config: Any, name: str) -> Any:
+    """A setting of this call where the caller gives one, as the model itself reads it; else the checkpoint's."""
     return inputs[name] if inputs.get(name) is not None else getattr(config, name)
 
 
@@ -137,6 +150,8 @@ def _listening(tower: Any, layer: int, wanted: frozenset[str]) -> Iterator[dict[
     """
     heard: dict[str, Any] = {}
     handles = []
+
+    # Before anything is encoded: a layer that no attention produced is an error, not an empty answer.
     if wanted:
         name = " and ".join(sorted(wanted))
         if layer == 0:
@@ -155,6 +170,7 @@ def _listening(tower: Any, layer: int, wanted: frozenset[str]) -> Iterator[dict[
             handles.append(
                 getattr(attention, part).register_forward_hook(lambda _, __, out, part=part: listen(part, out))
             )
+
     try:
         yield heard
     finally:

@@ -365,7 +365,7 @@ def test_mix_averages_places():
         want = [1 - (0.25 * a + 0.75 * b) for a, b in zip(norms, attention, strict=True)]
         np.testing.assert_allclose(got[i].numpy(), want, atol=1e-6)
     for weight, part in ((1.0, "norm"), (0.0, "cls-attention")):
-        alone = Mix("norm", "cls-attention", weight)(tokens, Budget(5))
+        alone = Mix(Norm(), CLSAttention(), weight)(tokens, Budget(5))
         assert torch.equal(alone, load_selector(part)(tokens, Budget(5)))
 
 
@@ -386,7 +386,7 @@ def test_compositions_are_written_the_same_everywhere(tmp_path):
     python = Merge(Mix(SVDPrune(rank=2, center=False), DivPrune(), 0.25))
     assert spec.init_args == yaml.init_args == python.init_args
     trained = GumbelSelector(dim=9, num_patches=25, width=8, heads=2).eval().save_pretrained(tmp_path / "trained")
-    whole = Merge(Mix(str(trained), "norm")).save_pretrained(tmp_path / "whole")
+    whole = Merge(Mix(load_selector(str(trained)), Norm())).save_pretrained(tmp_path / "whole")
     again = load_selector(str(whole))
     assert torch.equal(again.selector.a.head.weight, load_selector(str(trained)).head.weight)
     assert load_selector(f"{trained}:merge=nearest").selector.learned

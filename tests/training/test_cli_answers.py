@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from selector import TokenSelector, select_tokens
-from selector.evaluation.answering import prepare
+from selector.measure.answering import prepare
 from training.cli import main, run
 
 pytestmark = pytest.mark.usefixtures("quiet")

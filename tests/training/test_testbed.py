@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from selector.evaluation.tasks import charts, documents, scenes
+from selector.tasks.generated import charts, documents, scenes
 from training.testbed.card import card
 from training.testbed.evaluate import wilson
 from training.testbed.join import Round, embed

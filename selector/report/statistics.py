@@ -1,0 +1,125 @@
+"""Intervals, tests and correlations behind the tables; plain Python and NumPy, seeded, no global state.
+
+Samples are the unit: an interval says what other samples of the same task would give, not what other tasks would.
+
+SciPy has Wilson's interval, the exact binomial test and Spearman's coefficient too. Neither this package nor anything
+that it needs requires SciPy: a large dependency for thirty lines, which the tests hold against other definitions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+Numbers = Sequence[float | int]
+Z = NormalDist().inv_cdf(0.975)
+
+
+def wilson(successes: int, trials: int, z: float = Z) -> tuple[float, float]:
+    """Wilson score interval of a share (95% by default); it stays inside [0, 1] and is sane at 0 and at all.
+
+    Raises:
+        ValueError: no trials, or more successes than trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"need 0 <= successes <= trials and trials >= 1, got {successes} of {trials}")
+    share, square = successes / trials, z * z
+    centre = (share + square / (2 * trials)) / (1 + square / trials)
+    half = z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
+
+
+def bootstrap_mean(
+    values: Numbers, seed: int = 0, draws: int = 2000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of the values and the percentile interval of a bootstrap over them: (mean, lower end, upper end)."""
+    if not values:
+        raise ValueError("need at least one value, got none")
+    array = np.asarray(values, dtype=np.float64)
+    means = _resampling(len(array), seed, draws) @ array / len(array)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(array.mean()), float(low), float(high)
+
+
+def paired_bootstrap(ours: Numbers, theirs: Numbers, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of ``ours − theirs`` over the same samples, and its interval: (difference, lower end, upper end)."""
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"need two equally long, non-empty lists, got {len(ours)} and {len(theirs)}")
+    return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], seed)
+
+
+def mcnemar(broken: int, mended: int) -> float:
+    """Exact two-sided p value that answers broken and mended are equally likely; 1 where none changed."""
+    if broken < 0 or mended < 0:
+        raise ValueError(f"need counts >= 0, got {broken} and {mended}")
+    total, tail = broken + mended, min(broken, mended)
+    return min(1.0, 2 * sum(math.comb(total, k) for k in range(tail + 1)) / 2**total)
+
+
+def holm(p_values: Numbers) -> list[float]:
+    """P values adjusted for their number (Holm 1979): the chance of any false finding stays below the level."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def samples_to_see(differences: Numbers, effect: float = 0.01, power: float = 0.8) -> int | None:
+    """Samples at which a paired comparison with this spread sees `effect` (two-sided 5%, normal approximation).
+
+    None where the differences have no spread at all: nothing can be said from them.
+    """
+    spread = float(np.std(np.asarray(differences, dtype=np.float64), ddof=1)) if len(differences) > 1 else 0.0
+    if spread == 0:
+        return None
+    return math.ceil(((Z + NormalDist().inv_cdf(power)) * spread / effect) ** 2)
+
+
+def spearman(x: Numbers, y: Numbers) -> float | None:
+    """Rank correlation with mean ranks for ties; None where it is not defined (fewer than 3 points, or no spread)."""
+    if len(x) != len(y):
+        raise ValueError(f"need two equally long lists, got {len(x)} and {len(y)}")
+    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    return float(np.clip(np.corrcoef(_ranks(x), _ranks(y))[0, 1], -1, 1))
+
+
+def spearman_interval(rank: float, points: int) -> tuple[float, float] | None:
+    """95% interval of a rank correlation (Fisher's z with the variance of Bonett & Wright 2000); None below 4 points.
+
+    It takes the points to be independent. Rows of a comparison share samples, so the truth is wider.
+    """
+    if points < 4:
+        return None
+    if abs(rank) == 1:
+        return rank, rank
+    half = Z * math.sqrt((1 + rank * rank / 2) / (points - 3))
+    return math.tanh(math.atanh(rank) - half), math.tanh(math.atanh(rank) + half)
+
+
+def median(values: Numbers) -> float | None:
+    return float(np.median(values)) if values else None
+
+
+def mean(values: Numbers) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+@functools.lru_cache(maxsize=8)
+def _resampling(count: int, seed: int, draws: int) -> np.ndarray:
+    """How often each of `count` samples is in each bootstrap draw: ``[draws, count]``."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float32)
+
+
+def _ranks(values: Numbers) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return ((last - counts + 1 + last) / 2)[inverse]
