@@ -76,9 +76,12 @@ def test_boxes_are_outlined():
 def test_a_large_image_is_resized_once_for_all_panels(monkeypatch):
     resized = []
     resize = Image.Image.resize
-    monkeypatch.setattr(
-        Image.Image, "resize", lambda *args, **more: resized.append(args[0].size) or resize(*args, **more)
-    )
+
+    def counted(image, *args, **more):
+        resized.append(image.size)
+        return resize(image, *args, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
     panels = [Panel("name", (), torch.ones(5, 16, dtype=torch.bool))] * 6
     canvas = canvas_of((900, 900), [[64, 64]], 32, (4, 4))
     assert draw(Image.new("RGB", (900, 900)), canvas, panels).width == 6 * (PANEL + 2 * MARGIN)
