@@ -7,7 +7,7 @@ The first line measures `SETTINGS` and writes the data, the second reads them; b
 (``ipr.svg``) and print the correlations in Markdown.
 
 *Silent Hazards of Token Reduction* (arXiv 2503.06794) says that |ΔIPR| goes with consistency: the larger it is, the
-more answers differ from the unpruned model's, so a rank correlation of |ΔIPR| with agreement is **negative** where the claim
+more answers differ from the unpruned ones, so a rank correlation with agreement is **negative** where the claim
 holds. The text that we could read fixes neither the layer, nor whether the mean is taken off, nor what the correlation
 runs over; the study crosses them. In all three ways of counting a figure is a mean of Spearman's ρ over groups:
 

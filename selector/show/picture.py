@@ -1,9 +1,10 @@
 """The drawing behind `selector show`: what every selector keeps, painted where it lies in the image.
 
 One row an image and budget, one panel a selector. A panel is the canvas of the processor: the image as it lies on its
-tiles. Kept patches stay clear, dropped ones lie under a veil (dark, but light on a dark image);
-dashed lines are borders of tiles, hatching is padding, and a cross-hatched patch is one that unpadding took away before any selector saw it. The small picture below is the base
-view (the whole image, squeezed into one tile) with its own kept patches. Boxes of the answer's evidence are outlined
+tiles. Kept patches stay clear, dropped ones lie under a veil (dark, but light on a dark image); dashed lines are
+borders of tiles, hatching is padding, and a cross-hatched patch is one that unpadding took away before any selector
+saw it. The small picture below is the base view (the whole image, squeezed into one tile) with its own kept patches.
+Boxes of the answer's evidence are outlined
 where they are known. With scores a panel is a heat map: the rank of every patch among those of its image.
 """
 
