@@ -158,12 +158,13 @@ class Measured:
         read = None
         if (layer > 0 and self.encoded) or (said is not None and not same):
             image_token_id = self.encoded.image_token_id if self.encoded else None
-            read = forced(self.bench.model, pruned.inputs, target, layer if self.encoded else 0, image_token_id)
+            wanted = [layer] if layer > 0 and self.encoded else []
+            read = forced(self.bench.model, pruned.inputs, target, wanted, image_token_id)
         logits = read.logits if read is not None and said is not None and not same else None
         if self.encoded is None:
             return None, logits
-        visual = read.visual if layer > 0 and read else torch.cat(_visual(pruned))
-        return (spectrum(visual) if visual is not None and len(visual) else None), logits
+        visual = read.visual[layer] if layer > 0 and read else torch.cat(_visual(pruned))
+        return (spectrum(visual) if len(visual) else None), logits
 
     def _shifts(self, after: Spectrum | None) -> dict[str, Any]:
         if after is None or self.full_spectrum is None:

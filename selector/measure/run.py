@@ -134,7 +134,7 @@ def compare(
                         for row, record, opened in _records(bench, index, sample, rows, files[task.name]):
                             if opened is not None and opened.canvas is not None and index < FIRST:
                                 name = records.image_name(task.fingerprint, protocol.seed, sample.id)
-                                store_image(out, name, sample.image, opened.canvas)
+                                store_image(out, name, sample.image, opened.canvas, sample.boxes)
                             yield Step(task.name, index, share, row, record, opened is not None)
                 if task.unreadable and index < 0:
                     raise UsageError(f"task {task.name!r}: none of its {len(task.unreadable)} images can be read")

@@ -340,7 +340,7 @@ def test_teacher_forcing_repeats_what_generation_computed(tiny_model, make_image
     assert len(said.ids) == len(said.logits) == 8
     assert torch.equal(said.logits.argmax(-1), said.ids)
     read = forced(model, pruned.inputs, said.ids)
-    assert read.visual is None
+    assert read.visual == {}
     torch.testing.assert_close(read.logits, said.logits, atol=1e-4, rtol=1e-4)
     assert answer(model, processor, pruned.inputs, 8).text == said.text  # the inputs can be used again
     assert said.prefill_seconds > 0
