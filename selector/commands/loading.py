@@ -86,7 +86,7 @@ def _ask_hub(name: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # The error of the HTTP client that the hub's library uses: httpx, or httpx2 of late.
-    from huggingface_hub.errors import HTTPError as ClientError
+    from huggingface_hub.errors import HTTPError as ClientError  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
