@@ -15,7 +15,7 @@ from selector import calibration
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
 from selector.errors import UsageError
-from selector.measure.bench import BLIND, FULL
+from selector.measure.harness import BLIND, FULL
 from selector.measure.identity import identity
 from selector.plug import Positions
 from selector.registry import load_selector

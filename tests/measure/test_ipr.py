@@ -27,7 +27,7 @@ from selector.commands.ipr import (
 from selector.commands.loading import load_model, load_selectors
 from selector.errors import UsageError
 from selector.measure.answering import forced, prepare
-from selector.measure.bench import Bench, Row
+from selector.measure.harness import Harness, Row
 from selector.measure.protocol import Protocol
 from selector.models import encode
 from selector.plug import prune_inputs
@@ -113,7 +113,7 @@ def test_measures_what_the_comparison_measures(published):
     for name, chosen in load_selectors(settings["selectors"], model.device).items():
         (old,) = [r for r in published["rows"] if (r["task"], r["selector"], r["keep"]) == ("charts", name, "32")]
         for layer in SETTINGS["layers"]:
-            opened = Bench(model, processor, chosen.needs, Protocol(layer=layer)).open(sample)
+            opened = Harness(model, processor, chosen.needs, Protocol(layer=layer)).open(sample)
             record = opened.record(Row(name, chosen, Budget(32)))
             kind = f"uncentred {layer}"
             assert measured[name]["ipr"][kind] == [pytest.approx(1e5 * record["ipr_shift"], abs=0.6)]

@@ -15,8 +15,8 @@ from PIL import Image
 
 from selector import records
 from selector.errors import UsageError
-from selector.measure.bench import pack
 from selector.measure.evidence import canvas_of
+from selector.measure.harness import pack
 from selector.measure.images import store_image
 from selector.report.columns import LEGEND
 from selector.report.page.explorer import explorer
@@ -212,8 +212,8 @@ def test_the_explorer_opens_where_selectors_differ_in_being_right():
     assert [(s["id"], s["tells_at"]) for s in shown] == [("b", "64"), ("a", "128"), ("c", None)]
 
 
-def row_of(keep, interval, broken, pairs, mended=0):
-    versus = {"interval": interval, "difference": sum(interval) / 2, "broken": broken, "mended": mended, "pairs": pairs}
+def row_of(keep, interval, broken, pairs, fixed=0):
+    versus = {"interval": interval, "difference": sum(interval) / 2, "broken": broken, "fixed": fixed, "pairs": pairs}
     return {"task": "t", "selector": "s", "sees_question": False, "keep": str(keep), "tokens": keep, "full_tokens": 512,
             "agreement": 0.9, "versus_full": versus | {"samples_for_a_point": None}}  # fmt: skip
 
@@ -236,11 +236,11 @@ def test_fewest_tokens_are_those_shown_to_lose_less_than_the_margin():
     assert smallest(wide, row_of(32, (-0.01, 0.01), 1, 200)) == "not shown for any tried"
 
 
-@pytest.mark.parametrize("mended", [0, 2])
-def test_few_questions_show_no_small_loss_though_none_broke(mended):
+@pytest.mark.parametrize("fixed", [0, 2])
+def test_few_questions_show_no_small_loss_though_none_broke(fixed):
     """The bootstrap of questions none of which broke has its lower end at 0 or above, however few they are."""
-    assert smallest(row_of(128, (0.0, 0.1 * mended), 0, 58, mended)) == "not shown for any tried"
-    assert smallest(row_of(128, (0.0, 0.1 * mended), 0, 59, mended)).startswith("128 tokens")
+    assert smallest(row_of(128, (0.0, 0.1 * fixed), 0, 58, fixed)) == "not shown for any tried"
+    assert smallest(row_of(128, (0.0, 0.1 * fixed), 0, 59, fixed)).startswith("128 tokens")
 
 
 def test_accuracy_is_the_first_figure_of_the_head_to_head_and_the_rest_is_announced(page):

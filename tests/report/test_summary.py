@@ -101,7 +101,7 @@ def test_difference_is_paired_and_only_at_the_same_budget(run):
 def test_difference_to_the_unpruned_model(run):
     summary = summarize(run)
     ours, theirs = (row(summary, label)["versus_full"] for label in ("ours", "theirs"))
-    assert (ours["difference"], ours["broken"], ours["mended"], ours["pairs"]) == (-0.25, 1, 0, 4)
+    assert (ours["difference"], ours["broken"], ours["fixed"], ours["pairs"]) == (-0.25, 1, 0, 4)
     assert (ours["p"], theirs["p"]) == (1.0, 0.5)  # one change: 2/2; two, both broken: 2/4
     assert (theirs["p_holm"], theirs["tests"]) == (1.0, 2)
     assert ours["anls"]["difference"] == -0.25
@@ -111,7 +111,7 @@ def test_difference_to_the_unpruned_model(run):
 
 def test_versus_baseline_has_what_both_measured(run):
     versus = row(summarize(run), "ours")["versus_baseline"]
-    assert (versus["broken"], versus["mended"]) == (1, 2)
+    assert (versus["broken"], versus["fixed"]) == (1, 2)
     assert versus["agrees"]["difference"] == 0.25
     assert versus["evidence"]["difference"] == pytest.approx(0.375 / 2)
     assert versus["nll_shift"]["difference"] == -0.5

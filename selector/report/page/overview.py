@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from selector.report.columns import LEGEND, legend, selector_name
-from selector.report.findings import Row, sentences
+from selector.report.columns import LEGEND, Figures, legend, selector_name
+from selector.report.findings import sentences
 
 Summary = dict[str, Any]
 MARGIN = 0.05
@@ -65,7 +65,7 @@ def _smallest(name: str, summary: Summary) -> str:
     )
 
 
-def _last_good(rows: list[Row]) -> Row | None:
+def _last_good(rows: list[Figures]) -> Figures | None:
     good = None
     for row in sorted(rows, key=lambda r: -r["tokens"]):
         if _lower_end(row["versus_full"]) <= -MARGIN:
@@ -85,12 +85,12 @@ def _hidden(pairs: int) -> float:
     return 1 - 0.05 ** (1 / pairs)
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Figures) -> str:
     versus = row["versus_full"]
     low, high = versus["interval"]
     share = f" ({100 * row['tokens'] / row['full_tokens']:.0f}%)" if row["full_tokens"] else ""
     gap = f"{100 * versus['difference']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}] points"
-    if versus["broken"] == versus["mended"] == 0:  # a bootstrap of equal pairs has no width: say what n allows
+    if versus["broken"] == versus["fixed"] == 0:  # a bootstrap of equal pairs has no width: say what n allows
         gap = f"none lost (a loss up to {100 * _hidden(versus['pairs']):.0f} points may hide)"
     return f"{row['tokens']:.0f} tokens{share}: {gap}, {100 * row['agreement']:.0f}% same answers"
 
