@@ -150,6 +150,8 @@ class SelectorModule(LightningModule):
         if self.asks and not isinstance(encoder, LlavaNextModel):
             names = ", ".join(type(objective).__name__ for objective in self.objectives if objective.asks)
             raise ValueError(f"model.encoder must be a LlavaNextModel for {names}, got a {type(encoder).__name__}")
+        if architecture != "gumbel" and any(isinstance(objective, Paper) for objective in self.objectives):
+            raise ValueError(f"model.objectives: Paper, the default, needs architecture gumbel, got {architecture!r}")
         if question and architecture != "image-transformer":
             raise ValueError(f"model.question needs architecture image-transformer, got {architecture!r}")
         if question and (not self.asks or any(objective.reconstructs for objective in self.objectives)):
