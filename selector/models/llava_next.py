@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from selector.models import Encoded, Relevance
+from selector.models import Adapter, Encoded, Relevance
 from selector.tokens import NEWLINE, PAD, VisualTokens
 
 GIVES = frozenset({"features", "projected", "cls_attention", "keys", "text", "question"})
@@ -167,3 +167,6 @@ def _cls_attention(heard: Mapping[str, Any]) -> Tensor:
     queries, keys = heard["q_proj"].float(), heard["k_proj"].float()
     scores = (queries[:, :, :1] @ keys.mT)[:, :, 0] * heard["scale"]
     return scores.softmax(-1)[..., 1:].mean(1)
+
+
+ADAPTER = Adapter(encode)
