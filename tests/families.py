@@ -7,6 +7,7 @@ number of placeholders follows from the sizes of the pictures (where the model p
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -214,9 +215,17 @@ def packed_count(model: Any, picture: Picture, alone: bool) -> int:
     height, width, _ = picture
     tiles = 1 + pinpoint(height) * pinpoint(width) if alone else 1
     base, size = model.base_model, torch.tensor([[height, width]])
-    limit = model.config.vision_aspect_ratio
-    (packed,), _ = base.pack_image_features([torch.zeros(tiles, 16, 1)], size, torch.zeros(1), limit)
+    limit = getattr(model.config, "vision_aspect_ratio", None) or model.config.vision_feature_select_strategy
+    names = inspect.signature(base.pack_image_features).parameters
+    name = "vision_aspect_ratio" if "vision_aspect_ratio" in names else "vision_feature_select_strategy"
+    tiles = [torch.zeros(tiles, 16, 1)]
+    (packed,), _ = base.pack_image_features(tiles, size, image_newline=torch.zeros(1), **{name: limit})
     return len(packed)
+
+
+def packed_alone(model: Any, picture: Picture, alone: bool) -> int:
+    """The same where other pictures of the row change nothing."""
+    return packed_count(model, picture, True)
 
 
 # Qwen
@@ -273,6 +282,132 @@ def is_image(ids: Tensor) -> Tensor:
     return (ids == IMAGE).long()
 
 
+# InternVL, Idefics3 and SmolVLM: square tiles, blocks of patches to a visual token, the whole image last
+
+
+def internvl() -> PretrainedConfig:
+    from transformers import InternVLConfig, Qwen2Config
+    from transformers.models.internvl import InternVLVisionConfig
+
+    return InternVLConfig(
+        vision_config=InternVLVisionConfig(**TOWER),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+        **SPECIAL,
+    )
+
+
+def idefics(kind: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        kind,
+        vision_config={**TOWER, "num_channels": 3},
+        text_config={**TEXT, "model_type": "llama"},
+        image_token_id=IMAGE,
+        scale_factor=2,
+        **SPECIAL,
+    )
+
+
+def tiles_of(picture: Picture) -> int:
+    """Tiles of a picture whose sides are given in tiles, with the whole image where there are several."""
+    count = picture[0] * picture[1]
+    return count + (count > 1)
+
+
+def tiled(rows: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
+    """The tiles of all pictures, one behind the other."""
+    return {"pixel_values": torch.cat([draw(picture, tiles_of(picture), 3, 32, 32) for picture in flat(rows)])}
+
+
+def tiled_by_row(rows: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
+    """The tiles of the pictures of each row, filled up with blank ones."""
+    tiles = [torch.cat([torch.zeros(0, 3, 32, 32), *[draw(p, tiles_of(p), 3, 32, 32) for p in row]]) for row in rows]
+    return {"pixel_values": torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True)}
+
+
+def named_tiles(count: int, picture: Picture) -> list[int]:
+    """Every tile behind a token that names it, the whole image last."""
+    tiles = tiles_of(picture)
+    names = [GLOBAL - 1 if tile < tiles - 1 else GLOBAL for tile in range(tiles)]
+    return [token for name in names for token in (START, name, *[IMAGE] * (count // tiles))] + [START]
+
+
+# Gemma's relatives
+
+
+def paligemma() -> PretrainedConfig:
+    from transformers import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+
+    return PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**TOWER),
+        text_config=GemmaConfig(**TEXT, head_dim=12),
+        image_token_index=IMAGE,
+        vocab_size=VOCABULARY,
+        projection_dim=48,
+        hidden_size=48,
+        **SPECIAL,
+    )
+
+
+def gemma3() -> PretrainedConfig:
+    from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
+
+    return Gemma3Config(
+        vision_config=SiglipVisionConfig(**TOWER),
+        text_config=Gemma3TextConfig(**TEXT, head_dim=12, sliding_window=512, query_pre_attn_scalar=12),
+        mm_tokens_per_image=4,
+        boi_token_index=START,
+        eoi_token_index=END,
+        image_token_index=IMAGE,
+        **SPECIAL,
+    )
+
+
+def mistral3() -> PretrainedConfig:
+    from transformers import Mistral3Config, MistralConfig, PixtralVisionConfig
+
+    return Mistral3Config(
+        vision_config=PixtralVisionConfig(**{**TOWER, "image_size": 64, "patch_size": 4}),
+        text_config=MistralConfig(**TEXT, head_dim=12),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+        **SPECIAL,
+    )
+
+
+# LLaVA-NeXT-Video
+
+
+def next_video() -> PretrainedConfig:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig
+
+    return LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=16),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_grid_pinpoints=[[32 * h, 32 * w] for h in (1, 2, 3) for w in (1, 2, 3)],
+        **SPECIAL,
+    )
+
+
+def frames(rows: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
+    """Three frames of every video."""
+    return {"pixel_values_videos": torch.stack([draw(picture, 3, 3, 32, 32) for picture in flat(rows)])}
+
+
+def sized_tiles(rows: Sequence[Sequence[Picture]]) -> dict[str, Tensor]:
+    """Tiles of every picture, padded to the most, whatever else is in its row."""
+    return {name: anyres([[picture] for picture in flat(rows)])[name] for name in ("pixel_values", "image_sizes")}
+
+
 QWEN: dict[str, Any] = {
     "pixels": patches,
     "count": lambda _, p, alone: p[0] * p[1] // 64,
@@ -280,6 +415,14 @@ QWEN: dict[str, Any] = {
     "wrap": wrapped,
     "rows": {"mm_token_type_ids": is_image},
     "keys": False,
+}
+
+IDEFICS: dict[str, Any] = {
+    "pixels": tiled_by_row,
+    "count": lambda _, p, alone: 4 * tiles_of(p),
+    "sizes": ((2, 2), (1, 1), (2, 3)),
+    "wrap": named_tiles,
+    "language": "text_model",
 }
 
 FAMILIES = [
@@ -296,6 +439,66 @@ FAMILIES = [
     Family("Qwen2-VL", "qwen2_vl", lambda: qwen("qwen2_vl"), **QWEN),
     Family("Qwen2.5-VL", "qwen2_5_vl", lambda: qwen("qwen2_5_vl"), **QWEN),
     Family("Qwen3-VL", "qwen3_vl", lambda: qwen("qwen3_vl"), **QWEN),
+    Family(
+        "InternVL",
+        "internvl",
+        internvl,
+        tiled,
+        lambda _, p, alone: 4 * tiles_of(p),
+        sizes=((2, 2), (2, 1), (2, 3)),
+        wrap=wrapped,
+        cls=True,
+    ),
+    Family("Idefics3", "idefics3", lambda: idefics("idefics3"), **IDEFICS),
+    Family("SmolVLM", "smolvlm", lambda: idefics("smolvlm"), **IDEFICS),
+    Family(
+        "PaliGemma",
+        "paligemma",
+        paligemma,
+        square,
+        lambda *_: 16,
+        rows={"token_type_ids": lambda ids: 0 * is_image(ids)},
+    ),
+    Family("Gemma 3", "gemma3", gemma3, square, lambda *_: 4, wrap=wrapped, rows={"token_type_ids": is_image}),
+    Family(
+        "Mistral 3",
+        "mistral3",
+        mistral3,
+        any_size,
+        lambda _, p, alone: p[0] * p[1] // 64,
+        sizes=((32, 48), (24, 32), (40, 16)),
+        wrap=broken_rows,
+        keys=False,
+    ),
+    Family(
+        "Pixtral",
+        "llava",
+        lambda: llava("pixtral"),
+        any_size,
+        lambda _, p, alone: p[0] * p[1] // 64,
+        sizes=((32, 48), (24, 32), (40, 16)),
+        wrap=broken_rows,
+        keys=False,
+    ),
+    Family(
+        "LLaVA-NeXT-Video (images)",
+        "llava_next_video",
+        next_video,
+        sized_tiles,
+        packed_alone,
+        sizes=((90, 80), (40, 90), (20, 30)),
+        cls=True,
+    ),
+    Family(
+        "LLaVA-NeXT-Video (videos)",
+        "llava_next_video",
+        next_video,
+        frames,
+        lambda *_: 12,
+        wrap=lambda count, _: [VIDEO] * count,
+        cls=True,
+        placeholder=VIDEO,
+    ),
 ]
 
 CONTRACTS = {

@@ -100,12 +100,17 @@ def completed(
     inputs: Mapping[str, Any],
     needs: frozenset[str],
     relevance: Relevance | None,
+    placeholder: int | None = None,
 ) -> VisualTokens:
-    """Adds what is read off the tokens once they are there: `projected`, `text` and `question`, where needed."""
+    """Adds what is read off the tokens once they are there: `projected`, `text` and `question`, where needed.
+
+    Args:
+        placeholder: what stands for a visual token in the prompt, if not the ``image_token_id`` of the config.
+    """
     if "projected" in needs:
         tokens = _with_projected(tokens, packed)
     if "text" in needs and relevance is not None:
         tokens = replace(tokens, text=relevance(tokens, inputs))
     if "question" in needs:
-        tokens = _with_question(tokens, model, inputs)
+        tokens = _with_question(tokens, model, inputs, placeholder)
     return tokens

@@ -76,6 +76,8 @@ class Loop:
         self.mask = None
         if isinstance(mask, dict):
             self.mask = {name: part[:, :, keep][..., keep] for name, part in mask.items()}
+        elif mask is not None and mask.ndim == 4:
+            self.mask = mask[:, :, keep][..., keep]
         self.deep = {}
         if whole.get("deepstack_visual_embeds") is not None:
             visual = whole["visual_pos_masks"][0]
@@ -91,12 +93,17 @@ class Loop:
         )
         return self.model.lm_head(read.last_hidden_state[:, -1])
 
+    @staticmethod
+    def grown(mask):
+        return torch.nn.functional.pad(torch.nn.functional.pad(mask, (0, 1)), (0, 0, 0, 1), value=True)
+
     def append(self, token):
         self.embeddings = torch.cat([self.embeddings, self.model.get_input_embeddings()(token[None, None])], 1)
         self.place = torch.cat([self.place, self.place[..., -1:] + 1], -1)
         if self.mask is not None:  # seen by nothing before it, sees everything
-            pad = torch.nn.functional.pad
-            self.mask = {name: pad(pad(part, (0, 1)), (0, 0, 0, 1), value=True) for name, part in self.mask.items()}
+            one = isinstance(self.mask, torch.Tensor)
+            grown = {name: self.grown(part) for name, part in ({"": self.mask} if one else self.mask).items()}
+            self.mask = grown[""] if one else grown
         if self.deep:
             self.deep["visual_pos_masks"] = torch.nn.functional.pad(self.deep["visual_pos_masks"], (0, 1))
 
