@@ -414,7 +414,8 @@ def _shorten(
 
     adapter = adapter_of(model)
     new = {"input_ids": take(ids, _pad_id(model)), "attention_mask": real.to(mask.dtype)}
-    for name, fill in {"labels": -100, **adapter.rows}.items():
+    padding = {"labels": -100} | {name: fill for name, (fill, _) in adapter.rows.items()}
+    for name, fill in padding.items():
         if inputs.get(name) is not None:
             new[name] = take(inputs[name], fill)
 

@@ -507,6 +507,7 @@ CONTRACTS = {
     "batches": "a padded batch of one image, two images and none equals its rows one by one",
     "beams": "beams and several sequences of such a batch equal those of its rows",
     "text only": "a prompt without images passes through untouched",
+    "measured": "an answer read in one pass, as `selector compare` does, has the logits with which it was generated",
     "labels": "loss and gradients, which reach the vision tower",
     "selectors": "every shipped selector runs, or is refused by the name of the field that this family lacks",
     "unknown arguments": "an argument of the prompt's length that nobody shortens is refused by name",

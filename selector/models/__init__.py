@@ -67,14 +67,14 @@ class Adapter:
             work without ``input_ids``, where only the images are asked for.
         positions: where a position id has several axes (M-RoPE): (model, processor outputs) -> ``[3, B, S]``, those of
             the unpruned prompt. None: one axis, which the plug counts.
-        rows: arguments of the prompt's own shape ``[B, S]`` beside ids, mask, positions and labels, and what fills
-            them at padding; the plug shortens them with the prompt.
+        rows: arguments of the prompt's own shape ``[B, S]`` beside ids, mask, positions and labels, which the plug
+            shortens with the prompt; and of each, the value at padding and the value at the tokens of an answer.
         videos: whether `encode` takes ``pixel_values_videos``.
     """
 
     encode: Encode
     positions: Callable[[Any, Mapping[str, Any]], Int[Tensor, "3 B S"]] | None = None
-    rows: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     videos: bool = False
 
 

@@ -36,4 +36,4 @@ def _averaged(values: Tensor, projector: Any) -> Tensor:
     return projector.avg_pool(values.mT.unflatten(-1, (side, side))).flatten(2).mT
 
 
-ADAPTER = Adapter(encode, rows={"token_type_ids": 0})
+ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 0)})

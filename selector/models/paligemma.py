@@ -22,4 +22,5 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     return Encoded(tokens, packed, output, model.config.image_token_id)
 
 
-ADAPTER = Adapter(encode, rows={"token_type_ids": 0})
+# The prompt is read both ways (0), what follows from left to right (1).
+ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 1)})

@@ -13,6 +13,7 @@ import torch
 from families import CONTRACTS, EXCEPTIONS, FAMILIES, Family, markdown
 
 from selector import Budget, Norm, Random, available_selectors, load_selector, prune_inputs, select_tokens
+from selector.evaluation.answering import forced
 from selector.methods.image_transformer import ImageTransformer
 from selector.models import available_adapters, encode
 from selector.models._towers import ALWAYS
@@ -190,6 +191,21 @@ def test_a_prompt_of_text_passes_through(family):
     with torch.no_grad():
         assert torch.equal(inside, generate(model, inputs))
     assert log.measured == []
+
+
+@every("measured")
+@pytest.mark.parametrize("keep", [3, 1.0])
+def test_an_answer_read_in_one_pass_is_the_generated_one(family, keep):
+    model, inputs = family.model, family.batch([[family.picture(0), family.picture(2)]])
+    pruned = prune_inputs(model, inputs, Random(), Budget(keep))
+    for _ in range(2):  # nothing is edited in place
+        read = forced(model, pruned.inputs, torch.arange(5, 9), layer=2, image_token_id=family.placeholder)
+    assert read.visual.shape == (sum(pruned.measured), 48)
+    with torch.no_grad():
+        said = generate(model, pruned.inputs, output_logits=True, return_dict_in_generate=True)
+        new = said.sequences[0, pruned.inputs["input_ids"].shape[1] :]
+    read = forced(model, pruned.inputs, new)
+    torch.testing.assert_close(read.logits, torch.cat(said.logits), rtol=1e-3, atol=1e-3)
 
 
 @every("labels")
