@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONTRACTS, EXCEPTIONS, FAMILIES, Family, markdown
+from families import CONTRACTS, FAMILIES, Family, markdown
 
 from selector import Budget, Norm, Random, available_selectors, load_selector, prune_inputs, select_tokens
 from selector.evaluation.answering import forced
@@ -299,7 +299,6 @@ def test_an_argument_of_the_prompts_length_is_refused_by_name(family):
 def test_every_contract_is_tested_and_every_adapter_too():
     assert set(CONTRACTS) == TESTED
     assert {family.kind for family in FAMILIES} | {"llava_next"} == set(available_adapters())
-    assert {name for name, _ in EXCEPTIONS} <= {family.name for family in FAMILIES}
 
 
 def test_the_table_of_families_is_printed_from_these_tests():

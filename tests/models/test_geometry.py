@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import END, FAMILIES, IMAGE, START, Family, tiles_of
 
-from selector import Budget, Random, prune_inputs, select_tokens
+from selector import Budget, Random, load_selector, prune_inputs, select_tokens
 from selector.grid import places
 from selector.models import Adapter, adapter_of, available_adapters, encode, llava, register_adapter
 from selector.models._layout import Canvas, Runs, Tiles
@@ -225,6 +225,22 @@ def test_frames_are_tiles():
         family.model, family.batch([[family.picture(0)]]), Random(), Budget(6, scope="tile"), encoded=None
     )
     assert pruned.tokens.tiles_of(pruned.keep).sum(1).tolist() == [2, 2, 2]
+
+
+def test_deepstack_features_are_cut_and_merged_as_their_tokens():
+    family = NAMED["Qwen3-VL"]
+    model, inputs = family.model, family.batch([[family.picture(0), family.picture(1)]])
+    selector = load_selector("norm:merge=nearest")
+    with torch.no_grad():
+        found = encode(model, inputs, selector.needs)
+        pruned = prune_inputs(model, inputs, selector, Budget(5), encoded=found)
+        flow = selector.select(found.tokens, Budget(5)).flow
+    sent = pruned.inputs["mm_encoder_outputs"]["image"].deepstack_features
+    assert len(sent) == len(found.deepstack) == 2
+    for layer, whole in zip(sent, found.deepstack, strict=True):
+        for own, merged, plain, keep in zip(layer, flow.apply(whole), whole, pruned.keep, strict=True):
+            assert torch.equal(own, merged[keep[: len(merged)]])
+            assert not torch.equal(own, plain[keep[: len(plain)]])
 
 
 def test_layouts_by_hand():
