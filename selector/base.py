@@ -10,20 +10,18 @@ All are modules, so that a learned selector and a formula are moved, saved, load
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from selector.budget import Budget
 from selector.calibration import COMMAND, Calibration
 from selector.groups import Groups
+from selector.hub import Checkpoint
 from selector.merging import Selection
 from selector.tokens import VisualTokens
 
@@ -31,7 +29,7 @@ QUESTION_FIELDS = frozenset({"question", "text"})
 """Fields of `VisualTokens` that come from the user's question."""
 
 
-class TokenSelector(nn.Module, ABC):
+class TokenSelector(Checkpoint, ABC):
     """Decides which visual tokens stay.
 
     Attributes:
@@ -72,53 +70,6 @@ class TokenSelector(nn.Module, ABC):
     def sees_question(self) -> bool:
         """Whether what is kept of an image may differ per question: `needs` names a field of `QUESTION_FIELDS`."""
         return not self.needs.isdisjoint(QUESTION_FIELDS)
-
-    @property
-    def init_args(self) -> dict[str, Any]:
-        """Constructor arguments, read back from the attributes of the same names; a selector as its class_path.
-
-        They are what a checkpoint is rebuilt from and what a record is filed under, so they are complete or an error.
-
-        Raises:
-            TypeError: an argument that is not kept under its own name, or a constructor with ``*args`` or ``**kwargs``.
-        """
-        name = type(self).__name__
-        found = {}
-        if type(self).__init__ is nn.Module.__init__:  # a class without arguments; nn.Module's own are none of its
-            return found
-        for parameter in inspect.signature(type(self)).parameters.values():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise TypeError(f"{name} must name its arguments one by one, got {parameter}")
-            # Not AttributeError: nn.Module would take it for "no attribute init_args" and hide which one is missing.
-            if not hasattr(self, parameter.name):
-                raise TypeError(f"{name} must keep argument {parameter.name!r} as self.{parameter.name}")
-            found[parameter.name] = _plain(getattr(self, parameter.name))
-        return found
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.init_args.items())
-
-    def save_pretrained(self, folder: str | Path, card: str | None = None, metadata: dict | None = None) -> Path:
-        """Writes config.json, model.safetensors and README.md, each atomically. See `selector.hub.save`."""
-        from selector.hub import save
-
-        return save(self, folder, card=card, metadata=metadata)
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
-        """The selector that a folder (or a hub repository) holds, weights strict. See `selector.hub.load`."""
-        from selector.hub import load
-
-        loaded = load(name_or_path, allow=allow)
-        if not isinstance(loaded, cls):
-            raise TypeError(f"{name_or_path} holds a {type(loaded).__name__}, not a {cls.__name__}")
-        return loaded
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Saves and uploads to the Hugging Face hub; returns the address of the commit."""
-        from selector.hub import push
-
-        return push(self, repo_id, **kwargs)
 
 
 class RankSelector(TokenSelector):
@@ -182,13 +133,3 @@ class GreedySelector(RankSelector):
         order = self.order(tokens, groups, int(count.max()))
         order = torch.minimum(order, count[:, None])  # a larger neighbour's further picks mean nothing
         return groups.scatter(-order.float(), tokens)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if not isinstance(value, TokenSelector):
-        return value
-    return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": value.init_args}

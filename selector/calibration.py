@@ -152,6 +152,9 @@ def calibrate(
         tolerance: by how much of a share the measured one may miss it, in [0, 1).
         about: what to store beside the thresholds; the numbers of images and tokens and the tolerance are added.
 
+    Returns:
+        A threshold for every pair of share and policy.
+
     Raises:
         ValueError: no images, a selector that chooses sets of a size, or a share that no threshold meets within the
             tolerance (scores are tied, or what always stays is more).
@@ -159,13 +162,18 @@ def calibrate(
     wanted = [Budget(f"auto:{float(share)}", newlines=policy) for policy in newlines for share in shares]
     if not wanted or len(set(wanted)) < len(wanted):
         raise ValueError(f"shares and newlines must each hold different values, got {shares!r} and {newlines!r}")
+
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
+
+    # Any of the budgets will do: the ranking is the same for all.
     scored = [_scored(selector, tokens, wanted[0]) for tokens in batches]
     if not scored:
         raise ValueError("batches must hold at least one image, got none")
+
     cuts = _cuts(scored)
     points = [_point(scored, cuts, budget, tolerance) for budget in wanted]
+
     numbers = {
         "images": sum(each.tokens.num_images for each in scored),
         "tokens": _total(scored),
@@ -175,10 +183,12 @@ def calibrate(
 
 
 def _scored(selector: RankSelector, tokens: VisualTokens, budget: Budget) -> _Scored:
+    """Scores and geometry of a batch; its features, nearly all of its memory, are let go."""
     with torch.no_grad():
         scores = selector.ranking(tokens, budget).float()
     if not bool(torch.isfinite(scores[tokens.valid]).all()):
         raise ValueError("scores must be finite: got NaN or infinity for a visual token")
+
     bare = VisualTokens(tokens.features.new_zeros(*scores.shape, 0), tokens.grid, tokens.image, tokens.slots)
     return _Scored(scores, bare)
 
@@ -194,6 +204,11 @@ def _cuts(scored: Sequence[_Scored]) -> Float[Tensor, "C"]:
 
 
 def _point(scored: Sequence[_Scored], cuts: Float[Tensor, "C"], budget: Budget, tolerance: float) -> Point:
+    """The cut whose measured share is nearest, by bisection.
+
+    Raises:
+        ValueError: it misses the share by more than the tolerance.
+    """
     share = float(str(budget).partition(":")[2])
     total = _total(scored)
 
@@ -205,6 +220,7 @@ def _point(scored: Sequence[_Scored], cuts: Float[Tensor, "C"], budget: Budget, 
     while high - low > 1:  # measured(low) is above the share and measured(high) is not, unless an end is nearest
         middle = (low + high) // 2
         low, high = (middle, high) if measured(middle) > share else (low, middle)
+
     ends = {i: measured(i) for i in (low, high)}
     best = min(ends, key=lambda i: abs(ends[i] - share))
     if abs(ends[best] - share) > tolerance * share:

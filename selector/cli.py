@@ -1,7 +1,7 @@
 """The command line: ``selector compare | show | bench | calibrate | stability | list | report``.
 
 Only the parser lives here, so that ``selector --help`` answers at once; the commands are in
-`selector.evaluation.commands` and are imported when one runs. Settings come from three places, the later wins: the
+`selector.commands` and are imported when one runs. Settings come from three places, the later wins: the
 defaults below, a YAML file (``--config``, same names as the flags), the flags.
 """
 
@@ -12,10 +12,12 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from selector.errors import UsageError
+from selector.measure.protocol import Protocol
+from selector.shipped import places
 
 MODEL = "checkpoints/llava-next-tiny"
 SELECTORS = [
@@ -40,8 +42,8 @@ COMMON: dict[str, Any] = MACHINE | {
     "selectors": SELECTORS,
     "scope": "image",
     "newlines": "kept_rows",
-    "positions": "original",
-    "seed": 0,
+    "positions": Protocol.positions,
+    "seed": Protocol.seed,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "compare": COMMON
@@ -51,13 +53,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "samples": 60,
         "out": "runs/compare",
         "baseline": "random",
-        "answers": True,
-        "max_new_tokens": 48,
-        "layer": 0,
-        "repeats": 1,
         "skip_unreadable": False,
+        **asdict(Protocol()),
     },
-    "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 48, "scores": False},
+    "show": COMMON
+    | {
+        "keep": [0.25],
+        "out": "selector.png",
+        "question": None,
+        "max_new_tokens": Protocol.max_new_tokens,
+        "scores": False,
+    },
     "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
     "stability": MACHINE
     | {
@@ -144,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, debug = arguments.pop("command"), arguments.pop("debug", False)
     try:
         settings = _settings(command, arguments)
-        return importlib.import_module(f"selector.evaluation.commands.{command}").run(settings)
+        return importlib.import_module(f"selector.commands.{command}").run(settings)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -166,12 +172,16 @@ def _settings(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(name: str, command: str) -> dict[str, Any]:
+    """The settings of a YAML file, by the names of the flags: each known to the command, and of its type.
+
+    A name that is no file here is looked for in the repository, so that shipped configs are found from anywhere.
+    """
     import yaml
 
-    places = (Path(name), Path(__file__).resolve().parent.parent / name)
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places(name) if place.is_file()), None)
     if path is None:
         raise UsageError(f"config must be a YAML file, there is no {name!r}")
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # ValueError: a date of month 13
@@ -180,6 +190,7 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
         raise UsageError(f"config {name!r} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise UsageError(f"config {name!r} must hold names and values, got {type(content).__name__}")
+
     known = [*DEFAULTS[command]]
     for key, value in content.items():
         if key not in known:
@@ -235,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
             argument_default=argparse.SUPPRESS,
         )
 
+    # In the order of --help: what runs a model, then what only reads.
     _compare(
         add("compare", "accuracy, consistency, evidence, tokens and time of every selector at every budget", EXAMPLES)
     )
@@ -242,23 +254,28 @@ def _parser() -> argparse.ArgumentParser:
     _bench(add("bench", "selection time against the prefill and against a full SVD, measured in one run"))
     _calibrate(add("calibrate", "find the thresholds of --keep auto:SHARE, stored in a checkpoint", CALIBRATE))
     _stability(add("stability", "whether a changed image, or another training, keeps the same places", STABILITY))
+
     listing = add("list", "the selectors: name, paper, whether trained, what they need, what they rank")
     listing.add_argument(
         "--markdown", action="store_true", help="the table of selector/methods/README.md, without checkpoints"
     )
     listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+
     report = add("report", "the table and the page (HTML, Markdown) of one or several runs, from their records alone")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders that `selector compare` wrote: runs/compare")
     report.add_argument(
         "--out", metavar="HTML", help="the page (default: RUN/report.html; report.html here for several runs)"
     )
     report.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+
     return parser
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:
     defaults = DEFAULTS["compare"]
     _shared(parser, "compare")
+
+    # On what, against what, and where to.
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -273,6 +290,8 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         metavar="LABEL",
         help=f"selector that the others are compared with in pairs (default: {defaults['baseline']})",
     )
+
+    # How each sample is measured.
     parser.add_argument(
         "--answers",
         action=argparse.BooleanOptionalAction,
@@ -280,11 +299,13 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         f"(default: {'ask' if defaults['answers'] else 'do not ask'})",
     )
     _length(parser, "compare")
+
     parser.add_argument(
         "--skip-unreadable",
         action=argparse.BooleanOptionalAction,
         help="leave images out that cannot be decoded, and name them (default: an error)",
     )
+
     parser.add_argument(
         "--layer",
         type=int,
@@ -295,6 +316,8 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=int, metavar="N", help=f"of every timed piece of work (default: {defaults['repeats']})"
     )
+
+    # Which part of the run this process takes, and what of an earlier one counts.
     parser.add_argument(
         "--shard",
         metavar="I/N",
@@ -317,6 +340,7 @@ def _show(parser: argparse.ArgumentParser) -> None:
 
 
 def _length(parser: argparse.ArgumentParser, command: str) -> None:
+    """How long an answer may be."""
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -340,10 +364,14 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     defaults = DEFAULTS["calibrate"]
     parser.add_argument("selector", metavar="SELECTOR", help="a checkpoint folder, a name, or hf:owner/name")
     _machine(parser, "calibrate")
+
+    # The calibration set.
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help=f"whose images (default: {' '.join(defaults['tasks'])})"
     )
     parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
+
+    # What is calibrated, and how exactly.
     parser.add_argument(
         "--shares",
         nargs="+",
@@ -362,6 +390,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"by how much of a share the measured one may miss it (default: {defaults['tolerance']})",
     )
+
     parser.add_argument("--seed", type=int, help=f"of the samples (default: {defaults['seed']})")
     parser.add_argument(
         "--out", metavar="FOLDER", help="the calibrated checkpoint (default: SELECTOR itself, where it is a folder)"
@@ -376,13 +405,16 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
 def _stability(parser: argparse.ArgumentParser) -> None:
     defaults = DEFAULTS["stability"]
     _shared(parser, "stability")
+
     parser.add_argument(
         "--seeds", nargs="+", metavar="SPEC", help="two or more trainings of one recipe (default: none are compared)"
     )
+
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help=f"whose images (default: {' '.join(defaults['tasks'])})"
     )
     parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
+
     parser.add_argument("--out", metavar="JSON", help="the figures as a file (default: none)")
     parser.add_argument(
         "--skip-unreadable",
@@ -392,12 +424,16 @@ def _stability(parser: argparse.ArgumentParser) -> None:
 
 
 def _shared(parser: argparse.ArgumentParser, command: str) -> None:
+    """What every command that prunes asks for: machine, selectors, budgets and samples."""
     defaults = DEFAULTS[command]
     keep = " ".join(map(str, defaults["keep"]))
     _machine(parser, command)
+
     parser.add_argument(
         "--selectors", nargs="+", metavar="SPEC", help="selectors to compare (default: " + " ".join(SELECTORS) + ")"
     )
+
+    # The budget: how much, of what, and what becomes of the rows' ends.
     parser.add_argument(
         "--keep", nargs="+", metavar="BUDGET", help=f"what stays of the visual tokens (default: {keep})"
     )
@@ -410,12 +446,15 @@ def _shared(parser: argparse.ArgumentParser, command: str) -> None:
         help="newline tokens: kept_rows (those of rows with a kept patch), all, none "
         f"(default: {defaults['newlines']})",
     )
+
+    # Only of weight where the language model runs on what is kept.
     if "positions" in defaults:
         parser.add_argument(
             "--positions",
             help="position ids: original (gaps where tokens were dropped) or contiguous (no gaps) "
             f"(default: {defaults['positions']})",
         )
+
     parser.add_argument("--seed", type=int, help=f"of the samples (default: {defaults['seed']})")
 
 

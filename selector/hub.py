@@ -9,56 +9,82 @@ none may be left over, and nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from selector import calibration
-
-if TYPE_CHECKING:
-    from selector.base import TokenSelector
+from selector import calibration, schema
+from selector.files import atomic, write_json, write_text
 
 HARMLESS = 2**30
 """Bytes that may be allocated for weights before they are found not to fit."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+Loaded = TypeVar("Loaded", bound="Checkpoint")
+
+
+class Checkpoint(nn.Module):
+    """A module that is saved, loaded and shared as a checkpoint."""
+
+    @property
+    def init_args(self) -> dict[str, Any]:
+        """Constructor arguments, read back from the attributes of the same names; a selector as its class_path.
+
+        They are what a checkpoint is rebuilt from and what a record is filed under, so they are complete or an error.
+
+        Raises:
+            TypeError: an argument that is not kept under its own name, or a constructor with ``*args`` or ``**kwargs``.
+        """
+        return schema.init_args(self)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.init_args.items())
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None, metadata: dict | None = None) -> Path:
+        """Writes config.json, model.safetensors and README.md, each atomically. See `save`."""
+        return save(self, folder, card=card, metadata=metadata)
+
+    @classmethod
+    def from_pretrained(cls: type[Loaded], name_or_path: str | Path, allow: Iterable[str] = ()) -> Loaded:
+        """The selector that a folder (or a hub repository) holds, weights strict. See `load`."""
+        loaded = load(name_or_path, allow=allow)
+        if not isinstance(loaded, cls):
+            raise TypeError(f"{name_or_path} holds a {type(loaded).__name__}, not a {cls.__name__}")
+        return loaded
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Saves and uploads to the Hugging Face hub; returns the address of the commit. See `push`."""
+        return push(self, repo_id, **kwargs)
 
 
 def save(
-    selector: TokenSelector, folder: str | Path, card: str | None = None, metadata: dict[str, Any] | None = None
+    selector: Checkpoint, folder: str | Path, card: str | None = None, metadata: dict[str, Any] | None = None
 ) -> Path:
     """Writes a checkpoint; each file appears whole or not at all. Returns the folder."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    cls = type(selector)
-    config = {
-        "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": selector.init_args,
-        "metadata": metadata or {},
-    }
+    config = schema.describe(selector) | {"metadata": metadata or {}}
     if calibrations := calibration.collect(selector):
         config["calibration"] = calibrations
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in selector.state_dict().items()}
-    _write(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-    _write(folder / CARD, lambda path: path.write_text(card or _default_card(selector)))
+    with atomic(folder / WEIGHTS) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)
+    write_text(folder / CARD, card or _default_card(selector))
     return folder
 
 
-def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
+def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> Checkpoint:
     """The selector in a folder, or in a hub repository when no such folder exists; in evaluation mode.
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
         ValueError: a class from elsewhere, wrong arguments, or weights that do not fit exactly.
     """
-    from selector.registry import build
-
     folder = _folder(name_or_path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -68,8 +94,8 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
         class_path, init_args = config["class_path"], config["init_args"]
         if not isinstance(class_path, str) or not isinstance(init_args, dict):
             raise TypeError(f"class_path must be a text and init_args a mapping, got {class_path!r} and {init_args!r}")
-        _check_size(lambda: build(class_path, init_args, allow), folder)
-        selector = build(class_path, init_args, allow)
+        _check_size(lambda: schema.build(class_path, init_args, Checkpoint, allow), folder)
+        selector = schema.build(class_path, init_args, Checkpoint, allow)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{folder / CONFIG} is no selector config (class_path, init_args): {error!r}") from error
     except RuntimeError as error:
@@ -92,7 +118,7 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> TokenSelector:
     return selector.eval()
 
 
-def _check_size(make: Callable[[], TokenSelector], folder: Path) -> None:
+def _check_size(make: Callable[[], Checkpoint], folder: Path) -> None:
     """Refuses a config that asks for far more than its weights fill, before a byte of it is allocated."""
     try:
         with torch.device("meta"):
@@ -112,15 +138,30 @@ def about(name_or_path: str | Path) -> tuple[dict[str, Any], str | None]:
     return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("metadata", {}), text
 
 
-def push(selector: TokenSelector, repo_id: str, private: bool = False, card: str | None = None) -> str:
-    """Uploads a checkpoint to the Hugging Face hub (needs a login)."""
+def push(
+    selector: Checkpoint,
+    repo_id: str,
+    private: bool = False,
+    card: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> str:
+    """Uploads a checkpoint to the Hugging Face hub (needs a login).
+
+    Args:
+        repo_id: owner/name; a name alone is one of the user who is logged in. Made where it is not there.
+        private: of a new repository.
+        card, metadata: see `save`.
+
+    Returns:
+        The address of the commit.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save(selector, folder, card=card)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        save(selector, folder, card=card, metadata=metadata)
+        return str(api.upload_folder(repo_id=full_name, folder_path=folder))
 
 
 def _folder(name_or_path: str | Path) -> Path:
@@ -138,18 +179,7 @@ def _download(name: str | Path) -> Path:
         raise FileNotFoundError(f"no folder {str(name)!r}, and the hub gave none: {error}") from error
 
 
-def _write(path: Path, writer: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        writer(Path(temporary))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _default_card(selector: TokenSelector) -> str:
+def _default_card(selector: Checkpoint) -> str:
     return (
         "---\nlibrary_name: visual-token-selector\ntags: [visual-token-selection]\n---\n"
         f"# {type(selector).__name__}\n\n```python\nfrom selector import TokenSelector\n"

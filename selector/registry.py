@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from selector import methods
+from selector import methods, schema
 from selector.base import TokenSelector
 
 
@@ -48,7 +48,7 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
     if isinstance(spec, Mapping):
         if not isinstance(spec.get("init_args") or {}, Mapping):
             raise ValueError(f"init_args must be a mapping, got {spec['init_args']!r}")
-        return build(str(spec.get("class_path", "")), dict(spec.get("init_args") or {}), allow, untrained=False)
+        return _built(spec, allow)
     if not isinstance(spec, (str, Path)) or not str(spec):
         raise ValueError(f"selector must be a name, a folder or a mapping, got {spec!r}")
     if isinstance(spec, Path) or (Path(spec).is_dir() and spec not in _names()):
@@ -71,40 +71,18 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         raise ValueError(f"unknown selector {name!r}: not one of {', '.join(_names())}, nor a checkpoint folder{hint}")
     cls = _class_of(name)
     _refuse_untrained(cls, name)
-    return _construct(cls, _arguments(spec, arguments), allow, untrained=False)
+    return _construct(cls, _arguments(spec, arguments), allow)
 
 
-def build(
-    class_path: str, init_args: dict[str, Any], allow: Iterable[str] = (), untrained: bool = True
-) -> TokenSelector:
-    """An object of the class that a checkpoint or a YAML names; only known or allowed classes are imported.
-
-    Args:
-        untrained: whether learned classes may be built; their weights have to follow.
-    """
-    cls = _imported(class_path, allow)
-    if not untrained:
-        _refuse_untrained(cls, class_path)
-    return _construct(cls, init_args, allow, untrained)
-
-
-def _imported(class_path: str, allow: Iterable[str]) -> type[TokenSelector]:
-    for known in _subclasses(TokenSelector):
-        if f"{known.__module__}.{known.__qualname__}" == class_path:
-            return known
-    module, _, name = class_path.rpartition(".")
-    trusted = ("selector", *allow)
-    if not any(module == package or module.startswith(package + ".") for package in trusted):
-        raise ValueError(
-            f"class_path {class_path!r} is not from {' or '.join(trusted)}: import its module, or allow its package"
-        )
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"class_path {class_path!r} cannot be imported: {error}") from error
-    if not (inspect.isclass(cls) and issubclass(cls, TokenSelector)):
-        raise ValueError(f"class_path {class_path!r} is not a TokenSelector")
-    return cls
+def _built(spec: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:
+    """From ``class_path`` and ``init_args``; ``merge`` may stand among them, at every level."""
+    arguments = {
+        name: _built(value, allow) if isinstance(value, Mapping) and "class_path" in value else value
+        for name, value in dict(spec.get("init_args") or {}).items()
+    }
+    cls = schema.imported(str(spec.get("class_path", "")), TokenSelector, allow)
+    _refuse_untrained(cls, str(spec.get("class_path", "")))
+    return _construct(cls, arguments, allow)
 
 
 def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
@@ -112,35 +90,15 @@ def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
         raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, it means nothing untrained")
 
 
-def _construct(
-    cls: type[TokenSelector], init_args: dict[str, Any], allow: Iterable[str], untrained: bool
-) -> TokenSelector:
-    arguments: dict[str, Any] = {
-        name: build(str(value["class_path"]), dict(value.get("init_args") or {}), allow, untrained)
-        if isinstance(value, Mapping) and "class_path" in value
-        else value
-        for name, value in init_args.items()
-    }
-    signature = inspect.signature(cls)
-    merge = arguments.pop("merge", None) if "merge" not in signature.parameters else None
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"init_args of {cls.__name__}: {error}; it takes {signature}") from error
-    for argument in arguments.keys() & signature.parameters.keys():
-        _check_plain(cls, argument, signature.parameters[argument].annotation, arguments[argument])
-    return _merging(cls(**arguments), merge)
-
-
-def _check_plain(cls: type[TokenSelector], argument: str, annotation: Any, value: Any) -> None:
-    """Refuses a value of the wrong type where a number, a truth value or a text is asked for: no "maybe" for a bool."""
-    annotation = getattr(annotation, "__name__", str(annotation))
-    wanted = set(annotation.split(" | "))
-    if not wanted <= {"bool", "int", "float", "str", "None"}:
-        return  # the class itself knows
-    given = "None" if value is None else type(value).__name__
-    if given not in wanted and not (given == "int" and "float" in wanted):
-        raise ValueError(f"init_args of {cls.__name__}: {argument} must be {annotation}, got {value!r}")
+def _construct(cls: type[TokenSelector], arguments: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:
+    """A selector from arguments in which other selectors may still be specs, and ``merge`` may wrap the whole."""
+    parameters = inspect.signature(cls).parameters
+    given = dict(arguments)
+    merge = given.pop("merge", None) if "merge" not in parameters else None
+    for name in given.keys() & parameters.keys():
+        if parameters[name].annotation == "TokenSelector":
+            given[name] = load_selector(given[name], allow)
+    return _merging(schema.construct(cls, given), merge)
 
 
 def _merging(selector: TokenSelector, how: str | None) -> TokenSelector:
@@ -188,9 +146,3 @@ def _parts(text: str) -> Iterable[str]:
             yield text[start:i]
             start = i + 1
     yield text[start:]
-
-
-def _subclasses(cls: type[TokenSelector]) -> Iterable[type[TokenSelector]]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)

@@ -518,7 +518,7 @@ CONTRACTS = {
 def markdown() -> str:
     """The table of families and contracts, as selector/models/README.md has it."""
     lines = [
-        "| family | model type | " + " | ".join(CONTRACTS) + " | CLS attention | keys |",
+        "| family | model type | " + " | ".join(CONTRACTS) + " | CLS attention | keys, received attention |",
         "|---" * (len(CONTRACTS) + 4) + "|",
     ]
     for family in FAMILIES:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from selector import cli
-from selector.evaluation import loading
+from selector.commands import loading
 from training import cli as training
 
 ROOT = Path(__file__).resolve().parent.parent

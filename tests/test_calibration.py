@@ -28,7 +28,7 @@ from selector import (
 )
 from selector.base import GreedySelector, RankSelector
 from selector.calibration import Calibration, Point, calibrate
-from selector.evaluation.identity import identity
+from selector.measure.identity import identity
 
 NEWLINES = ("kept_rows", "all", "none")
 
@@ -62,6 +62,7 @@ def best_by_hand(batches, share: float, newlines: str) -> tuple[float, int]:
     return min(abs(k / total - share) for k in kept), total
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     share=st.floats(0.02, 0.98),
@@ -327,9 +328,9 @@ def test_in_the_plug(tiny_model, make_image):
 
 def test_shares_on_average_and_fixed_ones_share_a_group(tmp_path):
     """Rows stand together by share; all tasks together have a table, its paired difference computed by hand."""
-    from selector.evaluation import records
-    from selector.evaluation.report import summarize, write_report
-    from selector.evaluation.tables import rich_tables
+    from selector import records
+    from selector.report.summary import summarize, write_report
+    from selector.report.tables import rich_tables
 
     right = {
         ("text", "auto:0.25"): "1110",

@@ -38,6 +38,7 @@ def test_the_front_page_is_short():
     assert len(FRONT.splitlines()) <= 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_blocks_run(number):
     done = subprocess.run(
@@ -53,6 +54,7 @@ def test_selector_commands_parse(command):
     _parser().parse_args(shlex.split(command)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands("selector-train") if " fit " in c])
 def test_fit_commands_give_a_whole_configuration(command):
     words = [sys.executable, "-m", "training.cli", *shlex.split(command)[1:], "--print_config"]
@@ -63,7 +65,7 @@ def test_fit_commands_give_a_whole_configuration(command):
 
 def test_every_selector_is_in_the_table():
     from selector import available_selectors
-    from selector.evaluation.commands.list import markdown
+    from selector.commands.list import markdown
 
     assert markdown() in METHODS, "selector list --markdown prints the table"
     for name, cls in available_selectors().items():

@@ -10,11 +10,11 @@ import references
 import torch
 
 from selector import Budget, Random, SVDPrune, TokenSelector, prune_inputs, select_tokens
-from selector.evaluation.answering import prepare
-from selector.evaluation.evidence import evidence, model_rectangles
-from selector.evaluation.tasks import documents
+from selector.measure.answering import prepare
+from selector.measure.evidence import evidence, model_rectangles
 from selector.models import encode
 from selector.spectrum import leverage_scores
+from selector.tasks.generated import documents
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 PAGES = [documents.page("test", 99, index) for index in range(12)]

@@ -24,6 +24,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from training import pages
 from training.cache import FeatureCache
 from training.conversations import Conversation, Converse
 from training.disk_cache import StoredType, disk_cache
@@ -146,7 +147,7 @@ class ImageModule(LightningDataModule):
         """Windows of receipts are images of a folder too."""
         if "receipts" not in self.kinds:
             return ""
-        from selector.evaluation.tasks.scans import receipts
+        from selector.tasks.receipts.scans import receipts
 
         files = [receipt.file for receipt in receipts(None) if receipt.split == "train"]
         return credits(files[0].parent.parent, files)
@@ -366,9 +367,7 @@ class _Page:
             return Asked(image.convert("RGB"), turns)
 
     def _draw(self) -> tuple[bytes, Turns]:
-        from selector.evaluation.tasks import generator
-
-        page = generator(self.kind).page("test" if self.split == "test" else "train", self.seed, self.index)
+        page = pages.page(self.kind, "test" if self.split == "test" else "train", self.seed, self.index)
         png = io.BytesIO()
         page.image.save(png, "PNG", compress_level=1)
         return png.getvalue(), tuple((turn.question, turn.answer) for turn in page.turns)

@@ -16,8 +16,8 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
 from selector.errors import UnreadableImage
-from selector.evaluation.tasks.folder import ANNOTATIONS, answer_of, read_annotations, split_place
 from selector.images import open_image
+from selector.tasks.folder import ANNOTATIONS, answer_of, read_annotations, split_place
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ATTRIBUTION = "ATTRIBUTION.txt"

@@ -39,7 +39,7 @@ class KeptPictures(Callback):
 
     def strips(self, selector: Any) -> list[Image.Image]:
         """The pictures themselves, one an image."""
-        from selector.evaluation.gallery import kept_picture
+        from selector.show.gallery import kept_picture
 
         model, processor = self._vlm()
         was_training = selector.training
@@ -49,8 +49,8 @@ class KeptPictures(Callback):
         return found
 
     def _shown(self) -> list[Image.Image]:
-        from selector.evaluation.tasks import documents, scenes
         from selector.images import open_image
+        from selector.tasks.generated import documents, scenes
 
         if self.images:
             return [open_image(Path(name)) for name in self.images]

@@ -65,7 +65,7 @@ class GridPool(RankSelector):
             opened = budget.newlines_of(cells(where, tokens, share, rows).centre, tokens).sum(1)
             count = torch.minimum(wanted, (budget.counts(tokens) - opened).clamp(min=1))
 
-        # These shares may differ from those that `rows` was made for: the bands change only where a cell would be empty.
+        # These shares may differ from those that `rows` was made for: bands change only where a cell would be empty.
         share = self.shares(count, size, tokens, budget)
         rows = torch.minimum(torch.maximum(rows, -(-share // width.clamp(min=1))), torch.minimum(height, share))
         parts = cells(where, tokens, share, rows)

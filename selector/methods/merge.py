@@ -6,8 +6,7 @@ the mean of its group, itself included, on the projected tokens. In a spec: ``sv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -17,7 +16,6 @@ from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.grid import places
 from selector.merging import Flow, Selection, nearest
-from selector.registry import load_selector
 from selector.tokens import VisualTokens
 
 
@@ -25,7 +23,7 @@ class Merge(TokenSelector):
     """Chooses as another selector does, and averages dropped tokens into the kept ones most like them.
 
     Args:
-        selector: an object or a spec.
+        selector: any; in a spec or a YAML, its spec.
         how: ``"nearest"``, the most similar kept token.
     """
 
@@ -33,11 +31,11 @@ class Merge(TokenSelector):
     cost = "+ N K D"
     merges = True
 
-    def __init__(self, selector: TokenSelector | str | Mapping[str, Any], how: Literal["nearest"] = "nearest"):
+    def __init__(self, selector: TokenSelector, how: Literal["nearest"] = "nearest"):
         super().__init__()
         if how != "nearest":
             raise ValueError(f"merge must be 'nearest', got {how!r}")
-        self.selector, self.how = load_selector(selector), how
+        self.selector, self.how = selector, how
         if self.selector.merges:
             raise ValueError(f"merge: {type(self.selector).__name__} merges by itself")
         self.needs = self.selector.needs | {"features"}

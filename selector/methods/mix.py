@@ -8,9 +8,6 @@ parentheses: ``mix:a=(svd-prune:energy=0.5),b=divprune``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +15,6 @@ from torch import Tensor
 from selector.base import RankSelector, TokenSelector
 from selector.budget import Budget
 from selector.groups import Groups
-from selector.registry import load_selector
 from selector.tokens import VisualTokens
 
 
@@ -26,19 +22,14 @@ class Mix(RankSelector):
     """Averages the places that tokens have in two rankings.
 
     Args:
-        a, b: objects or specs of selectors that rank.
+        a, b: selectors that rank; in a spec or a YAML, their specs.
         weight: of a, in [0, 1]; b has the rest.
     """
 
     paper = "composition"
     cost = "a + b"
 
-    def __init__(
-        self,
-        a: TokenSelector | str | Mapping[str, Any],
-        b: TokenSelector | str | Mapping[str, Any],
-        weight: float = 0.5,
-    ):
+    def __init__(self, a: TokenSelector, b: TokenSelector, weight: float = 0.5):
         super().__init__()
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be in [0, 1], got {weight}")
@@ -61,8 +52,7 @@ def places_from_top(scores: Float[Tensor, "G M"], groups: Groups) -> Float[Tenso
     return better.float() / groups.size.clamp(min=1)[:, None]
 
 
-def _ranking(spec: TokenSelector | str | Mapping[str, Any]) -> RankSelector:
-    selector = load_selector(spec)
-    if not isinstance(selector, RankSelector):
-        raise ValueError(f"mix takes selectors that rank, {type(selector).__name__} does not")
-    return selector
+def _ranking(part: TokenSelector) -> RankSelector:
+    if not isinstance(part, RankSelector):
+        raise ValueError(f"mix takes selectors that rank, {type(part).__name__} does not")
+    return part

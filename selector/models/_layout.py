@@ -104,18 +104,15 @@ def padded(maps: Sequence[Int[Tensor, "_"]]) -> Int[Tensor, "I L"]:
     return torch.nn.utils.rnn.pad_sequence(list(maps), batch_first=True, padding_value=PAD)
 
 
-def shuffled(values: Tensor, patch: Int[Tensor, "N blocks"], name: str) -> Tensor:
+def gathered(values: Tensor, patch: Int[Tensor, "N blocks"]) -> Tensor:
     """Per patch to per visual token that several patches make.
 
     Args:
-        values: ``[T, patches]`` or ``[T, patches, C]``.
+        values: attention ``[T, patches]`` or keys ``[T, patches, C]``.
         patch: the patches of each token.
-        name: the field of `selector.tokens.VisualTokens`, which says how they come together.
 
     Returns:
-        Features ``[T, N, blocks * C]`` side by side, keys ``[T, N, C]`` as their mean, attention ``[T, N]`` as its sum.
+        Attention ``[T, N]`` as their sum, keys ``[T, N, C]`` as their mean.
     """
     parts = values[:, patch]
-    if name == "features":
-        return parts.flatten(2)
-    return parts.mean(2) if name == "keys" else parts.sum(2)
+    return parts.sum(2) if values.ndim == 2 else parts.mean(2)

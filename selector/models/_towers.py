@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from selector.models import Relevance, model_type_of
-from selector.models.llava_next import _cls_attention, _listening, _setting, _with_projected, _with_question
+from selector.models.llava_next import (
+    HEARD,
+    _listening,
+    _quantity,
+    _read,
+    _setting,
+    _with_projected,
+    _with_question,
+)
 from selector.tokens import VisualTokens
 
 ALWAYS = frozenset({"features", "projected", "text", "question"})
@@ -25,17 +33,18 @@ def check_needs(
     """Refuses, by name, what this model cannot give.
 
     Args:
-        attention: what it gives beside `ALWAYS`: of ``cls_attention`` and ``keys``.
+        attention: what it gives of `HEARD` beside `ALWAYS`, of its feature layer and of any other.
         why: the reason for which others are missing.
 
     Raises:
         ValueError: something else is needed, or ``text`` without a relevance.
     """
     kind, gives = model_type_of(model), ALWAYS | attention
-    if needs - gives:
+    missing = sorted(need for need in needs if need not in gives and _quantity(need) not in attention)
+    if missing:
+        instead = "; selectors that read attention take attention=received" if "received_attention" in gives else ""
         raise ValueError(
-            f"a {kind!r} model gives no {', '.join(sorted(needs - gives))} to a selector ({why}); "
-            f"it gives {sorted(gives)}"
+            f"a {kind!r} model gives no {', '.join(missing)} to a selector ({why}); it gives {sorted(gives)}{instead}"
         )
     if "text" in needs and relevance is None:
         raise ValueError(
@@ -70,7 +79,7 @@ def encoder_output(model: Any, inputs: Mapping[str, Any], modality: str = "image
 
 @contextmanager
 def overheard(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
-    """Fields ``[T, patches]`` or ``[T, patches, k]`` read off the attention layer that made the features.
+    """Attention ``[T, patches]`` and keys ``[T, patches, k]``, by the names of the fields that are needed.
 
     The mapping is empty while the tower runs, and holds what was asked for when the block has ended.
 
@@ -78,19 +87,29 @@ def overheard(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Ite
         prefix: tokens before the patches, which the fields leave out.
 
     Raises:
-        ValueError: the layer has no such attention, or normalises its queries and keys, which nobody overhears.
+        ValueError: the tower has no such attention, or normalises its queries and keys, which nobody overhears.
     """
-    wanted, fields = needs & {"cls_attention", "keys"}, {}
+    wanted: frozenset[str] = frozenset(need for need in needs if _quantity(need) in HEARD)
+    fields: dict[str, Tensor] = {}
     if wanted and any(isinstance(getattr(part, "q_norm", None), torch.nn.Module) for part in tower.modules()):
         norms = [part.q_norm for part in tower.modules() if hasattr(part, "q_norm")]
         if any(not isinstance(norm, torch.nn.Identity) for norm in norms):
             raise ValueError(f"{' and '.join(sorted(wanted))}: this vision tower normalises its queries and keys")
     with _listening(tower, layer, wanted) as heard:
         yield fields
-    if "cls_attention" in wanted:
-        fields["cls_attention"] = _cls_attention(heard)
-    if "keys" in wanted:
-        fields["keys"] = heard["k_proj"].mean(1)[:, prefix:]
+    fields |= {need: _read(need, heard[need], prefix) for need in wanted}
+
+
+def with_fields(tokens: VisualTokens, fields: Mapping[str, Tensor]) -> VisualTokens:
+    """Adds what was overheard, those of a layer of their own to `layers`."""
+    plain = {name: values for name, values in fields.items() if name in HEARD}
+    layers = {name: values for name, values in fields.items() if name not in HEARD}
+    return replace(tokens, **plain, layers=layers)
+
+
+def attention_of(prefix: int) -> frozenset[str]:
+    """What a tower gives of `HEARD`: without a CLS token, no attention from it."""
+    return HEARD if prefix else HEARD - {"cls_attention"}
 
 
 def completed(

@@ -1,29 +1,31 @@
 """Idefics3: square tiles, of which blocks of patches make one visual token; the view of the whole image is packed last.
 
-`features` are the tower's hidden states of a token's patches side by side, as the connector reads them; keys are their
-mean. The model is not told which tiles belong to one image. In its prompts every tile stands alone behind a token that
-names it, ``<row_1_col_2>`` or ``<global-img>``, and the whole image ends its tiles: the token before the last tile of a
-row of the batch is ``<global-img>``, and every tile behind such a token ends an image.
+`features` are the tower's hidden states of a token's patches side by side, as the connector reads them; attention is
+their sum, keys are their mean. The model is not told which tiles belong to one image. In its prompts every tile stands
+alone behind a token that names it, ``<row_1_col_2>`` or ``<global-img>``, and the whole image ends its tiles: the token
+before the last tile of a row of the batch is ``<global-img>``, and every tile behind such a token ends an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._layout import Runs, Tiles, shuffled
-from selector.models._towers import check_needs, completed, encoder_output, overheard
+from selector.models._layout import Runs, Tiles, gathered
+from selector.models._towers import attention_of, check_needs, completed, encoder_output, overheard, with_fields
 from selector.tokens import VisualTokens
 
 
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
     """See `selector.models.encode`."""
     base, config = model.base_model, model.config
-    check_needs(model, needs, frozenset({"keys"}), "its vision tower has no CLS token", relevance)
+    check_needs(model, needs, attention_of(0), "its vision tower has no CLS token", relevance)
+    mask = inputs.get("pixel_attention_mask")
+    if any("received_attention" in need for need in needs) and mask is not None and not bool(mask.all()):
+        raise ValueError("received_attention: the patches that pixel_attention_mask hides would be queries too")
     with overheard(base.vision_model, -1, 0, needs) as fields:
         output = encoder_output(model, inputs)
     hidden = output.last_hidden_state
@@ -35,9 +37,9 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     count = len(patch)
     tiles = Tiles.base_last(_tiles_of_images(inputs, config.image_token_id, len(hidden), count), count, hidden.device)
     grid = int(count**0.5)
-    fields = {name: shuffled(values, patch, name)[tiles.order] for name, values in fields.items()}
-    features = shuffled(hidden, patch, "features")[tiles.order]
-    tokens = replace(VisualTokens(features, (grid, grid), tiles.image, tiles.slots), **fields)
+    fields = {name: gathered(values, patch)[tiles.order] for name, values in fields.items()}
+    features = hidden[:, patch].flatten(2)[tiles.order]
+    tokens = with_fields(VisualTokens(features, (grid, grid), tiles.image, tiles.slots), fields)
 
     # The model's own list has an entry per row of the batch, with all its images.
     counts = (torch.bincount(tiles.image) * count).tolist()

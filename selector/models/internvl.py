@@ -9,14 +9,22 @@ whole image that the processor adds (``use_thumbnail``). Frames of a video stand
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._layout import Runs, Tiles, shuffled
-from selector.models._towers import check_needs, completed, encoder_output, feature_layer, overheard, prefix_of
+from selector.models._layout import Runs, Tiles, gathered
+from selector.models._towers import (
+    attention_of,
+    check_needs,
+    completed,
+    encoder_output,
+    feature_layer,
+    overheard,
+    prefix_of,
+    with_fields,
+)
 from selector.tokens import VisualTokens
 
 
@@ -24,7 +32,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     """See `selector.models.encode`."""
     base, config = model.base_model, model.config
     layer, prefix = feature_layer(model, inputs), prefix_of(model, inputs)
-    attention = frozenset({"cls_attention", "keys"} if prefix else {"keys"})
+    attention = attention_of(prefix)
     check_needs(model, needs, attention, "vision_feature_select_strategy is 'full'", relevance)
     with overheard(base.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs)
@@ -38,9 +46,9 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     count = len(patch)
     tiles = Tiles.base_last(_tiles_of_images(inputs, config.image_token_id, len(hidden), count), count, hidden.device)
     grid = int(count**0.5)
-    fields = {name: shuffled(values, patch, name)[tiles.order] for name, values in fields.items()}
-    features = shuffled(hidden, patch, "features")[tiles.order]
-    tokens = replace(VisualTokens(features, (grid, grid), tiles.image, tiles.slots), **fields)
+    fields = {name: gathered(values, patch)[tiles.order] for name, values in fields.items()}
+    features = hidden[:, patch].flatten(2)[tiles.order]
+    tokens = with_fields(VisualTokens(features, (grid, grid), tiles.image, tiles.slots), fields)
 
     packed = [own.flatten(0, 1) for own in output.pooler_output.split(torch.bincount(tiles.image).tolist())]
     tokens = completed(tokens, packed, model, inputs, needs, relevance)

@@ -8,12 +8,20 @@ prompt, which stays.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from selector.models import Adapter, Encoded, Relevance
 from selector.models._layout import Canvas
-from selector.models._towers import check_needs, completed, encoder_output, feature_layer, overheard, prefix_of
+from selector.models._towers import (
+    attention_of,
+    check_needs,
+    completed,
+    encoder_output,
+    feature_layer,
+    overheard,
+    prefix_of,
+    with_fields,
+)
 from selector.tokens import VisualTokens
 
 
@@ -23,13 +31,13 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     if inputs.get("image_sizes") is not None:
         tokens, output = _of_any_size(model, inputs, needs, relevance, layer)
     else:
-        attention = frozenset({"cls_attention", "keys"} if prefix else {"keys"})
+        attention = attention_of(prefix)
         why = "vision_feature_select_strategy is 'full': its vision tower has no CLS token"
         check_needs(model, needs, attention, why, relevance)
         with overheard(model.base_model.vision_tower, layer, prefix, needs) as fields:
             output = encoder_output(model, inputs)
         tokens = VisualTokens.from_features(output.hidden_states[layer][:, prefix:])
-        tokens = replace(tokens, **fields)
+        tokens = with_fields(tokens, fields)
 
     packed = list(output.pooler_output)
     tokens = completed(tokens, packed, model, inputs, needs, relevance)

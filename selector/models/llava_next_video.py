@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from selector.models import Adapter, Encoded, Relevance, llava_next
-from selector.models._towers import check_needs, completed, encoder_output, feature_layer, overheard, prefix_of
+from selector.models._towers import (
+    attention_of,
+    check_needs,
+    completed,
+    encoder_output,
+    feature_layer,
+    overheard,
+    prefix_of,
+    with_fields,
+)
 from selector.tokens import VisualTokens
 
 
@@ -25,7 +34,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         raise ValueError("pixel_values and pixel_values_videos must not be in one batch: give images or videos")
     base, config = model.base_model, model.config
     layer, prefix = feature_layer(model, inputs), prefix_of(model, inputs)
-    attention = frozenset({"cls_attention", "keys"} if prefix else {"keys"})
+    attention = attention_of(prefix)
     why = "vision_feature_select_strategy is 'full': its vision tower has no CLS token"
     if config.spatial_pool_mode == "conv":
         attention, why = frozenset(), "spatial_pool_mode is 'conv', which pools nothing but features"
@@ -42,8 +51,8 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         grid=(int(count**0.5), int(count**0.5)),
         image=torch.arange(videos, device=features.device).repeat_interleave(frames // videos),
         slots=torch.arange(frames * count, device=features.device).view(videos, -1),
-        **fields,
     )
+    tokens = with_fields(tokens, fields)
     packed = list(output.pooler_output)
     tokens = completed(tokens, packed, model, inputs, needs, relevance, config.video_token_id)
     return Encoded(tokens, packed, output, config.video_token_id, modality="video")

@@ -22,7 +22,16 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 
 from selector.models import Adapter, Encoded, Relevance
 from selector.models._layout import padded
-from selector.models._towers import check_needs, completed, encoder_output, feature_layer, overheard, prefix_of
+from selector.models._towers import (
+    attention_of,
+    check_needs,
+    completed,
+    encoder_output,
+    feature_layer,
+    overheard,
+    prefix_of,
+    with_fields,
+)
 from selector.models.llava_next import _setting
 from selector.tokens import NEWLINE, VisualTokens
 
@@ -30,7 +39,7 @@ from selector.tokens import NEWLINE, VisualTokens
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
     """See `selector.models.encode`."""
     layer, prefix = feature_layer(model, inputs), prefix_of(model, inputs)
-    attention = frozenset({"cls_attention", "keys"} if prefix else {"keys"})
+    attention = attention_of(prefix)
     why = "vision_feature_select_strategy is 'full': its vision tower has no CLS token"
     check_needs(model, needs, attention, why, relevance)
     with overheard(model.base_model.vision_tower, layer, prefix, needs) as fields:
@@ -46,7 +55,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         exact, first = exact and same, first + count
 
     image = torch.repeat_interleave(torch.tensor(tiles, device=features.device))
-    tokens = VisualTokens(features, (side, side), image, padded(maps), **fields)
+    tokens = with_fields(VisualTokens(features, (side, side), image, padded(maps)), fields)
     tokens = completed(tokens, packed, model, inputs, needs, relevance)
     return Encoded(tokens, packed, output, model.config.image_token_id, approximate=not exact)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from selector import Budget, Random, prune_inputs
-from selector.evaluation.answering import prepare
+from selector.measure.answering import prepare
 from selector.methods.image_transformer import ImageTransformer
 from selector.models import encode
 from training.answers import Answers, AnswerSaliency

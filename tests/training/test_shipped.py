@@ -10,8 +10,8 @@ import torch
 
 from selector.base import TokenSelector
 from selector.budget import Budget
-from selector.evaluation.tasks import documents
 from selector.methods.random import Random
+from selector.tasks.generated import documents
 from selector.tokens import VisualTokens
 from training.encoders import LlavaNextEncoder
 from training.testbed.symbols import cut_labels, page_labels

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from selector.evaluation.tasks import GENERATED, documents
+from selector.tasks import GENERATED
+from selector.tasks.generated import documents
 
 _HEAD = """---
 license: apache-2.0
@@ -67,7 +68,7 @@ reader do not depend on each other and can run at the same time.
 
 {notes}
 
-Data: `selector.evaluation.tasks`. Training draws pages from random streams of its own; values and layouts of the
+Data: `selector.tasks`. Training draws pages from random streams of its own; values and layouts of the
 held-out stream never occur in it, and `receipts` (windows of scanned receipts, ICDAR2019-SROIE, CC BY 4.0) are split by
 company.
 

@@ -7,6 +7,7 @@ would not test selection; on the first quarter of the questions) and blind (the 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from selector import Budget, TokenSelector, VisualTokens, select_tokens
 from selector.errors import UsageError
-from selector.evaluation.metrics import anls, exact_match
-from selector.evaluation.tasks import GENERATED, SCORED_BY_ANLS, generator
-from selector.evaluation.tasks.sample import Sample
+from selector.measure.metrics import anls, exact_match
+from selector.tasks import GENERATED, SCORED_BY_ANLS, generator
+from selector.tasks.sample import Sample
 
 
 class BaseView(TokenSelector):
@@ -90,7 +91,7 @@ def evaluate_task(model: Any, processor: Any, name: str, count: int, seed: int, 
 
 
 def evaluate(
-    checkpoint: Path, count: int, seed: int, batch: int = 16, tasks: tuple[str, ...] = GENERATED
+    checkpoint: Path, count: int, seed: int, batch: int = 16, tasks: Iterable[str] = tuple(GENERATED)
 ) -> dict[str, Any]:
     """What `evaluate_task` says of every task; a task whose data is not there says why it was skipped."""
     processor = AutoProcessor.from_pretrained(checkpoint, backend="pil")

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from selector.evaluation.tasks import generator
-from selector.evaluation.tasks.drawing import COLOURS, SHAPES
-from selector.evaluation.tasks.sample import Draft, Marks, Turn
-from selector.evaluation.tasks.scenes import kind_of, plural
+from selector.tasks.generated.drawing import COLOURS, SHAPES
+from selector.tasks.generated.scenes import kind_of, plural
+from selector.tasks.sample import Draft, Marks, Turn
+from training import pages
 from training.testbed.symbols import CLASSES, GRID, cut_labels, page_labels
 from training.testbed.vocabulary import BOS, IMAGE_ID, PAD, conversation, recital
 
@@ -152,7 +152,7 @@ def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence
     for _ in range(count):
         found: list[Turn] = []
         while not found:
-            drawn = generator(rng.choice(tasks)).draft(rng, split="train").turns
+            drawn = pages.draft(rng.choice(tasks), rng).turns
             found = [turn for turn in drawn if turn.question.startswith("which")]
         turn = rng.choice(found)
         told, _, name = turn.answer.partition(": ")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from selector.evaluation.tasks import generator
+from training import pages
 from training.testbed.lessons import Lesson, by_length, collate, comparisons, lesson
 from training.testbed.muon import Muon, matrices_apart
 from training.testbed.state import Log, load_state, save_state
@@ -63,7 +63,7 @@ class Grade:
             name = rng.choice(list(self.pages[task]))
             count = self.pages[task][name]
             size = int(name.split("x")[0]), int(name.split("x")[1])
-        page = generator(task).draft(rng, size, count, "train")
+        page = pages.draft(task, rng, size, count)
         return lesson(
             rng,
             tokenizer,

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from selector.evaluation.tasks.drawing import COLOURS, SHAPES
-from selector.evaluation.tasks.sample import Marks
+from selector.tasks.generated.drawing import COLOURS, SHAPES
+from selector.tasks.sample import Marks
 
 TILE, PATCH = 96, 8
 GRID = TILE // PATCH

@@ -10,8 +10,9 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from selector.evaluation.tasks import generator, scenes
-from selector.evaluation.tasks.drawing import add_noise, any_face, clip, font_of, glyph_box, ink_and_paper, write
+from selector.tasks.generated import scenes
+from selector.tasks.generated.drawing import add_noise, any_face, clip, font_of, glyph_box, ink_and_paper, write
+from training import pages
 from training.testbed.symbols import CHARACTERS, GRID, PATCH, TILE, cut, cut_labels, label_grid, page_labels
 
 Labelled = tuple[np.ndarray, np.ndarray]
@@ -55,7 +56,7 @@ def page_tiles(rng: Random, task: str) -> list[Labelled]:
         size = rng.choice(list(scenes.SIZES))
         cells = size[0] * size[1] // scenes.CELL**2
         count = cells // 2, cells
-    page = generator(task).draft(rng, size, count, "train")
+    page = pages.draft(task, rng, size, count)
     return list(zip(cut(page.draw()), cut_labels(*page_labels(page.marks, page.size)), strict=True))
 
 

@@ -1,0 +1,176 @@
+"""`selector compare`: runs, watches, prints the table of what is done (also when interrupted)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from selector.base import TokenSelector
+from selector.commands import loading
+from selector.commands.common import (
+    choose,
+    find_tasks,
+    load_all,
+    name_unreadable,
+    positive,
+    sample_limit,
+    whole,
+)
+from selector.commands.printing import print_report
+from selector.errors import UsageError
+from selector.files import check_output
+from selector.measure.protocol import Protocol
+from selector.measure.run import Step, check_part, compare, sample_count, shard_range
+from selector.records import WHOLE, Shard
+from selector.tasks import Task
+
+
+def run(settings: dict[str, Any]) -> int:
+    """Runs a comparison, or what is left of it, and prints the table of what is done.
+
+    Args:
+        settings: by the names of ``DEFAULTS["compare"]`` in `selector.cli`; ``given`` lists those not left to the
+            defaults, and ``shard`` and ``fresh`` may be among them.
+
+    Returns:
+        The exit code: 0, or 130 where the user interrupted the run.
+
+    Raises:
+        UsageError: a setting out of its range, or a sample that cannot be measured.
+    """
+    # All that can be wrong with the settings is said before a model is loaded.
+    samples = sample_limit(settings["samples"])
+    budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
+    tasks = find_tasks("compare", settings["tasks"], settings["skip_unreadable"])
+    protocol = _protocol(settings)
+    shard = _shard(settings.get("shard"))
+    check_part(tasks, samples, shard, settings.get("fresh", False))
+    if not settings["out"]:
+        raise UsageError("out must be the name of a folder, got ''")
+    check_output(Path(settings["out"]))
+    selectors = choose(settings)
+    baseline = _baseline(settings, selectors)
+    if shard != WHOLE and settings.get("shard") is None:
+        _announce(shard)
+
+    model, processor, selectors = load_all(settings, selectors)
+    steps = compare(
+        model,
+        processor,
+        selectors,
+        budgets,
+        tasks,
+        Path(settings["out"]),
+        protocol=protocol,
+        samples=samples,
+        shard=shard,
+        baseline=baseline,
+        fresh=settings.get("fresh", False),
+        model_name=str(settings["model"]),
+    )
+
+    # A record per sample and row; the unpruned model and, with answers, the blind one are rows too.
+    rows = len(selectors) * len(budgets) + 1 + int(settings["answers"])
+    sizes = {task.name: len(range(*shard_range(shard, sample_count(task, samples)))) * rows for task in tasks}
+    interrupted = _watch(steps, tasks, sizes)
+
+    print_report([Path(settings["out"])])
+    if interrupted:
+        print("interrupted: the table shows what is done; the same command goes on from here", file=sys.stderr)
+    return 130 if interrupted else 0
+
+
+def _protocol(settings: dict[str, Any]) -> Protocol:
+    """How each sample is measured, every setting within its range."""
+    layer = whole("layer", settings["layer"])
+    if layer < 0:
+        raise UsageError(f"layer must be >= 0, got {layer}")
+    return Protocol(
+        seed=whole("seed", settings["seed"]),
+        answers=settings["answers"],
+        max_new_tokens=positive("max_new_tokens", settings["max_new_tokens"]),
+        positions=loading.check_positions(settings["positions"]),
+        layer=layer,
+        repeats=positive("repeats", settings["repeats"]),
+    )
+
+
+def _baseline(settings: dict[str, Any], selectors: Mapping[str, TokenSelector]) -> str | None:
+    """The label of the baseline; the default one is done without where it is not among the selectors."""
+    baseline = settings["baseline"]
+    if baseline in selectors:
+        return baseline
+    if "baseline" in settings["given"] and baseline is not None:
+        raise UsageError(f"baseline must be one of the selectors {', '.join(selectors)}, got {baseline!r}")
+    return None
+
+
+def _announce(shard: Shard) -> None:
+    """Names the environment that made this process take a part: nobody asked for one on the command line."""
+    print(
+        f"selector compare: RANK={shard[0]} and WORLD_SIZE={shard[1]} in the environment: this process takes shard "
+        f"{shard[0]}/{shard[1]} of the samples; --shard 0/1 takes them all",
+        file=sys.stderr,
+    )
+
+
+def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> bool:
+    """Drives the run behind a progress bar; True when the user interrupted it."""
+    text = TextColumn("{task.description:<12} {task.fields[seen]}", markup=False)
+    clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
+
+    # Of the task at work: what the model got right, unpruned and pruned, and what share of its tokens stayed.
+    right: dict[str, list[bool]] = {"full": [], "pruned": []}
+    shares: list[float] = []
+
+    with Progress(text, *clock, console=Console(stderr=True)) as progress:
+        bars = {name: progress.add_task(name, total=size, seen="") for name, size in sizes.items()}
+        shown = None
+        try:
+            for step in steps:
+                if step.task != shown:
+                    right, shares, shown = {"full": [], "pruned": []}, [], step.task
+
+                record = step.record
+                if step.row.label != "blind":
+                    if "correct" in record:
+                        right["pruned" if step.row.selector else "full"].append(record["correct"])
+                    if step.row.selector:
+                        shares.append(record["tokens"] / max(1, record["full_tokens"]))
+
+                progress.update(bars[step.task], advance=1, seen=_seen(right, shares))
+        except KeyboardInterrupt:
+            return True
+
+    name_unreadable(tasks)
+    return False
+
+
+def _seen(right: dict[str, list[bool]], shares: list[float]) -> str:
+    """The running figures behind a bar: "full 81% · pruned 74% · kept 25%"."""
+    parts = [f"{name} {100 * sum(hits) / len(hits):.0f}%" for name, hits in right.items() if hits]
+    if shares:
+        parts.append(f"kept {100 * sum(shares) / len(shares):.0f}%")
+    return " · ".join(parts)
+
+
+def _shard(value: Any) -> Shard:
+    """ "1/4" as numbers; without one, the place that torchrun or accelerate gave this process, if any."""
+    if value is None:
+        rank, number = loading.place_of("RANK", 0), loading.place_of("WORLD_SIZE", 1)
+        if rank >= number:
+            raise UsageError(
+                f"the environment variable RANK must be below WORLD_SIZE, got RANK={rank} and WORLD_SIZE={number}; "
+                "unset them"
+            )
+        return rank, number
+    found = re.fullmatch(r"(\d+)/(\d+)", str(value), re.ASCII)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UsageError(f"shard must be i/n with 0 <= i < n, such as 0/2 and 1/2, got {value!r}")
+    return int(found[1]), int(found[2])

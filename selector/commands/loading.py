@@ -1,0 +1,217 @@
+"""Where models, selectors and budgets named on a command line come from; every mistake is a one-line error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from selector import calibration
+from selector.base import TokenSelector
+from selector.budget import Budget, Newlines, Scope
+from selector.errors import UsageError
+from selector.measure.bench import BLIND, FULL
+from selector.measure.identity import identity
+from selector.plug import Positions
+from selector.registry import load_selector
+from selector.shipped import places
+
+RESERVED = (FULL, BLIND)
+_NAMED = re.compile(r"([\w][\w.+-]*)=(.+)")
+"""NAME=SPEC; what has a colon or a slash before its first = is a spec by itself."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def find_folder(name: str) -> Path | None:
+    """The folder of that name: from the current folder, else among what ships with the package."""
+    for path in places(name):
+        try:
+            if name and path.is_dir():
+                return path
+        except OSError:  # a name that no folder can have
+            return None
+    return None
+
+
+def load_model(
+    name: str, device: str, dtype: str = "auto", device_map: str | None = None, attention: str | None = None
+):
+    """(model, processor) of a folder or a hub name, in evaluation mode.
+
+    Raises:
+        UsageError: not there, not loadable, or an unknown device or type.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    target, folder = find_device(device), choose_model(name, dtype)
+    local = folder is not None
+    options: dict[str, Any] = {"local_files_only": local, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if attention is not None:
+        options["attn_implementation"] = attention
+    try:
+        # One image processor everywhere: the PIL and the torchvision one differ in the second decimal.
+        processor = AutoProcessor.from_pretrained(folder or name, backend="pil", local_files_only=local)
+        model = AutoModelForImageTextToText.from_pretrained(folder or name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+    if device_map is None:
+        torch.nn.Module.to(model, target)
+    return model.eval(), processor
+
+
+def choose_model(name: str, dtype: str) -> Path | None:
+    """The folder of a model; None for a hub name. A mistake is an error here, before anything is loaded."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    folder = find_folder(name)
+    if folder is None and (name.startswith((".", "/", "checkpoints/")) or name.count("/") != 1):
+        raise UsageError(f"model must be a folder with a checkpoint or a hub name (owner/name), there is no {name!r}")
+    if folder is not None and not (folder / "config.json").is_file():
+        raise UsageError(f"model must be a folder with a checkpoint, {folder} holds no config.json")
+    if folder is None:
+        _ask_hub(name)
+    return folder
+
+
+def _ask_hub(name: str) -> None:
+    """Fails at once where the hub has no such model, or cannot be reached: loading would try for minutes."""
+    import httpx
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=10)
+    except (OSError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
+        raise UsageError(
+            f"model must be a folder with a checkpoint or a hub name (owner/name); there is no folder {name!r}, "
+            f"and the hub gave none: {_one_line(error)}"
+        ) from error
+
+
+def load_selectors(
+    specs: Sequence[str | Mapping[str, Any]], device: torch.device, allow: Sequence[str] = ()
+) -> dict[str, TokenSelector]:
+    """Selectors by label: the NAME of a NAME=SPEC, else the spec as written, a checkpoint folder's name, or a class's
+    name and arguments.
+
+    Args:
+        allow: packages beside this one whose classes a spec or a checkpoint may name.
+
+    Raises:
+        UsageError: none, unknown, not loadable, called like a reference, or twice the same.
+    """
+    if not specs:
+        raise UsageError("selectors must name at least one, got none")
+    chosen: dict[str, TokenSelector] = {}
+    first: dict[str, str] = {}
+    for spec in specs:
+        label, source = label_of(spec)
+        if label in chosen:
+            raise UsageError(
+                f"selectors must be different, {label!r} is there twice; NAME=SPEC gives one another name, "
+                f"as in other={source}"
+            )
+        if label in RESERVED:
+            raise UsageError(
+                f"selectors must not be called {' or '.join(RESERVED)}, which are the references; NAME=SPEC gives one "
+                f"another name, as in mine={source}"
+            )
+        try:
+            chosen[label] = load_selector(source, allow=allow).to(device).eval()
+            key = json.dumps([identity(chosen[label]), calibration.collect(chosen[label])], sort_keys=True)
+        except (ValueError, TypeError, OSError, OverflowError, RuntimeError) as error:
+            raise UsageError(f"selectors: {_one_line(error)}") from error
+        if first.setdefault(key, label) != label:
+            raise UsageError(
+                f"selectors must be different, {first[key]!r} and {label!r} are one selector: same class, arguments, "
+                "weights and calibration"
+            )
+    return chosen
+
+
+def label_of(spec: str | Mapping[str, Any]) -> tuple[str, str | Mapping[str, Any]]:
+    """What the table calls a selector, and what it is loaded from."""
+    if isinstance(spec, Mapping):
+        given = spec.get("init_args") or {}
+        if not isinstance(spec.get("class_path"), str) or not isinstance(given, Mapping):
+            raise UsageError(f"selectors must have a text as class_path and a mapping as init_args, got {spec!r}")
+        arguments = ",".join(f"{k}={v}" for k, v in given.items())
+        name = str(spec.get("class_path", "")).rpartition(".")[2]
+        return f"{name}:{arguments}" if arguments else name, spec
+    if not spec.strip() or "\0" in spec:
+        raise UsageError(f"selectors must be names, folders or mappings, got {spec!r}")
+    named = _NAMED.fullmatch(spec)
+    if named and find_folder(spec) is None:
+        return named[1], str(label_of(named[2])[1])
+    folder = find_folder(spec)
+    folder = folder if "/" in spec or folder == Path(spec) else None
+    return (folder.resolve().name, str(folder)) if folder else (spec, spec)
+
+
+def parse_budgets(keeps: Sequence[Any], scope: str, newlines: str) -> list[Budget]:
+    """Budgets as written on a command line or in YAML.
+
+    Raises:
+        UsageError: out of range, or twice the same.
+    """
+    for name, value, known in (("scope", scope, get_args(Scope)), ("newlines", newlines, get_args(Newlines))):
+        if value not in known:
+            raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not keeps:
+        raise UsageError("keep must hold at least one budget, got none")
+    try:
+        budgets = [Budget.parse(keep, scope, newlines) for keep in keeps]  # type: ignore[arg-type]
+    except (ValueError, OverflowError) as error:
+        raise UsageError(_one_line(error)) from error
+    for i, budget in enumerate(budgets):
+        if budget in budgets[:i] and type(budget.keep) is type(budgets[budgets.index(budget)].keep):
+            raise UsageError(f"keep must hold different budgets, {budget} is there twice")
+    return budgets
+
+
+def check_positions(value: Any) -> Positions:
+    if value not in get_args(Positions):
+        raise UsageError(f"positions must be one of {', '.join(get_args(Positions))}, got {value!r}")
+    return value
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one: under torchrun, this process's own."""
+    if name == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", place_of("LOCAL_RANK", 0))
+    if name == "auto":
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UsageError(f"device must be auto or one that torch has here, got {name!r}: {_one_line(error)}") from error
+    return device
+
+
+def place_of(variable: str, default: int) -> int:
+    """A number that torchrun or accelerate put into the environment.
+
+    Raises:
+        UsageError: it is there and is no whole number.
+    """
+    text = os.environ.get(variable, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"the environment variable {variable} must be an int >= 0, got {text!r}; unset it")
+    return int(text)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " …"

@@ -1,0 +1,20 @@
+"""`selector report`: the table and the page of one or several runs, from their records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selector.commands.printing import print_report
+from selector.errors import UsageError
+
+
+def run(settings: dict[str, Any]) -> int:
+    runs = [Path(name) for name in settings["runs"]]
+    out = settings.get("out")
+    if out is not None and Path(out).suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"out must be the name of an HTML file, got {out!r}")
+    if out is None and len(runs) > 1:
+        out = "report.html"
+    print_report(runs, None if out is None else Path(out))
+    return 0

@@ -1,1 +1,0 @@
-"""Comparing selectors: tasks, answers, evidence, consistency, cost; resumable runs and their tables."""

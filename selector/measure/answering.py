@@ -1,0 +1,136 @@
+"""Questions and answers: one user turn [image, question] through the model's own processor and chat template.
+
+Greedy decoding, one row at a time, so that every time measured is one sample's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from selector.measure.consistency import answer_nll
+from selector.measure.cost import GenerationClock, PeakMemory
+from selector.models import adapter_of, available_adapters, model_type_of
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: decoded, without special tokens.
+        ids: ``[A]`` the new tokens.
+        logits: ``[A, V]`` raw logits that each was chosen from.
+        prefill_seconds: from the finished prompt to the first new token.
+        decode_seconds: a token after the first; None of an answer of one token.
+        peak_bytes: highest memory allocated meanwhile, weights included; None but on a GPU.
+    """
+
+    text: str
+    ids: Int[Tensor, "A"]
+    logits: Float[Tensor, "A V"]
+    prefill_seconds: float
+    decode_seconds: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of its own tokens."""
+        return answer_nll(self.logits, self.ids)
+
+
+def prepare(processor: Any, image: Image.Image | None, question: str | None, device: torch.device) -> dict[str, Any]:
+    """Model inputs for one user turn. Without a question the turn is the image alone; without an image, text alone."""
+    content: list[dict[str, str]] = [{"type": "image"}] if image is not None else []
+    if question is not None:
+        content.append({"type": "text", "text": question})
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    arguments = {"text": text} if image is None else {"text": text, "images": image}
+    return dict(processor(**arguments, return_tensors="pt").to(device))
+
+
+def without_image(inputs: Mapping[str, Any], image_token_id: int) -> dict[str, Any]:
+    """The blind prompt: the same text with every visual placeholder taken out, and no pixels."""
+    words = inputs["input_ids"][0] != image_token_id
+    return {name: inputs[name][:, words] for name in ("input_ids", "attention_mask")}
+
+
+def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Answer:
+    """Greedy answer to prepared (and perhaps pruned) inputs."""
+    clock, memory = GenerationClock(), PeakMemory(model.device)
+    tokenizer = processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad(), memory:
+        output = model.generate(
+            **_fresh(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            output_logits=True,
+            streamer=clock,
+        )
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+    if clock.prefill_seconds is None:
+        raise RuntimeError("generate returned without a new token: nothing to score")
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return Answer(text, ids, torch.cat(output.logits), clock.prefill_seconds, clock.decode_seconds, memory.bytes)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """One forward pass over a prompt and a given answer.
+
+    Attributes:
+        logits: ``[A, V]`` each predicts the answer's token of its number.
+        visual: ``[L, d]`` hidden states of the visual tokens at the layer asked for; None if none was.
+    """
+
+    logits: Float[Tensor, "A V"]
+    visual: Float[Tensor, "L d"] | None
+
+
+def forced(
+    model: Any, inputs: Mapping[str, Any], target: Int[Tensor, "A"], layer: int = 0, image_token_id: int | None = None
+) -> Forced:
+    """The model reads a given answer after prepared inputs.
+
+    Args:
+        layer: 0 for no hidden states, k for those that leave the k-th block of the language model (the last: normed).
+        image_token_id: what marks the visual tokens; needed with a layer.
+    """
+    new = _fresh(inputs)
+    target = target.to(new["input_ids"].device)
+    prompt = new["input_ids"]
+    new["input_ids"] = torch.cat([prompt, target[None]], 1)
+    new["attention_mask"] = torch.cat([new["attention_mask"], new["attention_mask"].new_ones(1, len(target))], 1)
+    if "position_ids" in new:  # gaps stay where tokens were dropped; the answer goes on after the last
+        more = torch.arange(1, len(target) + 1, device=target.device)
+        new["position_ids"] = torch.cat([new["position_ids"], new["position_ids"][..., -1:] + more], -1)
+    rows = adapter_of(model).rows if model_type_of(model) in available_adapters() else {}
+    for name in rows.keys() & new.keys():
+        new[name] = torch.cat([new[name], new[name].new_full((1, len(target)), rows[name][1])], 1)
+    with torch.no_grad():
+        output = model(**new, use_cache=False, logits_to_keep=len(target) + 1, output_hidden_states=layer > 0)
+    visual = None
+    if layer > 0:
+        visual = output.hidden_states[layer][0, : prompt.shape[1]][prompt[0] == image_token_id]
+    return Forced(output.logits[0, :-1], visual)
+
+
+def _fresh(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with their own encoder output object: what reads it may also edit it."""
+    new = dict(inputs)
+    if "mm_encoder_outputs" in new:
+        new["mm_encoder_outputs"] = {name: type(output)(**output) for name, output in new["mm_encoder_outputs"].items()}
+    return new

@@ -1,0 +1,227 @@
+"""One sample under every row: encoded once, pruned many times, answered by the unpruned model once."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from selector.base import TokenSelector
+from selector.budget import Budget
+from selector.errors import UsageError
+from selector.measure.answering import Answer, answer, forced, prepare, without_image
+from selector.measure.consistency import Spectrum, spectrum, spectrum_shift
+from selector.measure.cost import synchronize
+from selector.measure.evidence import Canvas, evidence, model_canvas
+from selector.measure.flops import cache_bytes, counted_flops, language_flops, tower_flops
+from selector.measure.protocol import Protocol
+from selector.measure.scoring import answer_record
+from selector.models import Encoded, encode
+from selector.plug import Pruned, prune_inputs
+from selector.tasks.sample import Sample
+
+FULL, BLIND = "full", "blind"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a selector at a budget, or one of the two references."""
+
+    label: str
+    selector: TokenSelector | None = None
+    budget: Budget | None = None
+
+
+class Bench:
+    """A model ready to take samples.
+
+    Args:
+        needs: fields of `VisualTokens` that some selector reads.
+        protocol: how each sample is measured.
+    """
+
+    def __init__(self, model: Any, processor: Any, needs: frozenset[str], protocol: Protocol):
+        self.model, self.processor, self.needs, self.protocol = model, processor, needs, protocol
+        self.flops: dict[Any, int] = {}
+        self._warm: set[Any] = set()
+
+    def open(self, sample: Sample) -> Measured:
+        if "model" not in self._warm:
+            self._warm.add("model")
+            Measured(self, sample)
+        return Measured(self, sample)
+
+    def answer(self, inputs: Mapping[str, Any]) -> Answer:
+        said = [
+            answer(self.model, self.processor, inputs, self.protocol.max_new_tokens)
+            for _ in range(self.protocol.repeats)
+        ]
+        decode = [each.decode_seconds for each in said if each.decode_seconds is not None]
+        return replace(
+            said[0],
+            prefill_seconds=median(each.prefill_seconds for each in said),
+            decode_seconds=median(decode) if decode else None,
+        )
+
+    def prune(self, inputs: Mapping[str, Any], row: Row, encoded: Encoded) -> Pruned:
+        """The pruned inputs; of the seconds that selection took, the median."""
+        warm = row.label in self._warm
+        self._warm.add(row.label)
+        pruned = [
+            prune_inputs(
+                self.model, inputs, row.selector, row.budget, positions=self.protocol.positions, encoded=encoded
+            )
+            for _ in range(self.protocol.repeats + int(not warm))
+        ]
+        seconds = median(each.selection_seconds for each in pruned[-self.protocol.repeats :])
+        return replace(pruned[-1], selection_seconds=seconds)
+
+
+class Measured:
+    """A sample encoded once, with the unpruned model's answer; gives a record for every row."""
+
+    def __init__(self, bench: Bench, sample: Sample):
+        self.bench, self.sample = bench, sample
+        model = bench.model
+        self.inputs = prepare(bench.processor, sample.image, sample.question, model.device)
+        synchronize(model.device)
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                self.encoded: Encoded | None = encode(model, self.inputs, bench.needs)
+        except ValueError as error:  # no adapter for this model, or it cannot give what a selector needs
+            raise UsageError(f"on sample {sample.id!r}: {error}") from error
+        synchronize(model.device)
+        self.encode_seconds = time.perf_counter() - start
+        self.whole = prune_inputs(model, self.inputs, None, encoded=self.encoded)
+        asked = bench.protocol.answers and sample.question is not None
+        self.full = bench.answer(self.whole.inputs) if asked else None
+        self.full_spectrum = self._internals(self.whole, None)[0]
+        self.canvas: Canvas | None = None
+        placed = sample.boxes or hasattr(model.config, "image_grid_pinpoints")
+        if placed and self.encoded and not self.encoded.approximate:
+            size = (sample.image.height, sample.image.width)
+            self.canvas = model_canvas(model.config, size, self.encoded.tokens.grid)
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """Everything measured for one row, as plain values."""
+        if row.label == BLIND and row.selector is None:
+            inputs = self.inputs
+            if self.encoded:
+                inputs = without_image(inputs, self.encoded.image_token_id)
+            said = None if self.full is None else self.bench.answer(inputs)
+            return self._tokens(None) | self._cost(inputs, None, None) | self._answers(inputs, said, None)
+        pruned = self.whole if row.selector is None else self._prune(row)
+        said = self.full
+        if self.full is not None and pruned is not self.whole:
+            said = self.bench.answer(pruned.inputs)
+        after, logits = (self.full_spectrum, None) if pruned is self.whole else self._internals(pruned, said)
+        return (
+            self._tokens(pruned)
+            | self._shifts(after)
+            | self._cost(pruned.inputs, pruned, row)
+            | self._kept(pruned)
+            | self._answers(pruned.inputs, said, logits)
+        )
+
+    def _prune(self, row: Row) -> Pruned:
+        if self.encoded is None:  # a prompt of text alone passes through
+            return self.whole
+        try:
+            return self.bench.prune(self.inputs, row, self.encoded)
+        except ValueError as error:
+            raise UsageError(f"{row.label} at keep={row.budget} on sample {self.sample.id!r}: {error}") from error
+
+    def _tokens(self, pruned: Pruned | None) -> dict[str, Any]:
+        full = sum(self.whole.full)
+        if pruned is None or self.encoded is None:
+            return {"tokens": 0, "full_tokens": full, "saturated": False}
+        return {
+            "tokens": sum(pruned.measured),
+            "full_tokens": full,
+            "saturated": pruned is not self.whole and pruned.measured == pruned.full,
+            "encode_ms": 1e3 * self.encode_seconds,
+            "selection_ms": 1e3 * pruned.selection_seconds,
+        }
+
+    def _internals(self, pruned: Pruned, said: Answer | None) -> tuple[Spectrum | None, Tensor | None]:
+        """(spectrum of the visual tokens at the layer, teacher-forced logits if they had to be computed)."""
+        layer, same = self.bench.protocol.layer, self._same(said)
+        target = self.full.ids if self.full else pruned.inputs["input_ids"].new_empty(0)
+        read = None
+        if (layer > 0 and self.encoded) or (said is not None and not same):
+            image_token_id = self.encoded.image_token_id if self.encoded else None
+            read = forced(self.bench.model, pruned.inputs, target, layer if self.encoded else 0, image_token_id)
+        logits = read.logits if read is not None and said is not None and not same else None
+        if self.encoded is None:
+            return None, logits
+        visual = read.visual if layer > 0 and read else torch.cat(_visual(pruned))
+        return (spectrum(visual) if visual is not None and len(visual) else None), logits
+
+    def _shifts(self, after: Spectrum | None) -> dict[str, Any]:
+        if after is None or self.full_spectrum is None:
+            return {}
+        return {"ipr": after.ipr, "effective_rank": after.effective_rank} | spectrum_shift(self.full_spectrum, after)
+
+    def _cost(self, inputs: Mapping[str, Any], pruned: Pruned | None, row: Row | None) -> dict[str, Any]:
+        model, prompt = self.bench.model, inputs["input_ids"].shape[1]
+        found: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "kv_bytes": cache_bytes(model.config, prompt, model.dtype.itemsize),
+            "prefill_flops": language_flops(model.config, prompt, prompt),
+            "decode_flops": language_flops(model.config, 1, prompt + 1),
+        }
+        if pruned is None or self.encoded is None:
+            return found
+        found["tower_flops"] = tower_flops(model.config, len(self.encoded.tokens.features))
+        if row is not None and row.selector is not None and row.budget is not None:
+            key = (row.label, row.budget, self.encoded.tokens.features.shape, self.encoded.tokens.slots.shape)
+            if key not in self.bench.flops:  # the same shapes take the same work
+                self.bench.flops[key] = counted_flops(
+                    lambda: prune_inputs(model, self.inputs, row.selector, row.budget, encoded=self.encoded)
+                )
+            found["selector_flops"] = self.bench.flops[key]
+        return found
+
+    def _kept(self, pruned: Pruned) -> dict[str, Any]:
+        if pruned.keep is None or pruned.tokens is None:
+            return {}
+        kept = pruned.tokens.tiles_of(pruned.keep)
+        found: dict[str, Any] = {"kept": pack(kept)}
+        if pruned.approximate:  # a token stands for more than the patch it is traced to: no evidence is counted
+            found["approximate"] = True
+        if self.canvas is not None and self.sample.boxes:
+            shares = evidence(kept, self.canvas.rectangles(), self.sample.boxes)
+            found |= {} if shares is None else {"evidence": shares[0], "base_evidence": shares[1]}
+        return found
+
+    def _same(self, said: Answer | None) -> bool:
+        return said is not None and self.full is not None and torch.equal(said.ids, self.full.ids)
+
+    def _answers(self, inputs: Mapping[str, Any], said: Answer | None, logits: Tensor | None) -> dict[str, Any]:
+        full = self.full
+        if full is None or said is None:
+            return {}
+        if self._same(said):
+            read = said.logits
+        else:
+            read = logits if logits is not None else forced(self.bench.model, inputs, full.ids).logits
+        return answer_record(self.sample, said, full, read)
+
+
+def pack(kept: Bool[Tensor, "T N"]) -> str:
+    """A keep mask as text: base64 of its bits, tile by tile, the first bit highest."""
+    return base64.b64encode(np.packbits(kept.cpu().numpy().reshape(-1)).tobytes()).decode()
+
+
+def _visual(pruned: Pruned) -> list[Tensor]:
+    """What enters the language model: merged tokens too, as they were merged."""
+    return list(pruned.inputs["mm_encoder_outputs"]["image"].pooler_output)

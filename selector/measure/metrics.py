@@ -1,0 +1,44 @@
+"""Answer metrics: exact match after a light normalisation, ANLS for tasks that forgive a misread letter, and flips.
+
+ANLS is that of the DocVQA challenge (Biten et al., ICCV 2019): 1 − NL where NL < 0.5, else 0; NL is the edit distance
+over the longer of the two, both in lower case with single spaces.
+"""
+
+from __future__ import annotations
+
+
+def normalize(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end: "  Red. " and "red" are one answer."""
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    return normalize(prediction) == normalize(answer)
+
+
+def anls(prediction: str, answer: str, threshold: float = 0.5) -> float:
+    """Normalised Levenshtein similarity, 0 at a normalised distance of `threshold` or more; two empty texts give 1."""
+    ours, theirs = (" ".join(text.casefold().split()) for text in (prediction, answer))
+    distance = edit_distance(ours, theirs) / max(len(ours), len(theirs), 1)
+    return 1 - distance if distance < threshold else 0.0
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Fewest insertions, deletions and substitutions of single characters that turn `a` into `b` (Levenshtein)."""
+    previous = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        row = [i]
+        for j, right in enumerate(b, 1):
+            row.append(min(row[-1] + 1, previous[j] + 1, previous[j - 1] + (left != right)))
+        previous = row
+    return previous[-1]
+
+
+def flip(full_correct: bool, correct: bool, agrees: bool) -> str:
+    """How selection changed one answer: same, right_to_wrong, wrong_to_right, wrong_to_wrong (or reworded and right).
+
+    `agrees` is about the very same words; an answer that changed its spelling and stayed right is "right_to_right".
+    """
+    if agrees:
+        return "same"
+    return f"{'right' if full_correct else 'wrong'}_to_{'right' if correct else 'wrong'}"

@@ -1,0 +1,46 @@
+"""One answer against the right one and against the unpruned model's, as the plain values of a record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from selector.measure.answering import Answer
+from selector.measure.consistency import answer_nll, divergences
+from selector.measure.metrics import anls, exact_match, flip
+from selector.tasks.sample import Sample
+
+
+def answer_record(sample: Sample, said: Answer, full: Answer, read: Float[Tensor, "A V"]) -> dict[str, Any]:
+    """What was said, how right it is, and how far it is from the unpruned model.
+
+    Args:
+        said, full: the answers of the pruned and of the unpruned model.
+        read: logits of the pruned model over the unpruned model's answer, teacher-forced.
+    """
+    agrees = said.text == full.text
+    found: dict[str, Any] = {
+        "question": sample.question,
+        "target": sample.answer,
+        "answer": said.text,
+        "full_answer": full.text,
+        "agrees": agrees,
+        "prefill_ms": 1e3 * said.prefill_seconds,
+        "decode_ms": None if said.decode_seconds is None else 1e3 * said.decode_seconds,
+        "peak_bytes": said.peak_bytes,
+    }
+    if sample.answer is not None:
+        right, full_right = (exact_match(a.text, sample.answer) for a in (said, full))
+        found |= {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, agrees)}
+        found |= {"anls": anls(said.text, sample.answer), "full_anls": anls(full.text, sample.answer)}
+    kl, js = divergences(full.logits[:1], said.logits[:1])
+    forced_kl, forced_js = divergences(full.logits, read)
+    return found | {
+        "first_token_kl": kl,
+        "first_token_js": js,
+        "forced_kl": forced_kl,
+        "forced_js": forced_js,
+        "nll_shift": answer_nll(read, full.ids) - full.nll,
+    }

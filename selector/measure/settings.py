@@ -1,0 +1,76 @@
+"""What a comparison was made with: the settings that key its records, and those that its report names."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from selector import records
+from selector.budget import Budget
+from selector.measure.bench import Row
+from selector.measure.identity import code, fingerprint, identity
+from selector.tasks import Task
+
+
+def written(budget: Budget | None) -> str | None:
+    """How the table writes a budget: what stays, and scope and newlines where they are not the usual ones."""
+    if budget is None:
+        return None
+    unusual = [budget.scope] if budget.scope != "image" else []
+    return " ".join(
+        [str(budget), *unusual, *([f"newlines={budget.newlines}"] if budget.newlines != "kept_rows" else [])]
+    )
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """What the figures were measured with and on, in words for the report."""
+    import transformers
+
+    cuda = model.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(model.device) if cuda else f"{model.device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def common_settings(model: Any, processor: Any) -> dict[str, Any]:
+    """What the records of every row depend on, beside the `Protocol`: code, model and processor."""
+    import transformers
+
+    config = model.config.to_dict()
+    return {
+        "format": records.FORMAT,
+        "code": code(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": fingerprint(model),
+        "config": records.key_of(
+            {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+        ),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "processor": type(processor.image_processor).__name__,
+        "processing": records.key_of(
+            {"image": processor.image_processor.to_json_string(), "chat": str(processor.chat_template)}
+        ),
+    }
+
+
+def row_settings(row: Row, task: Task) -> dict[str, Any]:
+    """What the records of one row on one task depend on: the samples, and what is kept of them."""
+    chosen: dict[str, Any] = {"reference": row.label}
+    if row.selector is not None and row.budget is not None:
+        chosen = {
+            "selector": identity(row.selector, row.budget),
+            "keep": row.budget.keep,
+            "scope": row.budget.scope,
+            "newlines": row.budget.newlines,
+        }
+    return {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint} | chosen

@@ -1,0 +1,144 @@
+"""Records: one folder an experiment, one JSON line a sample, under a key that changes with everything that matters.
+
+``RUN/<key>/settings.json`` says what was measured and ``predictions.jsonl`` what came out. A line is written in one
+go after its sample is done: a kill loses the sample at work and no other. A line that a kill cut short is found and
+redone. A broken line elsewhere is an error: it is never silently dropped. A shard of a run writes a file of its own
+beside it (``predictions.0-of-2.jsonl``), so that no two processes ever write one file; reading joins them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+from selector.errors import UsageError
+from selector.files import output, write_json
+from selector.record import Record
+
+FORMAT = 2
+"""Raise it when the meaning of a record changes."""
+FLIPS = ("same", "right_to_wrong", "wrong_to_right", "wrong_to_wrong", "right_to_right")
+"""How selection may have changed an answer: the values of a record's `flip`, see `selector.measure.metrics.flip`."""
+PREDICTIONS, SETTINGS, RUN, IMAGES = "predictions.jsonl", "settings.json", "run.json", "images"
+
+Shard = tuple[int, int]
+"""(number, of how many): this process takes the samples whose index leaves `number` over."""
+WHOLE: Shard = (0, 1)
+
+
+class Records:
+    """The records of one key, by sample id; appends survive a kill.
+
+    Args:
+        fresh: forget what is there, unread: a broken file is no hindrance to starting over.
+    """
+
+    def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE, fresh: bool = False):
+        self.key = key_of(settings)
+        self.folder = run / self.key
+        self.path = self.folder / (PREDICTIONS if shard == WHOLE else f"predictions.{shard[0]}-of-{shard[1]}.jsonl")
+        with output(self.folder):
+            write_json(self.folder / SETTINGS, settings)
+        if fresh:
+            self.clear()
+        read_records(self.path, repair=True)
+        self.done = {record["id"]: record for record in read_folder(self.folder)}
+
+    def append(self, record: Record) -> None:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        with output(self.path), self.path.open("ab") as file:
+            file.write(line.encode())
+        self.done[record["id"]] = record
+
+    def clear(self) -> None:
+        for path in _parts(self.folder):
+            path.unlink()
+        self.done = {}
+
+
+def read_folder(folder: Path) -> list[Record]:
+    """The records of one key from all its shards, each sample once, in the order of the samples."""
+    found = {record["id"]: record for path in _parts(folder) for record in read_records(path)}
+    return sorted(found.values(), key=lambda record: record.get("index", 0))
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("predictions*.jsonl"))
+
+
+def lock(run: Path, shard: Shard) -> IO[str]:
+    """An open file that keeps other processes from the same shard; the lock ends with the file, or the process.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    with output(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / f".lock-{shard[0]}-of-{shard[1]}").open("w")
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing to lock with
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UsageError(
+            f"out must not be in use: another process is writing {run}; see --shard to share it"
+        ) from error
+    return file
+
+
+def read_records(path: Path, repair: bool = False) -> list[Record]:
+    """The records of a file, in the order written; a last line without its end was cut short and does not count.
+
+    Args:
+        repair: also cut such a line off, so that what is appended next starts a line.
+
+    Raises:
+        UsageError: a whole line that is not JSON, or no record.
+    """
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if repair and whole < len(data):
+        os.truncate(path, whole)
+    records: list[Record] = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"{path} line {number} is not JSON ({error}); repair it or start over with --fresh"
+            ) from error
+        if (
+            not isinstance(record, dict)
+            or not isinstance(record.get("id"), str)
+            or type(record.get("index", 0)) is not int
+        ):
+            raise UsageError(
+                f"{path} line {number} is no record, it needs an id and an index: {record!r:.80}; "
+                "repair it or start over with --fresh"
+            )
+        records.append(cast(Record, record))
+    return records
+
+
+def seeing_question(plan: Mapping[str, Any]) -> frozenset[str]:
+    """Labels of a run's selectors that see the question; a plan of an older version names none, and had none."""
+    return frozenset(row["label"] for row in plan["rows"] if row.get("sees_question", False))
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """Folder name of an experiment: a hash of everything that its records depend on."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def image_name(task_fingerprint: str, seed: int, sample_id: str) -> str:
+    """File name of a sample's image in `IMAGES`, without its ending."""
+    return hashlib.sha256(f"{task_fingerprint} {seed} {sample_id}".encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Reads records and shows what they say: tables, a page, standings. Imports neither torch nor what measures."""

@@ -1,0 +1,247 @@
+"""The columns of every table: how a figure is written, what it is sorted by, and what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+Summary = dict[str, Any]
+MARK = "†"
+LEGEND = f"{MARK} sees the question: what is kept of an image differs per question."
+
+
+POOLED = "all tasks"
+"""What the tables call the tasks together."""
+
+
+def share_of(keep: str | None) -> str | None:
+    """What budgets are grouped by: ``auto:0.2`` is 0.2 on average, and stands beside it."""
+    return None if keep is None else keep.removeprefix("auto:")
+
+
+def is_auto(row: Row) -> bool:
+    return share_of(row["keep"]) != row["keep"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: how a row is written, what it is sorted by, and what the header means."""
+
+    header: str
+    text: Callable[[Row], str]
+    value: Callable[[Row], Any]
+    note: str
+
+
+def marked(label: str, sees_question: bool) -> str:
+    """How tables write a selector; `LEGEND` says what the mark means."""
+    return label + MARK if sees_question else label
+
+
+def selector_name(row: Row) -> str:
+    return marked(row["selector"], row["sees_question"])
+
+
+def legend(summary: Summary) -> list[str]:
+    """What the mark means, where a selector of the run has it."""
+    return [LEGEND] if any(row["sees_question"] for row in summary["rows"]) else []
+
+
+def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) -> Column:
+    def value(row: Row) -> Any:
+        return None if row[field] is None else scale * row[field]
+
+    return Column(header, lambda r: _number(value(r), digits), value, note)
+
+
+def _shift(header: str, field: str, digits: int, note: str) -> Column:
+    """A mean with its interval."""
+
+    def text(row: Row) -> str:
+        if row[field] is None:
+            return "–"
+        low, high = row[f"{field}_interval"]
+        return f"{row[field]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+    return Column(header, text, lambda r: r[field], note)
+
+
+def _flips(header: str, name: str, note: str) -> Column:
+    return Column(
+        header,
+        lambda r: "–" if r["flips"] is None else str(r["flips"][name]),
+        lambda r: None if r["flips"] is None else r["flips"][name],
+        note,
+    )
+
+
+def _versus(header: str, field: str, note: str) -> Column:
+    def text(row: Row) -> str:
+        if row[field] is None:
+            return "" if row["keep"] is None else "–"
+        low, high = row[field]["interval"]
+        star = "*" if row[field]["p_holm"] < 0.05 else ""
+        return f"{100 * row[field]['difference']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]{star}"
+
+    return Column(header, text, lambda r: None if r[field] is None else r[field]["difference"], note)
+
+
+KEEP = Column(
+    "keep",
+    lambda r: r["keep"] or "",
+    lambda r: r["tokens"],
+    "what may stay: a count or a share (auto: on average)",
+)
+SELECTOR = Column("selector", selector_name, lambda r: r["selector"], "full: unpruned; blind: no image")
+SAMPLES = Column("n", lambda r: str(r["samples"]), lambda r: r["samples"], "samples")
+TOKENS = Column(
+    "tokens", lambda r: _tokens(r), lambda r: r["tokens"], "visual tokens that reached the language model (mean)"
+)
+SAME = Column(
+    "same %", lambda r: _percent(r["agreement"]), lambda r: r["agreement"], "answers identical to the unpruned model's"
+)
+BROKEN = _flips("r→w", "right_to_wrong", "answers that selection broke")
+MENDED = _flips("w→r", "wrong_to_right", "answers that selection mended")
+
+
+def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
+    """Head to head: what was right, what stayed the same, what it took. Columns without any figure are left out.
+
+    Args:
+        summary: the figures of a run, see `selector.report.summary.summarize`.
+        task: the one whose table it is; None or `POOLED` for all.
+    """
+    # Only tasks that say so are scored by how near an answer comes.
+    wanted = summary["tasks"].values() if task in (None, POOLED) else [summary["tasks"][task]]
+    anls = [_plain("ANLS", "anls", 1, "mean normalised Levenshtein similarity × 100", 100.0)]
+
+    columns = [
+        # Who, and what stayed.
+        KEEP,
+        SELECTOR,
+        SAMPLES,
+        TOKENS,
+        # Right or wrong, and against what.
+        Column("right % [95%]", _accuracy, lambda r: r["accuracy"], "exact match, with its Wilson interval"),
+        *(anls if any(each["anls"] for each in wanted) else []),
+        _versus("vs full", "versus_full", "points right more than the unpruned model, paired; *: McNemar, Holm < 0.05"),
+        _versus(f"vs {summary['baseline']}", "versus_baseline", "the same against the baseline at the same budget"),
+        _versus("vs fixed", "versus_fixed", "a share on average against the same share of every image, same selector"),
+        # What changed, whether right or not, and whether the evidence was still in sight.
+        SAME,
+        BROKEN,
+        MENDED,
+        _plain("ΔNLL", "nll_shift", 2, "nats a token that the unpruned model's own answer loses"),
+        Column(
+            "evidence % (base)", _evidence, lambda r: r["evidence"], "share of the answer's boxes under kept tokens"
+        ),
+        # What it took.
+        Column("select ms", _selection, lambda r: r["selection_ms"] if r["keep"] else None, "selector and budget"),
+        _plain("prefill ms", "prefill_ms", 1, "prompt to first token"),
+    ]
+    return _with_figures(columns, summary)
+
+
+def consistency_columns(summary: Summary) -> list[Column]:
+    """How far a pruned model moves from itself."""
+
+    def needed(row: Row) -> Any:
+        return None if row["versus_full"] is None else row["versus_full"]["samples_for_a_point"]
+
+    def chance(row: Row) -> str:
+        versus = row["versus_full"]
+        return "–" if versus is None else f"{versus['p']:.3g} ({versus['p_holm']:.3g})"
+
+    columns = [
+        KEEP,
+        SELECTOR,
+        Column("same % [95%]", _agreement, lambda r: r["agreement"], SAME.note),
+        Column("evidence % [95%]", _kept, lambda r: r["evidence"], "share of the boxes kept, bootstrap interval"),
+        BROKEN,
+        MENDED,
+        _flips("w→w", "wrong_to_wrong", "wrong before and after, in other words"),
+        Column("p (Holm)", chance, lambda r: r["versus_full"] and r["versus_full"]["p"], "exact McNemar against full"),
+        Column("n for 1 pt", lambda r: f"{needed(r):,}" if needed(r) else "–", needed, "samples to see 1 point"),
+        _plain("KL first", "first_token_kl", 3, "KL(full ‖ pruned) of the first answer token, nats"),
+        _plain("JS first", "first_token_js", 3, "Jensen-Shannon of the same"),
+        _plain("KL answer", "forced_kl", 3, "KL over the unpruned model's answer, teacher-forced"),
+        _plain("JS answer", "forced_js", 3, "Jensen-Shannon of the same"),
+        _shift("ΔNLL [95%]", "nll_shift", 2, "nats a token that the unpruned model's own answer loses"),
+        _shift("ΔIPR [95%]", "ipr_shift", 4, "inverse participation ratio of the visual tokens' spectrum"),
+        _shift("Δ effective rank", "rank_shift", 2, "effective rank of the visual tokens' spectrum"),
+        _plain("energy shift", "energy_shift", 3, "total variation between the energy distributions, 0 to 1"),
+    ]
+    return _with_figures(columns, summary)
+
+
+def cost_columns(summary: Summary) -> list[Column]:
+    """What goes in, what it takes."""
+    columns = [
+        KEEP,
+        SELECTOR,
+        TOKENS,
+        _plain("prompt", "prompt_tokens", 0, "tokens of the whole prompt, text included"),
+        _plain("KV MB", "kv_bytes", 2, "keys and values of the prompt, 10⁶ bytes", 1e-6),
+        _plain("tower GF", "tower_flops", 3, "vision tower and projector, 10⁹ operations", 1e-9),
+        _plain("selector GF", "selector_flops", 4, "the selector, 10⁹ operations", 1e-9),
+        _plain("prefill GF", "prefill_flops", 3, "language model over the prompt, 10⁹ operations", 1e-9),
+        _plain("GF a token", "decode_flops", 4, "language model, first decoded token, 10⁹ operations", 1e-9),
+        _plain("encode ms", "encode_ms", 1, "vision tower and projector"),
+        Column("select ms", _selection, lambda r: r["selection_ms"] if r["keep"] else None, "selector and budget"),
+        _plain("prefill ms", "prefill_ms", 1, "prompt to first token"),
+        _plain("ms a token", "decode_ms", 1, "each token after the first"),
+        _plain("peak GB", "peak_bytes", 2, "highest GPU memory, weights included, 10⁹ bytes", 1e-9),
+    ]
+    return _with_figures(columns, summary)
+
+
+def _with_figures(columns: Sequence[Column], summary: Summary) -> list[Column]:
+    return [c for c in columns if any(c.value(row) is not None for row in summary["rows"])]
+
+
+def _tokens(row: Row) -> str:
+    if row["tokens"] is None:
+        return "–"
+    share = f" ({100 * row['tokens'] / row['full_tokens']:.0f}%)" if row["full_tokens"] else ""
+    return f"{row['tokens']:.0f}{share}"
+
+
+def _share(row: Row, field: str) -> str:
+    if row[field] is None:
+        return "–"
+    low, high = row[f"{field}_interval"]
+    return f"{100 * row[field]:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _accuracy(row: Row) -> str:
+    return _share(row, "accuracy")
+
+
+def _agreement(row: Row) -> str:
+    return _share(row, "agreement")
+
+
+def _kept(row: Row) -> str:
+    return _share(row, "evidence")
+
+
+def _selection(row: Row) -> str:
+    return _number(row["selection_ms"] if row["keep"] else None, 1)
+
+
+def _evidence(row: Row) -> str:
+    if row["evidence"] is None:
+        return "–"
+    text = f"{100 * row['evidence']:.0f} ({100 * row['base_evidence']:.0f})"
+    # Samples without boxes have no evidence: a share of a few must not pass for one of all.
+    return text if row["evidence_samples"] == row["samples"] else f"{text} n={row['evidence_samples']}"
+
+
+def _percent(value: float | int | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}"
+
+
+def _number(value: float | int | None, digits: int) -> str:
+    return "–" if value is None else f"{value:z.{digits}f}"  # z: no minus before a zero

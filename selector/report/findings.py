@@ -1,0 +1,45 @@
+"""What a comparison says in words, each sentence a function of the figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from selector.report.columns import selector_name
+
+Row = dict[str, Any]
+
+
+def sentences(rows: list[Row]) -> list[str]:
+    """What the rows of one task say in words; nothing where nothing was answered."""
+    full = next((r for r in rows if r["selector"] == "full" and not r["keep"]), None)
+    if full is None or full["accuracy"] is None:
+        return []
+    blind = next((r for r in rows if r["selector"] == "blind" and not r["keep"]), None)
+    low, high = full["accuracy_interval"]
+    line = f"Unpruned, the model is right on {100 * full['accuracy']:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
+    line += f" of {full['samples']} questions"
+    line += (
+        f"; without the image on {100 * blind['accuracy']:.0f}%." if blind and blind["accuracy"] is not None else "."
+    )
+    lines = [line]
+    silent = max(
+        (r for r in rows if r["versus_full"] and abs(r["versus_full"]["difference"]) <= 0.02),
+        key=lambda r: (1 - r["agreement"], -r["tokens"]),
+        default=None,
+    )
+    if silent is not None and silent["agreement"] < 1:
+        flips, gap = silent["flips"], 100 * silent["versus_full"]["difference"]
+        lines.append(
+            f"Silent change: {selector_name(silent)} at keep {silent['keep']} has the unpruned accuracy to within 2 "
+            f"points ({gap:+.0f}), and yet {100 * (1 - silent['agreement']):.0f}% of its answers are others "
+            f"({flips['right_to_wrong']} broken, {flips['wrong_to_right']} mended, "
+            f"{flips['wrong_to_wrong']} wrong in other words)."
+        )
+    needed = [r["versus_full"]["samples_for_a_point"] for r in rows if r["versus_full"]]
+    needed = sorted(n for n in needed if n)
+    if needed:
+        lines.append(
+            f"To see a difference of one point from the unpruned model, these rows would need {needed[0]:,} to "
+            f"{needed[-1]:,} samples; there are {full['samples']}."
+        )
+    return lines

@@ -1,0 +1,265 @@
+"""The figures of a run: a pure function of its files (``run.json`` and the predictions it names).
+
+Shares carry a 95% Wilson interval; means and every difference (to the unpruned model, and to the baseline selector at
+the same task and budget) that of a seeded bootstrap over the samples that both have; changed answers an exact McNemar
+test, with p values also adjusted (Holm) for how many of them the run holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from selector.errors import UsageError
+from selector.files import output, write_json, write_text
+from selector.record import Record, check, summed_by
+from selector.records import FLIPS, RUN, read_folder, seeing_question
+from selector.report.columns import POOLED, is_auto, share_of
+from selector.report.page import render
+from selector.report.page.explorer import changed_answers, explorer
+from selector.report.statistics import (
+    bootstrap_mean,
+    holm,
+    mcnemar,
+    mean,
+    median,
+    paired_bootstrap,
+    samples_to_see,
+    spearman,
+    spearman_interval,
+    wilson,
+)
+from selector.report.tables import markdown
+
+Tables = dict[tuple[str, str, str | None], list[Record]]
+SHARES = {"accuracy": "correct", "agreement": "agrees"}
+"""What tables call a share, and the field of a record that it is the share of."""
+SHIFTS = ("ipr_shift", "rank_shift", "energy_shift")
+REPORT_HTML, REPORT_MD, RESULTS = "report.html", "report.md", "results.json"
+
+
+def summarize(run: Path) -> dict[str, Any]:
+    """Figures of every row: {"model", ..., "rows": [...], "pooled": [...], "correlations": [...]}.
+
+    Pooled are the same rows over all tasks together, where a budget is a share on average (``auto:0.2``): task by task
+    it does not keep that share.
+
+    Raises:
+        UsageError: no run there, one of an older format, or broken records.
+    """
+    settings, tables = read_run(run)
+    baseline, seeing = settings["baseline"], seeing_question(settings)
+    rows = _rows(tables, baseline, seeing)
+    averaged = any(is_auto(row) for row in rows) and len(settings["tasks"]) > 1
+    return {name: value for name, value in settings.items() if name != "rows"} | {
+        "rows": rows,
+        "pooled": _rows(_pooled(tables), baseline, seeing) if averaged else [],
+        "correlations": _correlations(rows),
+    }
+
+
+def _rows(tables: Tables, baseline: str | None, seeing: frozenset[str]) -> list[dict[str, Any]]:
+    """The figures of every row, budgets of one share (0.2 and auto:0.2) beside each other."""
+    rows = []
+    for (task, label, keep), found in tables.items():
+        against = tables.get((task, baseline or "", keep)) if label != baseline and keep else None
+        fixed = tables.get((task, label, share_of(keep))) if keep and share_of(keep) != keep else None
+        versus = {
+            "versus_full": _difference(found, _unpruned(found)) if keep else None,
+            "versus_baseline": _difference(found, against) if against else None,
+            "versus_fixed": _difference(found, fixed) if fixed else None,
+        }
+        row = {"task": task, "selector": label, "keep": keep, "sees_question": label in seeing}
+        rows.append(row | _figures(found) | versus)
+    for versus in ("versus_full", "versus_baseline", "versus_fixed"):
+        tested = [row[versus] for row in rows if row[versus] is not None]
+        for found, adjusted in zip(tested, holm([t["p"] for t in tested]), strict=True):
+            found |= {"p_holm": adjusted, "tests": len(tested)}
+    places: dict[tuple[str, str | None], int] = {}
+    for row in rows:
+        places.setdefault((row["task"], share_of(row["keep"])), len(places))
+    return sorted(rows, key=lambda row: places[row["task"], share_of(row["keep"])])
+
+
+def _pooled(tables: Tables) -> Tables:
+    """The records of every selector and budget over all tasks: what a share on average is an average over."""
+    pooled: Tables = {}
+    for (task, label, keep), found in tables.items():
+        named = [cast(Record, {**record, "id": f"{task}/{record['id']}"}) for record in found]
+        pooled.setdefault((POOLED, label, keep), []).extend(named)
+    return pooled
+
+
+def read_run(run: Path) -> tuple[dict[str, Any], Tables]:
+    """(what was run, the records of every row by task, label and budget)."""
+    if not (run / RUN).is_file():
+        raise UsageError(f"run must be a folder that `selector compare` wrote, {run / RUN} does not exist")
+    settings = _read_settings(run / RUN)
+    limit = settings["samples"]
+    tables = {}
+    for row in settings["rows"]:
+        found = [_checked(record, run / row["key"]) for record in read_folder(run / row["key"])]
+        within = [record for record in found if limit is None or record["index"] < limit]
+        tables[row["task"], row["label"], row["keep"]] = within
+    return settings, tables
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The plan of a run, with all that a report reads from it."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"run must be a folder that `selector compare` wrote, {path} is not JSON ({error})") from error
+    if isinstance(settings, dict) and settings and "environment" not in settings:
+        raise UsageError(f"run must be of this version, {path} is older: run the same `selector compare` again")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **{"model": str, "seed": int, "layer": int, "positions": str, "environment": dict, "tasks": dict},
+        **{"unreadable": dict, "rows": list, "samples": (int, type(None)), "baseline": (str, type(None))},
+    }
+    if not isinstance(settings, dict):
+        raise UsageError(f"run must be a folder that `selector compare` wrote, {path} holds {settings!r:.80}")
+    for name, kind in kinds.items():
+        if name not in settings or not isinstance(settings[name], kind):
+            raise UsageError(f"run must be whole, {path} has {settings.get(name)!r:.80} as {name}")
+    for row in settings["rows"]:
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("task", "label", "key")):
+            raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
+        if row["task"] not in settings["tasks"] or not re.fullmatch(r"[0-9a-f]+", row["key"]):
+            raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
+        if not isinstance(row.get("keep"), (str, type(None))):
+            raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
+    for name, about in settings["tasks"].items():
+        if not isinstance(about, dict) or not {"fingerprint", "anls"} <= about.keys():
+            raise UsageError(f"run must be whole, {path} has {about!r:.80} as task {name!r}")
+    missing = {"torch", "transformers", "device", "threads", "dtype"} - settings["environment"].keys()
+    if missing or settings["positions"] not in ("contiguous", "original"):
+        raise UsageError(f"run must be whole, {path} lacks {', '.join(sorted(missing)) or 'positions'}")
+    return settings
+
+
+def _checked(record: Record, folder: Path) -> Record:
+    """What a report reads of a record is there, as the type that it was written with; texts where there are any."""
+    wanted = ["tokens", "full_tokens"]
+    if "answer" in record:
+        wanted += ["question", "agrees"]
+    if "correct" in record:
+        wanted += ["full_correct", "flip", "anls", "full_anls"]
+    try:
+        check(record)
+        for name in wanted:
+            if record.get(name) is None:
+                raise ValueError(f"a record must have {name}")
+    except ValueError as error:
+        raise UsageError(
+            f"{folder}: the record of sample {record['id']!r:.80} {str(error).removeprefix('a record ')}; "
+            "delete the folder and run the same `selector compare` again"
+        ) from error
+    return record
+
+
+def _figures(found: Sequence[Record]) -> dict[str, Any]:
+    def values(name: str) -> list[Any]:
+        return [record[name] for record in found if record.get(name) is not None]
+
+    figures: dict[str, Any] = {"samples": len(found), "saturated": sum(values("saturated"))}
+    for name, field in SHARES.items():
+        hits = values(field)
+        figures |= {name: mean(hits), f"{name}_interval": list(wilson(sum(hits), len(hits))) if hits else None}
+    for name in summed_by("interval"):
+        some = values(name)
+        figures |= {name: mean(some), f"{name}_interval": list(bootstrap_mean(some)[1:]) if some else None}
+    flips = values("flip")
+    peak = values("peak_bytes")
+    return (
+        figures
+        | {name: mean(values(name)) for name in summed_by("mean")}
+        | {name: median(values(name)) for name in summed_by("median")}
+        | {"flips": {name: flips.count(name) for name in FLIPS} if flips else None}
+        | {"evidence_samples": len(values("evidence")), "peak_bytes": max(peak) if peak else None}
+    )
+
+
+def _unpruned(found: Sequence[Record]) -> list[Record]:
+    """What the unpruned model did on the same samples."""
+    return [
+        Record(id=r["id"], index=r["index"], correct=r["full_correct"], anls=r["full_anls"])
+        for r in found
+        if "correct" in r
+    ]
+
+
+def _difference(found: Sequence[Record], against: Sequence[Record]) -> dict[str, Any] | None:
+    """Ours minus theirs over the samples that both have: accuracy first, then whatever else both measured."""
+    other = {record["id"]: record for record in against}
+    pairs = [(r, other[r["id"]]) for r in found if r["id"] in other]
+    answered = [(a["correct"], b["correct"]) for a, b in pairs if "correct" in a and "correct" in b]
+    if not answered:
+        return None
+    gap, low, high = paired_bootstrap([a for a, _ in answered], [b for _, b in answered])
+    broken = sum(b and not a for a, b in answered)
+    mended = sum(a and not b for a, b in answered)
+    result: dict[str, Any] = {"difference": gap, "interval": [low, high], "pairs": len(answered)}
+    result |= {"broken": broken, "mended": mended, "p": mcnemar(broken, mended)}
+    result["samples_for_a_point"] = samples_to_see([float(a) - float(b) for a, b in answered])
+    for name in ("anls", "agrees", "evidence", "nll_shift"):
+        both = [(a[name], b[name]) for a, b in pairs if a.get(name) is not None and b.get(name) is not None]
+        if both:
+            gap, low, high = paired_bootstrap([a for a, _ in both], [b for _, b in both])
+            result[name] = {"difference": gap, "interval": [low, high]}
+    return result
+
+
+def _correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rank correlation of the size of each spectral shift with agreement: over all pruned rows, then a task each."""
+    found = []
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    for task in (None, *(tasks if len(tasks) > 1 else [])):
+        for shift in SHIFTS:
+            points = [
+                (abs(r[shift]), r["agreement"])
+                for r in rows
+                if r["keep"] and task in (None, r["task"]) and None not in (r[shift], r["agreement"])
+            ]
+            rank = spearman([x for x, _ in points], [y for _, y in points])
+            interval = None if rank is None else spearman_interval(rank, len(points))
+            found.append({"task": task, "shift": shift, "rank": rank, "interval": interval, "points": len(points)})
+    return found
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
+    """Writes the report of all runs as HTML and Markdown.
+
+    Args:
+        out: the HTML file, the Markdown beside it, and nothing else: a run that cannot be written to can be reported.
+            None writes ``report.html`` into the only (or first) run, and ``results.json`` into every run.
+
+    Returns:
+        The summary of each run, and where the page is.
+    """
+    names = run_names(runs)
+    summaries = [summarize(run) for run in runs]
+    for run, summary in zip(runs, summaries, strict=True):
+        if out is None:
+            with output(run / RESULTS):
+                write_json(run / RESULTS, summary)
+    target = out or runs[0] / REPORT_HTML
+    pages = dict(zip(names, summaries, strict=True))
+    shown = explorer({name: (run, *read_run(run)) for name, run in zip(names, runs, strict=True)})
+    with output(target):
+        write_text(target.with_suffix(".md"), f"{markdown(pages)}\n\n{changed_answers(shown)}")
+        write_text(target, render(pages, shown))
+    return summaries, target
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """What a report calls its runs: their folders' names, or their paths where two are called the same."""
+    if not runs:
+        raise UsageError("run must name at least one folder, got none")
+    for i, run in enumerate(runs):
+        if run.resolve() in [other.resolve() for other in runs[:i]]:
+            raise UsageError(f"run must name each folder once, {run} is there twice")
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]

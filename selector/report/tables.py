@@ -1,0 +1,195 @@
+"""How the figures of a run are shown: on the terminal, in Markdown, and in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from selector.report.columns import (
+    KEEP,
+    POOLED,
+    SAMPLES,
+    SELECTOR,
+    Column,
+    Row,
+    Summary,
+    consistency_columns,
+    cost_columns,
+    legend,
+    main_columns,
+    share_of,
+)
+from selector.report.findings import sentences
+
+EXPENDABLE = ("ANLS", "vs full", "w→r", "r→w", "n", "ΔNLL", "select ms", "prefill ms", "same %", "evidence % (base)")
+"""Columns that a narrow terminal does without, the first to go first; the report has them all."""
+
+
+def fitting_tables(summary: Summary, width: int) -> tuple[list[Table], list[str]]:
+    """The tables with as many columns as `width` characters hold, and the names of the columns left out."""
+    ruler, present = Console(width=1000), [column.header for column in main_columns(summary)]
+    dropped: list[str] = []
+    for name in (None, *(name for name in EXPENDABLE if name in present)):
+        dropped += [name] if name else []
+        tables = rich_tables(summary, dropped)
+        if all(ruler.measure(table).maximum <= width for table in tables):
+            return tables, dropped
+    return rich_tables(summary, dropped), dropped
+
+
+def rich_tables(summary: Summary, without: Sequence[str] = ()) -> list[Table]:
+    """One table a task (and one of all, where a budget is an average); budgets in groups, the best of each in bold."""
+    tables = []
+    for task in tables_of(summary):
+        rows = rows_of(summary, task)
+        title = " · ".join([task, str(summary["model"]), *([done(summary, task)] if done(summary, task) else [])])
+        table = Table(title=Text(title), title_justify="left", title_style="bold")
+        shown = [column for column in main_columns(summary, task) if column.header not in without]
+        for column in shown:
+            side = "left" if column in (KEEP, SELECTOR) else "right"
+            table.add_column(escape(column.header), justify=side, no_wrap=True)
+        best = best_rows(rows)
+        for i, row in enumerate(rows):
+            group_ends = i + 1 < len(rows) and share_of(rows[i + 1]["keep"]) != share_of(row["keep"])
+            style = "dim" if row["keep"] is None else ("bold green" if id(row) in best else None)
+            table.add_row(*(Text(column.text(row)) for column in shown), style=style, end_section=group_ends)
+        tables.append(table)
+    return tables
+
+
+def markdown(runs: Mapping[str, Summary]) -> str:
+    """The report in Markdown: every table of every run, and the notes."""
+    lines = []
+    for name, summary in runs.items():
+        lines += [plain(f"# {name}: comparison on {summary['model']}"), "", plain(settings_line(summary)), ""]
+        for task in summary["tasks"]:
+            said = " ".join(sentences([row for row in summary["rows"] if row["task"] == task]))
+            lines += [plain(f"## {task}"), "", *([plain(said), ""] if said else [])]
+            lines += [*_markdown_table(summary, task, main_columns(summary, task)), ""]
+            for title, columns in (("consistency", consistency_columns(summary)), ("cost", cost_columns(summary))):
+                if len(columns) > 3:
+                    lines += [plain(f"### {task}: {title}"), "", *_markdown_table(summary, task, columns), ""]
+        if summary["pooled"]:
+            lines += [f"## {POOLED}", "", *_markdown_table(summary, POOLED, main_columns(summary)), ""]
+        lines += [f"- {plain(note)}" for note in notes(summary)] + [""]
+    seen: dict[str, str] = {}
+    for summary in runs.values():
+        for column in (*main_columns(summary), *consistency_columns(summary), *cost_columns(summary)):
+            seen.setdefault(column.header, column.note)
+    legend = "; ".join(f"*{plain(header)}*: {note}" for header, note in seen.items())
+    return "\n".join([*lines, f"Columns: {legend}."])
+
+
+def _markdown_table(summary: Summary, task: str, columns: Sequence[Column]) -> list[str]:
+    rows = rows_of(summary, task)
+    best = best_rows(rows)
+    lines = ["| " + " | ".join(plain(column.header) for column in columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [plain(column.text(row)) for column in columns]
+        lines.append("| " + " | ".join(f"**{c}**" if id(row) in best and c else c for c in cells) + " |")
+    return lines
+
+
+def plain(text: str) -> str:
+    """The text as Markdown that shows it and does nothing else: no tag, no link, no image that a viewer would fetch.
+
+    Brackets around numbers, such as an interval, stay as they are.
+    """
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"([\\`!|])", r"\\\1", text)
+    return re.sub(r"\[(?![-+−\d., %]+\](?![(\[:]))", r"\\[", text)
+
+
+def done(summary: Summary, task: str) -> str:
+    """What of a task is there, where it is not all of it: "shard 0/4: 2 of 8 samples"; else nothing."""
+    if task == POOLED:  # each of its tasks says so itself
+        return ""
+    total = summary["tasks"][task].get("samples")
+    counts = [row["samples"] for row in summary["rows"] if row["task"] == task]
+    missing = len(summary["unreadable"].get(task, []))
+    if total is None or not counts or min(counts) + missing >= total:
+        return ""
+    least, most = min(counts), max(counts)
+    shard = f"shard {summary['shard']}: " if summary.get("shard") else ""
+    return f"{shard}{least if least == most else f'{least} to {most}'} of {total} samples"
+
+
+def settings_line(summary: Summary) -> str:
+    """The settings that figures depend on, in one line."""
+    where = summary["environment"]
+    number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples a task"
+    number = f"shard {summary['shard']} of {number}" if summary.get("shard") else number
+    threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
+    return (
+        f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {where['dtype']}; "
+        f"torch {where['torch']}, transformers {where['transformers']}"
+    )
+
+
+def notes(summary: Summary) -> list[str]:
+    """What the whole run says beside its tables."""
+    how = {"original": "those of the whole prompt, with gaps", "contiguous": "counted anew, without gaps"}
+    lines = legend(summary)
+    lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
+    for found in summary["correlations"]:
+        if found["rank"] is not None and found["shift"] == "ipr_shift":
+            where = f" on {found['task']}" if found["task"] else ""
+            between = f" [{found['interval'][0]:+.2f}, {found['interval'][1]:+.2f}]" if found["interval"] else ""
+            lines.append(
+                f"Rank correlation of |ΔIPR| with agreement over {found['points']} rows{where}: "
+                f"{found['rank']:+.2f}{between} (Spearman)."
+            )
+    tests = max((row["versus_full"]["tests"] for row in summary["rows"] if row["versus_full"]), default=0)
+    if tests:
+        lines.append(
+            f"{tests} comparisons with the unpruned model are in this run: at 5% each, {0.05 * tests:.1f} would look "
+            "real by chance; * marks those that stay below 5% after Holm's correction."
+        )
+    for task in summary["tasks"]:
+        if done(summary, task):
+            rest = "the others are for other shards" if summary.get("shard") else "the others are not done"
+            lines.append(f"{task}: {done(summary, task)}, {rest}. n says how many a row has.")
+    for task, names in summary["unreadable"].items():
+        lines.append(f"{task}: {len(names)} images cannot be read and are left out: {', '.join(names)}")
+    saturated = sum(row["saturated"] for row in summary["rows"])
+    if saturated:
+        lines.append(f"{saturated} records are saturated: the image has no more tokens than the budget, so all stayed.")
+    return lines
+
+
+def footnotes(summary: Summary, run: Path) -> str:
+    """What the columns of the terminal's table mean, and the notes."""
+    columns = [c for c in main_columns(summary) if c not in (KEEP, SELECTOR, SAMPLES)]
+    meanings = "; ".join(f"{column.header}: {column.note}" for column in columns)
+    return "\n".join([meanings, *notes(summary), f"Records: {run}"])
+
+
+def tables_of(summary: Summary) -> list[str]:
+    """The tasks, and all of them together where a budget is a share on average."""
+    return [*summary["tasks"], *([POOLED] if summary["pooled"] else [])]
+
+
+def rows_of(summary: Summary, task: str) -> list[Row]:
+    return [row for row in (*summary["rows"], *summary["pooled"]) if row["task"] == task]
+
+
+def best_rows(rows: Sequence[Row]) -> set[int]:
+    """The most accurate rows of each budget (evidence where nothing was answered); ties too, but not if all tie.
+
+    A share on average competes with the fixed share over all tasks only: task by task it keeps more or less.
+    """
+    best = set()
+    field = "accuracy" if any(row["accuracy"] is not None for row in rows) else "evidence"
+    budget_of = [share_of(row["keep"]) if row["task"] == POOLED else row["keep"] for row in rows]
+    for keep in set(budget_of) - {None}:
+        group = [row for row, own in zip(rows, budget_of, strict=True) if own == keep and row[field] is not None]
+        top = max((row[field] for row in group), default=None)
+        winners = {id(row) for row in group if row[field] == top}
+        best |= winners if len(winners) < len(group) else set()
+    return best

@@ -1,0 +1,101 @@
+"""Tasks: streams of samples. Those in `GENERATED` are drawn, ``folder:PATH`` reads a folder of images."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+
+from selector.errors import UsageError
+from selector.tasks.sample import Sample
+
+GENERATED = {
+    "documents": "selector.tasks.generated.documents",
+    "scenes": "selector.tasks.generated.scenes",
+    "charts": "selector.tasks.generated.charts",
+    "receipts": "selector.tasks.receipts.windows",
+}
+"""Tasks without end, each with the module that draws it."""
+SCORED_BY_ANLS = ("receipts",)
+"""Generated tasks whose answers are also scored by ANLS: a text read from a scan may be nearly right."""
+PLACEHOLDER = "<image>"
+"""What stands for the image in a prompt; a question must not hold a second one."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named stream of samples: the first k of a seed are the same whatever the count.
+
+    Attributes:
+        name: as the user wrote it.
+        samples: (count, seed) -> samples; a count above `size` gives all there are.
+        size: how many samples there are; None where they are generated without end.
+        fingerprint: changes when the samples do.
+        unreadable: images that were left out; filled while iterating, only where the user allowed it.
+        anls: whether answers are also scored by ANLS, which forgives a misread letter.
+    """
+
+    name: str
+    samples: Callable[[int, int], Iterator[Sample]]
+    size: int | None
+    fingerprint: str
+    unreadable: list[str] = field(default_factory=list)
+    anls: bool = False
+
+
+def load_task(spec: str, skip_unreadable: bool = False) -> Task:
+    """The task of a spec: a name of `GENERATED`, or "folder:PATH".
+
+    Args:
+        skip_unreadable: leave images out that cannot be decoded (named in `Task.unreadable`) instead of raising.
+
+    Raises:
+        UsageError: unknown task, or a folder without images or annotations.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind == "folder":
+        from selector.tasks.folder import load_folder
+
+        return load_folder(spec, argument, skip_unreadable)
+    if spec not in GENERATED:
+        close = difflib.get_close_matches(spec, GENERATED, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH{hint}")
+    module = generator(spec)
+    data = module.fingerprint() if hasattr(module, "fingerprint") else ""
+    return Task(spec, module.samples, None, _probe(module.samples, data), anls=spec in SCORED_BY_ANLS)
+
+
+def check_question(text: str) -> str:
+    """The question itself, if it can be asked.
+
+    Raises:
+        UsageError: it is empty, or holds the placeholder of an image.
+    """
+    if not text.strip():
+        raise UsageError(f"a question must be a text, got {text!r}")
+    if PLACEHOLDER in text:
+        raise UsageError(f"a question must not hold {PLACEHOLDER}, which stands for the image, got {text[:80]!r}")
+    return text
+
+
+def generator(name: str) -> ModuleType:
+    """The module of a generated task: `draft`, `page`, `samples`."""
+    if name not in GENERATED:
+        raise ValueError(f"task must be one of {', '.join(GENERATED)}, got {name!r}")
+    return import_module(GENERATED[name])
+
+
+def _probe(samples: Callable[[int, int], Iterator[Sample]], data: str, count: int = 4) -> str:
+    """A fingerprint of a generator: of what it makes, so that a changed generator never meets old records.
+
+    `data` is the fingerprint of the files behind it, if it has any.
+    """
+    digest = hashlib.sha256(data.encode())
+    for sample in samples(count, 0):
+        digest.update(repr((sample.id, sample.image.size, sample.question, sample.answer, sample.boxes)).encode())
+        digest.update(sample.image.convert("RGB").tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,277 @@
+"""A folder as a task: ``annotations.jsonl`` and the images it names (beside it, or under ``images/``).
+
+One JSON object per line: ``image`` (a file within the folder) and, all optional, ``qa`` [{q, a, boxes}] and ``objects``
+[{c, box}]. Boxes are [x0, y0, x1, y1] in pixels of the image as a viewer shows it (turned as its EXIF says), with
+0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height; an answer is a text or a number; other fields are ignored. One sample
+per image: with questions, one of them, drawn by the seed, and its boxes; without, no question, and the boxes of the
+objects. The seed also shuffles the images, so that a limited count covers the folder.
+
+``folder:PATH?held_out=0.25`` shows only the images that `selector-train` with ``--data.val_share 0.25`` (or more) did
+not train on, ``folder:PATH?boxes=true`` only images and questions with boxes, and ``folder:PATH?anls=true`` also scores
+answers by ANLS, for scanned text; ``&`` joins them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NoReturn
+from urllib.parse import parse_qsl
+
+from PIL import Image
+
+from selector.errors import UnreadableImage, UsageError
+from selector.images import image_size, open_image
+from selector.tasks import Task, check_question
+from selector.tasks.sample import Box, Sample
+
+ANNOTATIONS = "annotations.jsonl"
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What stands behind the ? of a spec: the share of images to show, only those with boxes, scored by ANLS."""
+
+    held_out: float = 1.0
+    boxes: bool = False
+    anls: bool = False
+
+
+def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
+    """The task of a folder. Every line is checked here, before anything runs; an image is decoded in its turn.
+
+    The fingerprint is of the annotations and of every image's bytes, read once here.
+    """
+    path, filters = _filters(name, path)
+    folder = Path(path)
+    if not path or not folder.is_dir():
+        raise UsageError(f"task {name!r}: PATH must be a folder with {ANNOTATIONS} and images, got {path!r}")
+    if not (folder / ANNOTATIONS).is_file():
+        raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} is missing")
+    rows = [
+        (number, shown)
+        for number, row in read_annotations(folder / ANNOTATIONS)
+        if split_place(Path(row["image"]).name) < filters.held_out
+        and (shown := _with_boxes(row) if filters.boxes else row)
+    ]
+    if not rows:
+        raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} names no image (held out, or with boxes, where asked)")
+    files = _find_all(folder, rows)
+    for file, (number, row) in zip(files, rows, strict=True):
+        _check_sizes(file, row, folder / ANNOTATIONS, number)
+    digest = hashlib.sha256((folder / ANNOTATIONS).read_bytes() + b"boxes" * filters.boxes)
+    for file in files:
+        digest.update(f"{file.name} {content(file, skip_unreadable)}\n".encode())
+    unreadable: list[str] = []
+
+    def samples(count: int, seed: int) -> Iterator[Sample]:
+        order = list(range(len(rows)))
+        Random(f"folder/{seed}").shuffle(order)
+        for place in order[:count]:
+            row = rows[place][1]
+            try:
+                image = open_image(files[place])
+            except UnreadableImage as error:
+                if not skip_unreadable:
+                    raise UnreadableImage(f"{error}; --skip-unreadable leaves such images out") from error
+                unreadable.append(str(files[place]))
+                continue
+            yield _sample(row, image, seed)
+
+    return Task(name, samples, len(rows), digest.hexdigest()[:16], unreadable, filters.anls)
+
+
+def _filters(name: str, path: str) -> tuple[str, Filters]:
+    """The folder, and what to take of it."""
+    folder, mark, query = path.rpartition("?")
+    if not mark:
+        return path, Filters()
+    chosen: dict[str, Any] = {}
+    for key, value in parse_qsl(query, keep_blank_values=True) or [(query, "")]:
+        if key == "held_out" and _is_share(value):
+            chosen[key] = float(value)
+        elif key in ("boxes", "anls") and value == "true":
+            chosen[key] = True
+        else:
+            raise UsageError(
+                f"task {name!r}: behind ? stand held_out=SHARE with a share in (0, 1), boxes=true and anls=true, "
+                f"got {query!r}"
+            )
+    return folder, Filters(**chosen)
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False
+
+
+def _with_boxes(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row with those of its questions that have boxes (its objects, where there is no question); None: no box."""
+    if row.get("qa"):
+        turns = [turn for turn in row["qa"] if turn.get("boxes")]
+        return row | {"qa": turns} if turns else None
+    return row if row.get("objects") else None
+
+
+def split_place(file: str) -> float:
+    """Where in [0, 1) a file's name falls, by a hash: below the held-out share, it is not trained on."""
+    return int(hashlib.sha256(file.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def _sample(row: dict[str, Any], image: Image.Image, seed: int) -> Sample:
+    if row.get("qa"):
+        turn = Random(f"folder/{seed}/{row['image']}").choice(row["qa"])
+        return Sample(row["image"], image, turn["q"], answer_of(turn), _boxes(turn.get("boxes") or []))
+    return Sample(row["image"], image, None, None, _boxes([thing["box"] for thing in row.get("objects") or []]))
+
+
+def answer_of(turn: dict[str, Any]) -> str | None:
+    """The answer as a text, 5 as "5": answers of VQA sets are often numbers. None where there is none."""
+    return None if turn.get("a") is None else str(turn["a"])
+
+
+def _boxes(boxes: Any) -> tuple[Box, ...]:
+    return tuple(_box(box) for box in boxes)
+
+
+def _box(box: Any) -> Box:
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+    if not numbers or not all(math.isfinite(side) for side in box):
+        raise ValueError(f"a box must be four finite numbers [x0, y0, x1, y1], got {box!r}")
+    x0, y0, x1, y1 = (float(side) for side in box)
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise ValueError(f"a box must be [x0, y0, x1, y1] with 0 <= x0 < x1 and 0 <= y0 < y1, got {box!r}")
+    return x0, y0, x1, y1
+
+
+def read_annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and rows of an ``annotations.jsonl``, checked but for what needs the images.
+
+    Raises:
+        UsageError: not UTF-8, or a line that breaks a rule, with its number.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # editors on Windows put a mark before the first line
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} must be UTF-8: {error}") from error
+    seen: set[str] = set()
+    # At newlines only: a question may hold U+2028 and the like, at which str.splitlines would cut it.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=_no_constant)
+            _check(row)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UsageError(
+                f"{path} line {number}: needs an image and, optionally, qa [{{q, a, boxes}}] and "
+                f"objects [{{box}}], got {line[:80]!r} ({error!r})"
+            ) from error
+        image = posixpath.normpath(row["image"])
+        if image in seen:
+            raise UsageError(f"{path} line {number}: image {row['image']!r} is there twice")
+        seen.add(image)
+        yield number, row
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check(row: Any) -> None:
+    if not isinstance(row, dict) or not isinstance(row["image"], str):
+        raise TypeError("not an object with an image")
+    image = _text(row["image"])
+    if posixpath.isabs(image) or ".." in image.split("/"):
+        raise ValueError(f"image must be a file within the folder, got {image!r}")
+    for turn in _list(row, "qa"):
+        if not isinstance(turn, dict) or not isinstance(turn["q"], str):
+            raise TypeError("a question is not a text")
+        check_question(_text(turn["q"]))
+        answer = turn.get("a")
+        if isinstance(answer, str):
+            _text(answer)
+        elif answer is not None and type(answer) not in (int, float):
+            raise TypeError(f"an answer must be a text or a number, got {answer!r}")
+        _boxes(_list(turn, "boxes"))
+    _boxes([thing["box"] for thing in _list(row, "objects")])
+
+
+def _list(row: dict[str, Any], name: str) -> list[Any]:
+    value = row.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise TypeError(f"{name} must be a list, got {value!r}")
+    return value
+
+
+def _text(text: str) -> str:
+    """The text itself, if records and reports can write it: no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text must be Unicode, got {text!r}") from error
+    return text
+
+
+def _find_all(folder: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> list[Path]:
+    """The file of every row; two rows of one file are an error, however they spell it."""
+    first: dict[Path, str] = {}
+    files = []
+    for number, row in rows:
+        file = _find(folder, row["image"], number)
+        other = first.setdefault(Path(posixpath.normpath(file)), row["image"])
+        if other is not row["image"]:
+            raise UsageError(f"{folder / ANNOTATIONS} line {number}: image {row['image']!r} is there twice ({other!r})")
+        files.append(file)
+    return files
+
+
+def _find(folder: Path, image: str, number: int) -> Path:
+    for path in (folder / "images" / image, folder / image):
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:  # a name that no file can have
+            raise UsageError(f"{folder / ANNOTATIONS} line {number}: image {image[:80]!r}: {error.strerror}") from error
+    raise UsageError(f"{folder / ANNOTATIONS} line {number}: image {image!r} is not in {folder}")
+
+
+def _check_sizes(file: Path, row: dict[str, Any], annotations: Path, number: int) -> None:
+    """Every box within its image, as far as the image's header can be read: what is broken is named in its turn."""
+    boxes = [box for turn in row.get("qa") or [] for box in turn.get("boxes") or []]
+    boxes += [thing["box"] for thing in row.get("objects") or []]
+    if not boxes:
+        return
+    try:
+        width, height = image_size(file)
+    except UnreadableImage:
+        return
+    outside = next((box for box in boxes if box[2] > width or box[3] > height), None)
+    if outside is not None:
+        raise UsageError(
+            f"{annotations} line {number}: a box must be [x0, y0, x1, y1] within {width} x {height} pixels, "
+            f"got {outside!r}"
+        )
+
+
+def content(file: Path, skip_unreadable: bool) -> str:
+    """Hash of a file's bytes; "unreadable" where it cannot be read and such images are left out."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        if skip_unreadable:
+            return "unreadable"
+        raise UnreadableImage(
+            f"image {file} cannot be read ({error.strerror}); --skip-unreadable leaves such images out"
+        ) from error

@@ -1,0 +1,302 @@
+"""The page: one file, nothing fetched, every figure in a table, every picture described."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from selector import records
+from selector.errors import UsageError
+from selector.measure.bench import pack
+from selector.measure.evidence import canvas_of
+from selector.measure.images import store_image
+from selector.report.columns import LEGEND
+from selector.report.page.overview import _smallest
+from selector.report.page.plots import Point, Series, axis, plot
+from selector.report.summary import read_run, run_names, write_report
+
+RIGHT = {"ours": ["1101", "1000"], "theirs": ["0110", "0000"]}
+
+
+def make_run(folder, model="m", tasks=("toy", "more")):
+    plan = []
+    canvas = canvas_of((64, 64), [[64, 64]], 32, (4, 4))
+    for task in tasks:
+        rows = [("full", None, "1111"), ("blind", None, "0000")]
+        rows += [(label, keep, hits) for label in RIGHT for keep, hits in zip(("0.5", "8"), RIGHT[label], strict=True)]
+        for label, keep, hits in rows:
+            file = records.Records(folder, {"label": label, "keep": keep, "task": task})
+            plan.append({"task": task, "label": label, "keep": keep, "key": file.key})
+            for i, hit in enumerate(hits):
+                right = hit == "1"
+                kept = torch.zeros(5, 16, dtype=torch.bool)
+                kept[1, : 4 * (i + 1)] = True
+                record = {
+                    "id": f"s{i}",
+                    "index": i,
+                    "tokens": {None: 80, "0.5": 40, "8": 8}[keep],
+                    "full_tokens": 80,
+                    "saturated": False,
+                    "question": f"</script><b>{i}?",
+                    "target": "red",
+                    "answer": "red" if right else "blue",
+                    "full_answer": "red",
+                    "agrees": right,
+                    "correct": right,
+                    "full_correct": True,
+                    "flip": "same" if right else "right_to_wrong",
+                    "anls": float(right),
+                    "full_anls": 1.0,
+                    "nll_shift": 0.0 if right else 1.5,
+                    "prefill_ms": 10.0 + i,
+                    "kv_bytes": 1000,
+                    "ipr_shift": 0.1 * i,
+                    "rank_shift": -0.2 * i,
+                    "energy_shift": 0.05,
+                    "selection_ms": 1.0,
+                    "kept": pack(kept),
+                }
+                file.append(record)
+        for i in range(3):  # the image of the last sample is missing
+            store_image(
+                folder, records.image_name(task, 0, f"s{i}"), Image.new("RGB", (64, 64), (250, 9 * i, 9)), canvas
+            )
+    settings = {
+        "model": model,
+        "samples": 4,
+        "seed": 0,
+        "answers": True,
+        "positions": "original",
+        "baseline": "theirs",
+        "layer": 0,
+        "repeats": 1,
+        "environment": {"torch": "2", "transformers": "5", "device": "cpu", "threads": 1, "dtype": "float32"},
+        "fingerprint": "abc",
+        "max_new_tokens": 3,
+        "tasks": {task: {"fingerprint": task, "anls": task == "more"} for task in tasks},
+        "unreadable": {},
+        "rows": plan,
+    }
+    records.write_json(folder / "run.json", settings)
+    return folder
+
+
+@pytest.fixture
+def page(tmp_path):
+    run = make_run(tmp_path / "run")
+    _, path = write_report([run])
+    return path.read_text()
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "br", "img", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
+def data_of(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def smallest(*intervals):
+    """The cells of the table of fewest tokens, for a selector measured at 40, 20, 10, ... tokens."""
+    rows = [
+        {
+            "task": "toy",
+            "selector": "ours",
+            "sees_question": False,
+            "keep": str(40 >> i),
+            "tokens": 40 >> i,
+            "full_tokens": 80,
+            "agreement": 0.9,
+            "versus_full": {"difference": sum(pair) / 2, "interval": pair, "broken": 3, "mended": 1, "pairs": 50},
+        }
+        for i, pair in enumerate(intervals)
+    ]
+    return re.findall(r"<td>(.*?)</td>", _smallest("run", {"tasks": {"toy": {}}, "rows": rows[::-1]}))
+
+
+@pytest.mark.parametrize(
+    ("intervals", "cell"),
+    [
+        # The upper end decides: a loss is measurable where all of the interval lies below 0.
+        ([(-0.1, 0.02), (-0.2, 0.0), (-0.3, -0.01)], "20 tokens (25%): -10 [-20, +0] points, 90% same answers"),
+        ([(0.02, 0.1), (-0.04, -0.01)], "40 tokens (50%): +6 [+2, +10] points, 90% same answers"),
+        ([(-0.2, -0.1), (-0.1, 0.1)], "none of those tried"),  # what recovers below a loss is chance
+    ],
+)
+def test_the_fewest_tokens_without_measurable_loss(intervals, cell):
+    assert smallest(*intervals) == [cell]
+
+
+def test_every_tag_is_closed_and_nothing_is_fetched(page):
+    tags = Tags(page).found
+    for _, attributes in tags:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), attributes
+    assert not re.search(r"@import|url\((?!data:)|fetch\(|XMLHttpRequest|https?://", page)
+    assert len(page) < 5_000_000
+
+
+def test_links_lead_somewhere_and_names_are_unique(page):
+    tags = Tags(page).found
+    names = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(set(names)) == len(names)
+    targets = [a["href"][1:] for _, a in tags if (a.get("href") or "").startswith("#")]
+    assert set(targets) <= set(names)
+    assert len(targets) >= 6
+
+
+def test_tables_are_readable_without_eyes(page):
+    tags = Tags(page).found
+    tables = page.count("<table")
+    assert tables == page.count("<caption>") == 1 + 2 * 3
+    heads = [attributes for tag, attributes in tags if tag == "th"]
+    assert heads
+    assert all(attributes.get("scope") in ("col", "row") for attributes in heads)
+    for tag, attributes in tags:
+        if tag == "svg" and attributes.get("aria-hidden") != "true":
+            assert attributes["role"] == "img"
+            assert len(attributes["aria-label"]) > 40
+    assert page.count('<html lang="en">') == 1
+
+
+def test_every_row_is_in_the_table_and_best_ones_are_marked(page):
+    body = page.split('id="task-toy"')[1].split("<tbody>")[1].split("</tbody>")[0]
+    assert body.count("<tr") == 6
+    assert re.search(r'class="best[^"]*"><td data-value="40">0.5</td><th scope="row">ours</th>', body)
+    assert ">ANLS<" not in page.split('id="task-toy"')[1].split('id="task-more"')[0]
+    assert ">ANLS<" in page.split('id="task-more"')[1]
+
+
+def test_the_explorer_holds_answers_masks_and_images(page):
+    data = data_of(page)
+    assert len(data["samples"]) == 2 * 4
+    sample = next(s for s in data["samples"] if s["task"] == "toy" and s["id"] == "s1")
+    assert sample["question"] == "</script><b>1?"
+    assert {(row["selector"], row["keep"]) for row in sample["rows"]} == {
+        ("blind", None),
+        *((label, keep) for label in RIGHT for keep in ("0.5", "8")),
+    }
+    image = data["images"][sample["image"]]
+    assert base64.b64decode(image["data"].split(",")[1])[:2] == b"\xff\xd8"
+    assert (len(image["xs"]), len(image["ys"]), image["size"]) == (9, 9, [64, 64])
+    bits = base64.b64decode(sample["rows"][0]["kept"])
+    assert (len(bits), bits[2], bits[3]) == (10, 255, 0)  # the first tile after the base view: 8 of 16 patches
+    assert "image" not in next(s for s in data["samples"] if s["id"] == "s3")
+
+
+def test_samples_that_tell_selectors_apart_come_first(page):
+    order = [s["id"] for s in data_of(page)["samples"] if s["task"] == "toy"]
+    assert order == ["s0", "s2", "s3", "s1"]
+
+
+def test_findings_name_what_n_allows(page):
+    overview = page.split('id="overview"')[1].split("</section>")[0]
+    assert "Unpruned, the model is right on 100% [51, 100] of 4 questions; without the image on 0%." in overview
+    assert "would need" in overview
+    assert "none lost" not in overview
+
+
+def test_several_runs_beside_each_other(tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", model="other", tasks=("toy",))]
+    summaries, path = write_report(runs, tmp_path / "both.html")
+    assert [s["model"] for s in summaries] == ["m", "other"]
+    text = path.read_text()
+    Tags(text)
+    table = text.split('id="differences"')[1].split("</section>")[0]
+    assert "<td>m</td><td>other</td>" in table
+    assert "seed" not in table
+    assert "ours · a" in text
+    assert "ours · b" in text
+    assert {s["run"] for s in data_of(text)["samples"]} == {"a", "b"}
+    markdown = path.with_suffix(".md").read_text()
+    assert "# a: comparison on m" in markdown
+    assert "# b: comparison on other" in markdown
+    assert not (tmp_path / "a" / "report.html").exists()
+
+
+def test_markdown_lists_changed_answers(tmp_path):
+    _, path = write_report([make_run(tmp_path / "run", tasks=("toy",))])
+    text = path.with_suffix(".md").read_text()
+    assert "Unpruned, the model is right on 100% [51, 100] of 4 questions" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| &lt;/script>&lt;b>0?")]
+    assert line == "| &lt;/script>&lt;b>0? | red | red | “blue” theirs 0.5, theirs 8 |"
+
+
+def test_selectors_that_see_the_question_are_marked_everywhere(page, tmp_path):
+    assert "†" not in page
+    run = make_run(tmp_path / "asking", tasks=("toy",))
+    settings = json.loads((run / "run.json").read_text())
+    for planned in settings["rows"]:
+        planned["sees_question"] = planned["label"] == "theirs"
+    records.write_json(run / "run.json", settings)
+    _, path = write_report([run])
+
+    text = path.read_text()
+    overview = text[text.index('<section id="overview"') : text.index('<section id="task-toy"')]
+    assert "theirs†" in overview
+    assert LEGEND in overview
+    tables = re.findall(r"<table.*?</table>", text, re.DOTALL)
+    assert ["theirs†" in table for table in tables] == [True] * 4  # overview, head to head, consistency, cost
+    assert {row["selector"] for row in data_of(text)["samples"][0]["rows"]} == {"blind", "ours", "theirs†"}
+    assert "“blue” theirs† 0.5, theirs† 8" in path.with_suffix(".md").read_text()
+    plots = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert plots
+    assert "theirs†" in "".join(plots)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    same = [tmp_path / "x" / "run", tmp_path / "y" / "run"]
+    assert run_names(same) == [str(path) for path in same]
+    with pytest.raises(UsageError, match="there twice"):
+        run_names([same[0], tmp_path / "y" / ".." / "x" / "run"])
+
+
+def test_the_page_has_room_for_so_much(tmp_path):
+    from selector.report.page.explorer import explorer
+
+    run = make_run(tmp_path / "run")
+    small = explorer({"run": (run, *read_run(run))}, room=9000)
+    assert 0 < len(small["samples"]) < 8
+    assert len(json.dumps(small)) < 9500
+
+
+def test_plots_put_points_where_they_belong():
+    y = axis("share", [], percent=True)
+    x = axis("tokens", [16, 256], log=True)
+    assert y.share(0.5) == 0.5
+    assert x.share(64) == pytest.approx(0.5)
+    svg = plot("title", x, y, [Series("a & b", 0, [Point(64, 0.5, "half", (0.25, 0.75))])], front=True)
+    assert "a &amp; b: half" in svg
+    circle = re.search(r'cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert float(circle[1]) == pytest.approx(50 + 0.5 * (460 - 62), abs=0.1)
+    assert float(circle[2]) == pytest.approx(300 - 42 - 0.5 * (300 - 54), abs=0.1)
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [0.0, 0.0], [5.0], [1e-9, 2e-9], [-3.0, 4.0], [16, 1464]])
+@pytest.mark.parametrize("log", [False, True])
+def test_axes_hold_their_values(values, log):
+    for zero in (False, True):
+        made = axis("x", values, log=log, zero=zero and min(values, default=0) >= 0)
+        assert all(-1e-9 <= made.share(v) <= 1 + 1e-9 for v in values)
+        assert len(made.ticks) < 12

@@ -1,0 +1,1 @@
+"""Receipts with their text exchanged, for training only."""
