@@ -14,7 +14,7 @@ Shapes: G groups, M members (padded), C channels, K steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,8 @@ PICKS_PER_GRAM = 32
 GRAM_OVER_ROWS = 4
 """A Gram matrix is kept while it takes at most so many times the memory of the rows."""
 
+TRUSTED = 2.0**-10
+"""Share of its square that a pivot keeps at least, for the rounding of float32 not to matter."""
 LAZY_WIDTH, LAZY_ROUNDS = 32, 32
 
 
@@ -49,9 +51,15 @@ def grained(values: Tensor) -> Tensor:
 
 
 def grained_cosines(cosines: Tensor, of: torch.dtype) -> Tensor:
-    """The same for cosines of rows of the type `of`."""
+    """The same for cosines of rows of the type `of`, itself of that type or a larger one."""
     grain = GRAIN if of == torch.float64 else COSINE_GRAIN
     return (cosines * grain).round_().div_(grain)
+
+
+def grained_cosines_(cosines: Tensor) -> Tensor:
+    """The same in place."""
+    grain = GRAIN if cosines.dtype == torch.float64 else COSINE_GRAIN
+    return cosines.mul_(grain).round_().div_(grain)
 
 
 def unit(rows: Float[Tensor, "*G M C"]) -> Float[Tensor, "*G M C"]:
@@ -98,15 +106,28 @@ def gram(
 
     The matrix is symmetric, so of each pair of blocks one is computed: about half the work of a full product.
     """
-    out = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1])
-    for g in range(len(rows)) if groups is None else groups:
-        own, square = rows[g, : extent[g]], out[g]
-        for start in range(0, extent[g], BLOCK):
-            block = slice(start, min(start + BLOCK, extent[g]))
-            strip = own[start:] @ own[block].mT
-            square[start : extent[g], block] = strip
-            square[block, start : extent[g]] = strip.mT
+    out = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
+    for g, (own, square, n) in enumerate(zip(rows, out, extent, strict=True)):
+        if groups is not None and g not in groups:
+            continue
+        square[n:], square[:n, n:] = 0, 0
+        for start in range(0, n, BLOCK):
+            block = slice(start, min(start + BLOCK, n))
+            strip = own[start:n] @ own[block].mT
+            square[start:n, block] = strip
+            square[block, start:n] = strip.mT
     return out
+
+
+def cosine_table(
+    left: Float[Tensor, "G E C"], right: Float[Tensor, "G O C"], rows: list[int], columns: list[int]
+) -> Float[Tensor, "G E O"]:
+    """Cosines of two lists of `directions` in each group, as long as `rows` and `columns` say; 0 past their ends."""
+    out = left.new_empty(len(left), left.shape[1], right.shape[1])
+    for own, other, table, n, m in zip(left, right, out, rows, columns, strict=True):
+        table[n:], table[:n, m:] = 0, 0
+        torch.mm(own[:n], other[:m].mT, out=table[:n, :m])
+    return grained_cosines_(out)
 
 
 class Products:
@@ -119,6 +140,7 @@ class Products:
 
     Attributes:
         squares: ``[G, M]`` float64 inner product of each row with itself.
+        inverse_lengths: ``[G, M]`` one over the square root of that, 0 for a row of zeros.
     """
 
     def __init__(self, rows: Float[Tensor, "G M C"], mask: Bool[Tensor, "G M"], steps: int | None):
@@ -132,7 +154,7 @@ class Products:
         if self.table is not None:
             diagonal = precise(self.table.diagonal(dim1=1, dim2=2))
             self.squares[kept] = diagonal[kept]
-        self._scale = self.squares.rsqrt().masked_fill(self.squares == 0, 0)
+        self.inverse_lengths = self.squares.rsqrt().masked_fill(self.squares == 0, 0)
 
     def of(self, pick: Int[Tensor, "G"]) -> Float[Tensor, "G M"]:
         """Inner product of every row with the picked one of its group, in float64."""
@@ -156,20 +178,35 @@ class Products:
 
     def cosines(self, pick: Int[Tensor, "G"]) -> Float[Tensor, "G M"]:
         """Cosine of every row with the picked one of its group, in float64; 0 with a zero row."""
-        scale = self._scale * take(self._scale, pick)[:, None]
+        scale = self.inverse_lengths * take(self.inverse_lengths, pick)[:, None]
         return grained_cosines(self.of(pick) * scale, self.rows.dtype)
 
-    def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "G B M"]]]:
-        """Cosines of all pairs, some rows at a time."""
-        scale = self._scale.to(self.rows.dtype)
+    def nearest_other(self, there: Bool[Tensor, "G M"]) -> Float[Tensor, "G M"]:
+        """Highest cosine of each row with another one that is there, in float64; -inf where there is none."""
+        barred = torch.zeros_like(self.inverse_lengths).masked_fill(~there, -torch.inf)[:, None].to(self.rows.dtype)
+        scale = self.inverse_lengths[:, None].to(self.rows.dtype)
+        found = []
         for start in range(0, self.rows.shape[1], BLOCK):
-            part = slice(start, start + BLOCK)
-            size = len(self.rows), len(self.rows[0, part]), self.rows.shape[1]
-            found = self.rows.new_zeros(size) if self.table is None else self.table[:, part].clone()
-            for g in self.lean:
-                own = self.rows[g, : self.extent[g]]
-                found[g, : len(own[part]), : len(own)] = own[part] @ own.mT
-            yield part, grained_cosines(found * (scale[:, part, None] * scale[:, None]), self.rows.dtype)
+            inner = self._rows_of_gram(slice(start, start + BLOCK))
+            cosines = (inner * scale).add_(barred)  # but for the row's own length
+            cosines.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
+            best, place = cosines.max(-1)
+
+            # Once more from the factors, so that mutual neighbours are equally near to the bit.
+            own, other = self.inverse_lengths[:, start : start + BLOCK], self.inverse_lengths.gather(1, place)
+            exact = precise(inner.gather(2, place[..., None])[..., 0]) * (own * other)
+            found.append(exact.masked_fill(best.isneginf(), -torch.inf))
+        return grained_cosines(torch.cat(found, 1), self.rows.dtype)
+
+    def _rows_of_gram(self, part: slice) -> Float[Tensor, "G B M"]:
+        if self.table is not None and not self.lean:
+            return self.table[:, part]
+        size = len(self.rows), len(self.rows[0, part]), self.rows.shape[1]
+        found = self.rows.new_zeros(size) if self.table is None else self.table[:, part].clone()
+        for g in self.lean:
+            own = self.rows[g, : self.extent[g]]
+            found[g, : len(own[part]), : len(own)] = own[part] @ own.mT
+        return found
 
 
 def _pays(members: int, channels: int, steps: int | None) -> bool:
@@ -274,44 +311,62 @@ def pivots(
     The same order is that of greedy MAP inference of a determinantal point process with kernel ``rows @ rows.T``, and
     it is computed as one, by the rows of a pivoted Cholesky factor of the kernel. When the picked rows span all the
     others, every residual is zero and the volume says nothing more: the residuals of the members that remain then
-    start over, so that a second, as diverse layer follows instead of an arbitrary rest. A residual counts as zero
-    below 2^-17 of its row's square (of float64 rows: 2^-32), and below 2^-32 of the largest.
+    start over, so that a second, as diverse layer follows instead of an arbitrary rest.
+
+    A residual is a difference of products. A group whose pivots fall below `TRUSTED` of their squares, or that starts
+    over, is done again in float64, so that the order is always that of float64.
 
     Args:
         rows: zero where there is no member.
         weight: factor of each row's length; the rows are then taken for directions, and all as long as one another.
     """
+    order, trusted = _pivots(rows, mask, steps, weight)
+    doubted = (~trusted).nonzero()[:, 0] if rows.dtype != torch.float64 else []
+    if len(doubted):
+        factors = None if weight is None else weight[doubted]
+        order[doubted] = _pivots(precise(rows[doubted]), mask[doubted], steps, factors)[0]
+    return order
+
+
+def _pivots(
+    rows: Float[Tensor, "G M C"], mask: Bool[Tensor, "G M"], steps: int, weight: Float[Tensor, "G M"] | None
+) -> tuple[Int[Tensor, "G M"], Bool[Tensor, "G"]]:
+    """The order in the type of the rows, and the groups in which it can be trusted."""
     products = Products(within_unit(rows) if weight is None else rows, mask, steps)
-    if weight is None:
-        row_of, length = products.of, products.squares.sqrt()
-    else:
-        row_of, length = products.cosines, precise(weight) * (products.squares > 0)
-    largest = (length * mask).amax(1, keepdim=True)
-    scale = (torch.ones_like(length) if weight is None else precise(weight)) / largest.masked_fill(largest == 0, 1)
-    whole = grained((length * mask / largest.masked_fill(largest == 0, 1)).square())
+    length = products.squares.sqrt() if weight is None else precise(weight) * (products.squares > 0)
+    length = length * mask
+    largest = length.amax(1, keepdim=True)
+    length = length / largest.masked_fill(largest == 0, 1)
+    scale = length * products.inverse_lengths
+    whole = grained(length.square())
     floor = whole * 2.0 ** (-32 if rows.dtype == torch.float64 else -17)
     residual, taken = whole.clone(), ~mask
-    factor = whole.new_zeros(len(rows), steps, rows.shape[1])  # rows of the Cholesky factor
+    trusted = torch.ones_like(mask[:, 0])
+    factor = rows.new_zeros(len(rows), steps, rows.shape[1])  # rows of the Cholesky factor
     filled, first = 0, torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)  # of this layer's rows
+    explained = torch.zeros_like(factor[:, 0])  # by the picks so far, of the row of a pick
     number, group = torch.arange(steps, device=rows.device), torch.arange(len(rows), device=rows.device)
 
     def update(pick: Tensor) -> Tensor:
-        nonlocal residual, taken, filled, first
+        nonlocal residual, taken, filled, first, trusted
         taken = taken.scatter(1, pick[:, None], True)
-        known = factor[:, :filled]
         column = factor[group, :filled, pick] * (number[:filled] >= first)
-        row = row_of(pick) * scale * take(scale, pick)[:, None]
-        along = row - torch.bmm(column[:, None], known)[:, 0]
+        for own, known, coefficients, n in zip(explained, factor, column, products.extent, strict=True):
+            torch.mv(known[:filled, :n].mT, coefficients, out=own[:n])
         size = take(residual, pick)[:, None]
-        along = (along * size.rsqrt()).masked_fill(size <= 0, 0)
+        trusted = trusted & (size > TRUSTED * take(whole, pick)[:, None])[:, 0]
+        along = products.of(pick) * (scale * take(scale, pick)[:, None]) - explained
+        along = along * size.rsqrt().masked_fill(size <= 0, 0)
 
         factor[:, filled] = along
         filled += 1
-        residual = residual - along.square()
-        residual = residual.masked_fill(residual <= floor, 0)
-        spent = grained(residual).masked_fill(taken, 0).amax(1, keepdim=True) == 0
+        residual = torch.addcmul(residual, along, along, value=-1)
+        residual = residual * (residual > floor)
+        value = grained(residual)
+        spent = value.masked_fill(taken, 0).amax(1, keepdim=True) == 0
+        trusted = trusted & ~spent[:, 0]
         first = torch.where(spent, filled, first)
         residual = torch.where(spent, whole, residual)
-        return grained(residual)
+        return torch.where(spent, whole, value)
 
-    return greedy(whole, mask, steps, update)
+    return greedy(whole, mask, steps, update), trusted

@@ -8,11 +8,11 @@ direction and counts as nearer than any other, so it comes last (published, its 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import Products, directions, farthest, precise
+from selector.greedy import Products, directions, farthest
 from selector.groups import Groups
 from selector.tokens import VisualTokens
 
@@ -32,14 +32,5 @@ class DivPrune(GreedySelector):
         def distance(pick: Tensor) -> Tensor:
             return torch.where(directed, 1 - products.cosines(pick), -1)
 
-        return farthest(nearest_other(products, directed), distance, groups.mask, steps)
-
-
-def nearest_other(products: Products, there: Bool[Tensor, "G M"]) -> Float[Tensor, "G M"]:
-    """Cosine distance of each row to the nearest other one; -1 for rows not there."""
-    closest = []
-    for part, cosines in products.blocks():
-        cosines.masked_fill_(~there[:, None], -torch.inf)
-        cosines.diagonal(offset=part.start, dim1=1, dim2=2).fill_(-torch.inf)
-        closest.append(cosines.amax(-1))
-    return torch.where(there, 1 - precise(torch.cat(closest, 1)).clamp(min=-1), -1)
+        nearest = products.nearest_other(directed)
+        return farthest(torch.where(directed, 1 - nearest.clamp(min=-1), -1), distance, groups.mask, steps)
