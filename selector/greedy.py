@@ -99,9 +99,7 @@ def extents(mask: Bool[Tensor, "G M"]) -> list[int]:
     return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
 
 
-def gram(
-    rows: Float[Tensor, "G M C"], extent: list[int], groups: list[int] | None = None
-) -> Float[Tensor, "G M M"]:
+def gram(rows: Float[Tensor, "G M C"], extent: list[int], groups: list[int] | None = None) -> Float[Tensor, "G M M"]:
     """Inner products of all pairs of each group (of `groups`; default all), zero past its extent.
 
     The matrix is symmetric, so of each pair of blocks one is computed: about half the work of a full product.

@@ -237,7 +237,9 @@ def residual_norms(
     """Length of each row's residual to the span of the `rank` leading right singular vectors; 0 for masked rows."""
     matrix, _ = _prepare(features, center, False, mask)
     rows = matrix.reshape(-1, *matrix.shape[-2:])
-    left = torch.cat([_leading(one, rank, None, "exact", 0)[0][..., :rank] for one in rows]).view(*matrix.shape[:-1], -1)
+    left = torch.cat([_leading(one, rank, None, "exact", 0)[0][..., :rank] for one in rows]).view(
+        *matrix.shape[:-1], -1
+    )
     residual = (matrix - left @ (left.mT @ matrix)).norm(dim=-1)
     return residual if features.dtype == torch.float64 else residual.float()
 

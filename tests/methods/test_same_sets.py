@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from visual_tokens import anyres, only, ragged, single
 
-from selector import Budget, VisualTokens
+from selector import Budget
 from selector.greedy import BLOCK, Products, directions, gram
 from selector.groups import Groups
 from selector.methods.cdpruner import CDPruner
@@ -127,4 +127,3 @@ def test_few_picks_keep_no_gram_matrix():
     assert Products(rows, mask, 19).table is None
     assert Products(rows, mask, 20).table is not None
     assert Products(rows[..., :100], mask, None).table is None  # larger than four times the rows
-    assert isinstance(VisualTokens.from_features(rows[:, :9]), VisualTokens)
