@@ -12,10 +12,12 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from selector.errors import UsageError
+from selector.measure.protocol import Protocol
+from selector.shipped import places
 
 MODEL = "checkpoints/llava-next-tiny"
 SELECTORS = [
@@ -40,8 +42,8 @@ COMMON: dict[str, Any] = MACHINE | {
     "selectors": SELECTORS,
     "scope": "image",
     "newlines": "kept_rows",
-    "positions": "original",
-    "seed": 0,
+    "positions": Protocol.positions,
+    "seed": Protocol.seed,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "compare": COMMON
@@ -51,13 +53,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "samples": 60,
         "out": "runs/compare",
         "baseline": "random",
-        "answers": True,
-        "max_new_tokens": 48,
-        "layer": 0,
-        "repeats": 1,
         "skip_unreadable": False,
+        **asdict(Protocol()),
     },
-    "show": COMMON | {"keep": [0.25], "out": "selector.png", "question": None, "max_new_tokens": 48, "scores": False},
+    "show": COMMON
+    | {
+        "keep": [0.25],
+        "out": "selector.png",
+        "question": None,
+        "max_new_tokens": Protocol.max_new_tokens,
+        "scores": False,
+    },
     "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
     "stability": MACHINE
     | {
@@ -172,8 +178,7 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
     """
     import yaml
 
-    places = (Path(name), Path(__file__).resolve().parent.parent / name)
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places(name) if place.is_file()), None)
     if path is None:
         raise UsageError(f"config must be a YAML file, there is no {name!r}")
 

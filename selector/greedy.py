@@ -156,10 +156,7 @@ class Products:
 
     def of(self, pick: Int[Tensor, "G"]) -> Float[Tensor, "G M"]:
         """Inner product of every row with the picked one of its group, in float64."""
-        if self.table is None:
-            found = self.rows.new_zeros(self.rows.shape[:2])
-        else:
-            found = take(self.table, pick)
+        found = take(self.table, pick) if self.table is not None else self.rows.new_zeros(self.rows.shape[:2])
         if not self.lean:
             return precise(found)
 

@@ -89,3 +89,22 @@ def interleave(
     inside = [(first < count, (first + 0.5) / count), (second < other, (second + 0.5) / other)]
     after = 1.0 + first / max(1, first.shape[1])
     return -torch.where(inside[0][0], inside[0][1], torch.where(inside[1][0], inside[1][1], after)).float()
+
+
+def shared_out(
+    place: Int[Tensor, "G M"], quota: Int[Tensor, "G M"], turn: Int[Tensor, "G M"], mask: Bool[Tensor, "G M"]
+) -> Float[Tensor, "G M"]:
+    """Scores that give every part of a group its quota, and what no quota covers to the parts in turn.
+
+    Every prefix of what the quotas cover holds the parts in proportion, so that newline tokens cost all of them alike.
+
+    Args:
+        place: of each member within its part, 0 for the best.
+        quota: of the part that each member lies in.
+        turn: of that part: who comes first when tokens are left over, one a part and round.
+    """
+    over = place - quota
+    inside = -(place + 0.5) / quota.clamp(min=1)  # in (-1, 0)
+    later = ranks(-(over * (turn.max() + 1) + turn).double(), mask & (over >= 0))
+    after = -1.0 - (later + 0.5) / max(1, later.shape[1])
+    return torch.where(over < 0, inside.float(), after.float())

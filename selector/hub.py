@@ -9,7 +9,6 @@ none may be left over, and nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from selector import calibration, schema
+from selector.files import atomic, write_json, write_text
 
 HARMLESS = 2**30
 """Bytes that may be allocated for weights before they are found not to fit."""
@@ -58,7 +58,7 @@ class Checkpoint(nn.Module):
         return loaded
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Saves and uploads to the Hugging Face hub; returns the address of the commit."""
+        """Saves and uploads to the Hugging Face hub; returns the address of the commit. See `push`."""
         return push(self, repo_id, **kwargs)
 
 
@@ -67,14 +67,14 @@ def save(
 ) -> Path:
     """Writes a checkpoint; each file appears whole or not at all. Returns the folder."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = schema.describe(selector) | {"metadata": metadata or {}}
     if calibrations := calibration.collect(selector):
         config["calibration"] = calibrations
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in selector.state_dict().items()}
-    _write(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-    _write(folder / CARD, lambda path: path.write_text(card or _default_card(selector)))
+    with atomic(folder / WEIGHTS) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)
+    write_text(folder / CARD, card or _default_card(selector))
     return folder
 
 
@@ -138,15 +138,30 @@ def about(name_or_path: str | Path) -> tuple[dict[str, Any], str | None]:
     return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("metadata", {}), text
 
 
-def push(selector: Checkpoint, repo_id: str, private: bool = False, card: str | None = None) -> str:
-    """Uploads a checkpoint to the Hugging Face hub (needs a login)."""
+def push(
+    selector: Checkpoint,
+    repo_id: str,
+    private: bool = False,
+    card: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> str:
+    """Uploads a checkpoint to the Hugging Face hub (needs a login).
+
+    Args:
+        repo_id: owner/name; a name alone is one of the user who is logged in. Made where it is not there.
+        private: of a new repository.
+        card, metadata: see `save`.
+
+    Returns:
+        The address of the commit.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save(selector, folder, card=card)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        save(selector, folder, card=card, metadata=metadata)
+        return str(api.upload_folder(repo_id=full_name, folder_path=folder))
 
 
 def _folder(name_or_path: str | Path) -> Path:
@@ -162,17 +177,6 @@ def _download(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS, CARD]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"no folder {str(name)!r}, and the hub gave none: {error}") from error
-
-
-def _write(path: Path, writer: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        writer(Path(temporary))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _default_card(selector: Checkpoint) -> str:

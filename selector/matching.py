@@ -1,5 +1,8 @@
 """Bipartite matching in rounds: which tokens are redundant, in which order, and into which token each one goes.
 
+Two rules share the matching: `eliminate` (ToMe's; tokens stay in packed order), and `thin` (VisPruner's; tokens come in
+an order of their own, which every round changes).
+
 In a round, tokens at even places (of those left, in packed order) are matched with their most similar token at an odd
 place by cosine, and those with the most similar match leave. Rounds go on until one token is left, so the order in
 which tokens leave ranks all of them, and a smaller choice lies inside every larger one. Batched over groups; a round
@@ -16,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selector.greedy import BLOCK, COSINE_GRAIN, cosine_table, directions, grained, precise, working
+from selector.greedy import BLOCK, COSINE_GRAIN, cosine_table, directions, grained, precise, unit, working
 from selector.groups import ranks
 
 APART = -4.0
@@ -132,3 +135,56 @@ def _put(values: Tensor, index: Int[Tensor, "G E"], new: Tensor) -> Tensor:
     """The values with new ones at `index`; an index past the end is left out."""
     padded = torch.cat([values, values[:, :1]], 1)
     return padded.scatter(1, index, new.to(values.dtype))[:, :-1]
+
+
+def thin(
+    rows: Float[Tensor, "G M C"],
+    place: Int[Tensor, "G M"],
+    mask: Bool[Tensor, "G M"],
+    drop: int,
+    stop: Int[Tensor, "G"],
+) -> Int[Tensor, "G M"]:
+    """The order in which duplicates leave, without merging.
+
+    A round matches as above, and its most similar tokens at even places leave. The others at even places then come
+    first, by falling similarity, and behind them those at odd places as they stood.
+
+    Args:
+        rows: what tokens are compared by (cosine).
+        place: of each member in the order of the first round; those outside `mask` do not matter.
+        mask: members that take part.
+        drop: how many leave in a round, as far as there are any at even places.
+        stop: number at which a round ends early, so that exactly so many are left; rounds then go on below it.
+
+    Returns:
+        Of every member its place from the end, 0 for the last one standing; M for those outside `mask`.
+    """
+    size = left = mask.sum(1)
+    rows = unit(rows)
+    similarity = grained(rows @ rows.mT)  # once: the rounds only look it up
+    group = torch.arange(len(rows), device=rows.device)[:, None, None]
+    queue = ranks(-place.double(), mask).argsort(dim=1)  # who takes part, in order, and then the others
+    end = torch.full_like(place, mask.shape[1])
+
+    while int(left.max()) > 1:
+        queue = queue[:, : int(left.max())]
+        there = torch.arange(queue.shape[1], device=queue.device) < left[:, None]
+        even, odd = queue[:, ::2], queue[:, 1::2]
+        closest = similarity[group, even[..., None], odd[:, None]]
+        closest = closest.masked_fill(~there[:, None, 1::2], -torch.inf).amax(2)
+
+        quota = torch.where(left > stop, left - stop, left).clamp(max=drop)
+        quota = torch.minimum(quota, (left + 1) // 2) * (left > 1)
+        rank = ranks(closest, there[:, ::2])
+        leaves = there[:, ::2] & (rank < quota[:, None])
+        end = _put(end, torch.where(leaves, even, mask.shape[1]), (left[:, None] - 1 - rank))
+
+        # Those at even places that stay, by falling similarity, then those at odd places; the rest is past the end.
+        far = queue.shape[1]
+        turn = torch.where(there[:, ::2] & ~leaves, rank, 3 * far)
+        behind = torch.arange(odd.shape[1], device=odd.device) + torch.where(there[:, 1::2], far, 3 * far)
+        both = torch.cat([even, odd], 1)
+        queue = both.gather(1, torch.cat([turn, behind], 1).argsort(dim=1, stable=True))
+        left = left - leaves.sum(1)
+    last = queue[:, :1]
+    return _put(end, torch.where((size > 0)[:, None], last, mask.shape[1]), torch.zeros_like(last))

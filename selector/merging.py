@@ -2,7 +2,7 @@
 
 A selector returns a keep mask and, if it merges, a `Flow`: weighted edges from packed slots into kept slots. The
 weights into one slot sum to one, so a merged token is a weighted mean, and where all tokens are equal nothing changes
-(but for ``visionzip:add=true``, a sum as published).
+(but for visionzip and prumerge, which add as published unless told to average).
 Merging happens on the projected tokens, as the language model sees them: the mean goes in in place of the kept token's
 own feature, at the kept token's position. What never takes part: newline tokens (learned, not of the image), padding,
 and tokens that the model's own unpadding removed. Tokens flow only within their view: the base view shows the whole

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from selector.errors import UsageError
+from selector.files import output, write_json
+from selector.record import Record
 
 FORMAT = 2
 """Raise it when the meaning of a record changes."""
@@ -39,20 +40,19 @@ class Records:
     def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE, fresh: bool = False):
         self.key = key_of(settings)
         self.folder = run / self.key
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / (PREDICTIONS if shard == WHOLE else f"predictions.{shard[0]}-of-{shard[1]}.jsonl")
-        write_json(self.folder / SETTINGS, settings)
+        with output(self.folder):
+            write_json(self.folder / SETTINGS, settings)
         if fresh:
             self.clear()
         read_records(self.path, repair=True)
         self.done = {record["id"]: record for record in read_folder(self.folder)}
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        with writing(self.path), self.path.open("ab") as file:
+        with output(self.path), self.path.open("ab") as file:
             file.write(line.encode())
-        self.done[record["id"]] = dict(record)
+        self.done[record["id"]] = record
 
     def clear(self) -> None:
         for path in _parts(self.folder):
@@ -60,7 +60,7 @@ class Records:
         self.done = {}
 
 
-def read_folder(folder: Path) -> list[dict[str, Any]]:
+def read_folder(folder: Path) -> list[Record]:
     """The records of one key from all its shards, each sample once, in the order of the samples."""
     found = {record["id"]: record for path in _parts(folder) for record in read_records(path)}
     return sorted(found.values(), key=lambda record: record.get("index", 0))
@@ -76,7 +76,7 @@ def lock(run: Path, shard: Shard) -> IO[str]:
     Raises:
         UsageError: another process holds it.
     """
-    with writing(run):
+    with output(run):
         run.mkdir(parents=True, exist_ok=True)
         file = (run / f".lock-{shard[0]}-of-{shard[1]}").open("w")
     try:
@@ -93,7 +93,7 @@ def lock(run: Path, shard: Shard) -> IO[str]:
     return file
 
 
-def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
+def read_records(path: Path, repair: bool = False) -> list[Record]:
     """The records of a file, in the order written; a last line without its end was cut short and does not count.
 
     Args:
@@ -108,7 +108,7 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
     whole = data.rfind(b"\n") + 1
     if repair and whole < len(data):
         os.truncate(path, whole)
-    records = []
+    records: list[Record] = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
             record = json.loads(line)
@@ -125,7 +125,7 @@ def read_records(path: Path, repair: bool = False) -> list[dict[str, Any]]:
                 f"{path} line {number} is no record, it needs an id and an index: {record!r:.80}; "
                 "repair it or start over with --fresh"
             )
-        records.append(record)
+        records.append(cast(Record, record))
     return records
 
 
@@ -142,46 +142,3 @@ def key_of(settings: Mapping[str, Any]) -> str:
 def image_name(task_fingerprint: str, seed: int, sample_id: str) -> str:
     """File name of a sample's image in `IMAGES`, without its ending."""
     return hashlib.sha256(f"{task_fingerprint} {seed} {sample_id}".encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Whole or not at all.
-
-    Raises:
-        UsageError: it cannot be written, with the path and the reason.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Whatever keeps `path` from being written is a UsageError that names it: a full disk names no file by itself."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"out must be a place to write to, {path}: {error.strerror or error}") from error
-
-
-def check_place(path: Path) -> None:
-    """Refuses a place to write to that is none, before the work is done whose outcome it is for.
-
-    Raises:
-        UsageError: an ancestor is a file, or may not be written to.
-    """
-    ancestor = next((each for each in (path, *path.parents) if each.exists()), Path())
-    if not ancestor.is_dir():
-        raise UsageError(f"out must be a place to write to, {path}: {ancestor} is no folder")
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise UsageError(f"out must be a place to write to, {path}: {ancestor} is read-only")

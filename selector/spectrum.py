@@ -4,9 +4,9 @@ Pure linear algebra, batched over the leading dimensions. Singular values s_1 >=
 p_i = s_i² / Σ s²; rank-k leverage of token t: l_t = ‖U[t, :k]‖², in [0, 1], Σ_t l_t = k.
 
 The full SVD is the wrong primitive (seconds at [2880, 4096]). Leverage needs only the left singular vectors of the
-leading values, so the exact method takes the eigenvectors of the float32 Gram matrix of the shorter side, or, where that
-is large and few values hold the energy, a seeded block subspace iteration (Halko et al., arXiv 0909.4061, Alg. 4.4)
-until the scores stand still; where the spectrum is too flat for that, it is the whole decomposition after all. The
+leading values, so the exact method takes the eigenvectors of the float32 Gram matrix of the shorter side, or, where
+that is large and few values hold the energy, a seeded block subspace iteration (Halko et al., arXiv 0909.4061, Alg.
+4.4) until the scores stand still; where the spectrum is too flat for that, it is the whole decomposition after all. The
 fast method stops after a fixed number of iterations.
 
 Leverage does not depend on the sign or the rotation of singular vectors, except at a degenerate cut (s_k ≈ s_{k+1}),
@@ -340,7 +340,7 @@ def _inverse_factor(gram: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"]) -
 def _inverse_diagonal(
     table: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"], alpha: float, width: int
 ) -> Float[Tensor, "*B M"]:
-    """Diagonal of (G + λI)⁻¹; large matrices in their own type, where its rounding is far below that of their making."""
+    """Diagonal of (G + λI)⁻¹; large matrices in their own type where its rounding allows."""
     large = table.shape[-1] >= SKETCH_FROM and _ridge_error(alpha, width, table.dtype) <= RIDGE_ERROR / 10
     wide = table if large else table.double()
     shifted = wide + torch.diag_embed(ridge.to(wide)[..., None].expand(table.shape[:-1]))

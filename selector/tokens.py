@@ -10,7 +10,9 @@ L packed slots of the longest image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,12 +37,17 @@ class VisualTokens:
         slots: ``[I, L]`` packed order: ``t * N + n`` of the token that lands there, or `NEWLINE`, or `PAD`.
         projected: ``[T, N, d]`` the tokens as the language model sees them; zero where `valid` is False.
         cls_attention: ``[T, N]`` attention from CLS at the feature layer, mean over heads.
+        received_attention: ``[T, N]`` attention that each patch receives at the feature layer, mean over heads and over
+            all queries (CLS's too, where there is one).
         keys: ``[T, N, k]`` attention keys of the layer that produced the features, mean over heads.
         text: ``[T, N]`` relevance of each token to the prompt, the higher the more.
         question: ``[I, Q, d]`` the language model's input embeddings of the text that follows each image in its prompt
             (the user's words and what the chat template puts around them, of several turns all that follow; labelled
             tokens are left out), zero where `question_mask` is False.
         question_mask: ``[I, Q]`` which of these are real.
+        layers: `cls_attention`, `received_attention` and `keys` of any attention layer of the vision tower, under names
+            such as ``"cls_attention@0"``: layers count from 0, or from -1 backwards. With ``joint_`` before the name
+            (``"joint_keys@-1"``), all heads side by side count as a single one, scaled by their common width.
     """
 
     features: Float[Tensor, "T N D"]
@@ -49,10 +56,12 @@ class VisualTokens:
     slots: Int[Tensor, "I L"]
     projected: Float[Tensor, "T N d"] | None = None
     cls_attention: Float[Tensor, "T N"] | None = None
+    received_attention: Float[Tensor, "T N"] | None = None
     keys: Float[Tensor, "T N k"] | None = None
     text: Float[Tensor, "T N"] | None = None
     question: Float[Tensor, "I Q d"] | None = None
     question_mask: Bool[Tensor, "I Q"] | None = None
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         h, w = self.grid
@@ -61,7 +70,7 @@ class VisualTokens:
 
     @classmethod
     def from_features(
-        cls, features: Float[Tensor, "B N D"], grid: tuple[int, int] | None = None, **extra: Tensor
+        cls, features: Float[Tensor, "B N D"], grid: tuple[int, int] | None = None, **extra: Any
     ) -> VisualTokens:
         """Every row is an image of one tile, with no newline: a bare encoder, or a training batch."""
         rows, patches = features.shape[:2]
@@ -71,12 +80,12 @@ class VisualTokens:
         return cls(features, grid, torch.arange(rows, device=features.device), index, **extra)
 
     def read(self, name: str, reader: object) -> Tensor:
-        """The field of that name, finite where tokens are valid and zero elsewhere.
+        """The field of that name (with ``@``: of `layers`), finite where tokens are valid and zero elsewhere.
 
         Raises:
             ValueError: these tokens do not have it, or it holds NaN or infinity; naming field and reader.
         """
-        value = getattr(self, name)
+        value = self.layers.get(name) if "@" in name else getattr(self, name)
         if value is None:
             raise ValueError(f"{type(reader).__name__} reads `{name}` of the visual tokens, and these tokens have none")
         valid = self.valid

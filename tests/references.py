@@ -125,7 +125,7 @@ def scope(features, attention, count, alpha):
 def cdpruner(tokens, relevance, count):
     """Greedy MAP: the token that makes det of the chosen part of diag(r) S diag(r) largest; count <= rank."""
     relevance = np.asarray(relevance, dtype=np.float64)
-    relevance = (relevance - relevance.min()) / (relevance.max() - relevance.min())
+    relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
     kernel = np.diag(relevance) @ cosines(tokens) @ np.diag(relevance)
     chosen = []
     while len(chosen) < count:
@@ -172,26 +172,29 @@ def groups_by_similarity(keys, kept, targets):
 
 
 def visionzip(attention, keys, count, contextual):
-    """(kept, contextual targets, members of the targets): top attention, evenly strided targets among the rest."""
+    """(kept, contextual targets, members of the targets): top attention, the first of each stride among the rest."""
     other = int(count * contextual + 0.5)
     other = min(other, count - 1)
     dominant = sorted(range(len(attention)), key=lambda i: -attention[i])[: count - other]
     rest = [i for i in range(len(attention)) if i not in dominant]
-    targets = [rest[q] for q in range(len(rest)) if (q + 1) * other // len(rest) > q * other // len(rest)]
+    targets = rest[:: max(1, len(rest) // other)][:other] if other else []
     kept = dominant + targets
     return kept, targets, groups_by_similarity(keys, kept, targets)
 
 
 def vispruner(attention, features, count, important, drop):
-    """Top attention; of the rest, tokens at even places leave while they resemble one at an odd place most."""
-    first = int(count * important + 0.5)
-    chosen = sorted(range(len(attention)), key=lambda i: -attention[i])[:first]
-    rest = [i for i in range(len(attention)) if i not in chosen] if count > first else []
+    """Top attention; the rest by falling attention, of which those at even places leave while they resemble an odd one.
+
+    Those at even places that stay come first in the next round, the least like an odd one last.
+    """
+    first = int(count * important)
+    ranked = sorted(range(len(attention)), key=lambda i: -attention[i])
+    chosen, rest = ranked[:first], ranked[first:]
     while len(rest) > count - first:
         even, odd = rest[::2], rest[1::2]
-        quota = min(int(np.ceil(len(rest) * drop)), len(rest) // 2, len(rest) - (count - first))
-        closest = sorted(even, key=lambda i: -max(cosine(features[i], features[j]) for j in odd))
-        rest = [i for i in rest if i not in closest[:quota]]
+        quota = min(drop, len(rest) - (count - first))
+        falling = sorted(even, key=lambda i: -max(cosine(features[i], features[j]) for j in odd))
+        rest = falling[quota:] + odd
     return chosen + rest
 
 
@@ -210,15 +213,91 @@ def tome(keys, count, drop):
     return clusters
 
 
-def prumerge(attention, keys, kept, absorb):
-    """{kept token: {token: weight}}: itself and its nearest dropped tokens, by attention."""
+def prumerge(attention, keys, kept, absorb, weights="published"):
+    """{kept token: {token: weight}}: itself and its nearest others, kept or not; nothing when all are kept."""
+    if len(kept) == len(keys):
+        return {}
     mixed = {}
     for i in kept:
-        dropped = [j for j in range(len(keys)) if j not in kept]
-        group = [i, *sorted(dropped, key=lambda j: -cosine(keys[i], keys[j]))[:absorb]]
-        total = sum(float(attention[j]) for j in group)
-        mixed[i] = {j: float(attention[j]) / total for j in group}
+        others = [j for j in range(len(keys)) if j != i]
+        near = sorted(others, key=lambda j: -cosine(keys[i], keys[j]))[:absorb]
+        mixed[i] = {i: 1.0} | {j: float(attention[j]) for j in near}
+        if weights == "attention":
+            mixed[i][i] = float(attention[i])
+        total = 1.0 if weights == "published" else sum(mixed[i].values())
+        mixed[i] = {j: weight / total for j, weight in mixed[i].items()}
     return mixed
+
+
+def prumerge_plus(attention, fences):
+    """Outliers, and the official spread between them: the last token is never part of it."""
+    found = outliers(attention, fences)
+    if not found:
+        return []
+    ratio = len(found) / len(attention)
+    return sorted({*found, *range(0, len(attention) - 1, int(int(1 / ratio) / 3))})
+
+
+def hired(early, late, tiles, count, alpha, regions, tile_size):
+    """Kept (view, token) pairs of one image before rounding's leftovers: view 0 is the base, `tiles` those after it.
+
+    Args:
+        early, late: per view, per token.
+        regions: of every base token the number of the tile (from 1) that shows its place.
+        tile_size: tokens that each tile has.
+    """
+    base = min(int(count * alpha), len(late[0]))
+    rest = count - base
+
+    def top(values, number):
+        return sorted(range(len(values)), key=lambda n: -values[n])[:number]
+
+    kept = {(0, n) for n in top(late[0], base)}
+    voters = [regions[n] for n in top(early[0], int(len(early[0]) * (1 - alpha)))]
+    for tile in range(1, tiles + 1):
+        share = min(int(rest * voters.count(tile) / max(1, len(voters))), tile_size)
+        kept |= {(tile, n) for n in top(late[tile], share)}
+    return kept
+
+
+def holov(projected, attention, count, crops, variety):
+    """Runs of the sequence, their weights and shares; a share above a run's length goes on to the next by weight."""
+    runs, start = [], 0
+    for p in range(crops):
+        length = len(attention) // crops + (1 if p < len(attention) % crops else 0)
+        runs.append(list(range(start, start + length)))
+        start += length
+    weights = []
+    for run in runs:
+        varying = []
+        for i in run:
+            row = [0.0 if i == j else cosine(projected[i], projected[j]) for j in run]
+            mean = sum(row) / max(1, len(run) - 1)
+            varying.append(sum((value - mean) ** 2 for value in row) / max(1, len(run) - 1))
+        u = [1000 * float(attention[i]) for i in run]
+        factor = np.mean(np.abs(u)) / (np.mean(np.abs(varying)) + 1e-6) if run else 0.0
+        weights.append(np.mean([a + variety * v * factor for a, v in zip(u, varying, strict=True)]) if run else 0.0)
+    shares = [int(np.floor(count * weight / sum(weights))) for weight in weights]
+    by_weight = sorted(range(crops), key=lambda p: -weights[p])
+    for p in by_weight[: count - sum(shares)]:
+        shares[p] += 1
+    shares = [min(share, len(run)) for share, run in zip(shares, runs, strict=True)]
+    return (
+        runs,
+        weights,
+        shares,
+        [i for run, share in zip(runs, shares, strict=True) for i in sorted(run, key=lambda i: -attention[i])[:share]],
+    )
+
+
+def hiprune(middle, late, width, count, alpha):
+    """Anchors by the middle layer, their neighbours in a grid of that width, and the rest by the late layer."""
+    anchors = sorted(range(len(middle)), key=lambda i: -middle[i])[: round(count * alpha / 5)]
+    near = {(i // width + dy, i % width + dx) for i in anchors for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1))}
+    around = [i for i in range(len(middle)) if (i // width, i % width) in near and i not in anchors]
+    chosen = anchors + sorted(around, key=lambda i: -middle[i])
+    rest = sorted((i for i in range(len(late)) if i not in chosen), key=lambda i: -late[i])
+    return (chosen + rest)[:count]
 
 
 def outliers(attention, fences):
@@ -302,7 +381,7 @@ def pivots_by_rows(rows, count):
 def cdpruner_by_rows(tokens, relevance, count):
     value = np.asarray(relevance, dtype=np.float64)
     span = value.max() - value.min()
-    value = (value - value.min()) / span if span > 0 else np.ones_like(value)
+    value = (value - value.min() + 1e-6) / span if span > 0 else np.ones_like(value)
     return pivots_by_rows(_directions(tokens) * value[:, None], count)
 
 

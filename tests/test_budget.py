@@ -9,6 +9,7 @@ import references
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from visual_tokens import ragged
 
 from selector import Budget, VisualTokens
 
@@ -98,6 +99,14 @@ def test_tile_scope_gives_every_tile_its_share():
     assert tokens.tiles_of(Budget(16, "image", "none").select(scores, tokens)).sum(1).tolist() == [0, 0, 0, 0, 16]
 
 
+def test_tile_scope_shares_by_the_size_of_the_tile():
+    """Unpadding cuts the right tiles to 12 of their 16 patches: half of every tile is 8, and 6 of those."""
+    tokens = anyres(2, 2, side=4, cut=1)
+    assert tokens.valid.sum(1).tolist() == [16, 16, 12, 16, 12]
+    keep = Budget(36, "tile", "none").select(distinct_scores(tokens), tokens)
+    assert tokens.tiles_of(keep).sum(1).tolist() == [8, 8, 6, 8, 6]
+
+
 def test_unequal_images_do_not_disturb_each_other():
     features = torch.zeros(4, 4, 3)
     slots = torch.tensor([[0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1], [12, 13, 14, 15, -1] + [-2] * 9])
@@ -109,6 +118,18 @@ def test_unequal_images_do_not_disturb_each_other():
     assert torch.equal(keep[:1], Budget(4).select(scores[:3], first))
     assert torch.equal(keep[1:, :5], Budget(4).select(scores[3:], second))
     assert not keep[1, 5:].any()
+
+
+def test_an_image_of_a_single_tile_has_no_base_view():
+    """Its tile is the grid: the newline ends its row, and is paid for."""
+    tokens = ragged()
+    assert tokens.lengths.tolist() == [16 + 4 * 8, 17]
+    assert tokens.base.sum(1).tolist() == [16, 0]
+    assert tokens.rows[1, :17].tolist() == [0] * 17
+    assert bool((tokens.rows[1, 17:] == -1).all())
+    keep = Budget(4).select(distinct_scores(tokens), tokens)
+    assert int((keep & (tokens.slots == -1)).sum(1)[1]) == 1
+    assert int((keep & tokens.is_patch).sum(1)[1]) == 3
 
 
 def test_adaptive_energy_keeps_the_smallest_set():

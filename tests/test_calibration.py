@@ -62,6 +62,7 @@ def best_by_hand(batches, share: float, newlines: str) -> tuple[float, int]:
     return min(abs(k / total - share) for k in kept), total
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     share=st.floats(0.02, 0.98),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import yaml
 from PIL import Image
 
 from selector import cli
+from selector.cli import MODEL, SELECTORS
 from selector.tasks import GENERATED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,11 +69,21 @@ def test_report_imports_no_torch():
 
 
 @pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "stability", "list", "report"])
-def test_help_of_every_command(command, capsys):
+def test_help_of_every_command(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
-    assert command in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert command in shown
+
+    # Each default that a user gets is named, beside the flag whose default it is.
+    flags = dict(re.findall(r"(?ms)^  --([a-z-]+)(.*?)(?=^  -|\Z)", shown))
+    for name, value in cli.DEFAULTS.get(command, {}).items():
+        if value is None or value is False or value == []:
+            continue  # not there unless asked for
+        text = " ".join(map(str, value)) if isinstance(value, list) else "ask" if value is True else str(value)
+        assert f"(default: {text})" in " ".join(flags[name.replace("_", "-")].split()), name
 
 
 @pytest.mark.parametrize("command", ["compare", "show", "bench", "calibrate", "stability"])
@@ -126,6 +139,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     assert settings["given"] == ["keep", "samples"]
 
 
+@pytest.mark.slow
 def test_compare_then_report(call, model):
     code, out, _ = call("compare", "--model", model, *SMALL, "--out", "runs/a", "--tasks", "documents", "scenes")
     assert code == 0
@@ -199,6 +213,7 @@ def test_unreadable_images(call, model, tmp_path):
     assert "b.png" in out
 
 
+@pytest.mark.slow
 def test_interrupted_prints_what_is_done(call, model, monkeypatch):
     from selector.measure import bench as measure
 
@@ -221,6 +236,7 @@ def test_interrupted_prints_what_is_done(call, model, monkeypatch):
     assert call("compare", "--model", model, *SMALL, "--tasks", "scenes")[0] == 0
 
 
+@pytest.mark.slow
 def test_show(call, model, make_image):
     make_image(70, 120).save("a.png")
     make_image(50, 50).save("b.jpg")
@@ -312,6 +328,7 @@ def test_bench(call, model):
         assert word in out
 
 
+@pytest.mark.slow
 def test_calibrate_then_compare(call, model):
     """A method's name gives a new checkpoint, a checkpoint is calibrated in place; both keep what they say."""
     from selector import TokenSelector
@@ -484,13 +501,43 @@ def test_mistakes_of_the_other_commands(call, arguments, message):
 
 
 def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
-    """Defaults are looked for in the current folder, then at the root of the repository that is installed."""
+    """Defaults are looked for in the current folder, then at the root of the clone (below: of the wheel)."""
     from selector.commands.loading import find_folder
 
     assert find_folder("configs/compare") == ROOT / "configs/compare"
     Path("configs/compare").mkdir(parents=True)
     assert find_folder("configs/compare") == Path("configs/compare")
     assert find_folder("checkpoints/none") is None
+
+
+def test_a_wheel_finds_what_ships_inside_its_package(tmp_path):
+    """The same module where an installer puts it: with a folder `shipped` beside it, that is the place."""
+    (tmp_path / "site-packages" / "selector").mkdir(parents=True)
+    path = tmp_path / "site-packages" / "selector" / "shipped.py"
+    shutil.copy(ROOT / "selector" / "shipped.py", path)
+    assert runpy.run_path(str(path))["places"]("configs") == (Path("configs"), tmp_path / "site-packages" / "configs")
+    (path.parent / "shipped").mkdir()
+    assert runpy.run_path(str(path))["places"]("configs") == (Path("configs"), path.parent / "shipped" / "configs")
+
+
+def test_the_wheel_has_every_default():
+    """What the commands name without being asked is among what the wheel takes, and comes where `shipped` looks."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    named = {value for value in (MODEL, *SELECTORS) if "/" in value}
+    assert len(named) > 1
+    assert named <= {*wheel["only-include"]}
+    assert {*wheel["sources"].values()} == {"selector/shipped/checkpoints", "selector/shipped/configs"}
+
+
+def test_an_installed_checkpoint_is_not_calibrated_in_place(call, monkeypatch, tmp_path):
+    from selector.commands import calibrate
+
+    shutil.copytree(ROOT / "checkpoints" / "selector-llava-next-tiny", tmp_path / "one")
+    monkeypatch.setattr(calibrate, "INSTALLED", tmp_path)
+    code, _, err = call("calibrate", "./one", "--tasks", "documents", "--samples", "1")
+    assert code == 2
+    assert "out must name the folder to write" in err
+    assert "part of the installed package" in err
 
 
 def test_debug_shows_the_traceback(call):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from unittest.mock import create_autospec
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +23,9 @@ from selector import (
     VisualTokens,
     load_selector,
 )
+from selector.calibration import Calibration, Point
+
+CALIBRATION = Calibration((Point(share=0.25, newlines="kept_rows", threshold=0.5, measured=0.251),), {"images": 3})
 
 
 @pytest.fixture
@@ -49,6 +55,50 @@ def test_round_trip_keeps_weights_buffers_and_metadata(checkpoint):
     assert torch.equal(one(tokens, Budget(5)), two(tokens, Budget(5)))
     assert json.loads((checkpoint / "config.json").read_text())["metadata"] == {"steps": 7}
     assert sorted(p.name for p in checkpoint.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+class Hub:
+    """Stands for the hub: one user, whose repositories are folders. Calls are checked against the real signatures."""
+
+    def __init__(self, root):
+        self.root, self.created = root, {}
+        self.api = create_autospec(huggingface_hub.HfApi, instance=True)
+        self.api.create_repo.side_effect = self.create_repo
+        self.api.upload_folder.side_effect = self.upload_folder
+
+    def create_repo(self, repo_id, *, private=None, exist_ok=False):
+        name = repo_id if "/" in repo_id else f"someone/{repo_id}"
+        assert exist_ok or name not in self.created
+        self.created[name] = private
+        (self.root / name).mkdir(parents=True, exist_ok=True)
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path):
+        assert repo_id in self.created, "the hub knows a repository by its full name"
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+
+@pytest.mark.parametrize("name", ["someone/mine", "mine"])
+def test_what_is_pushed_loads_again(checkpoint, tmp_path, monkeypatch, name):
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub.api)
+    selector = TokenSelector.from_pretrained(checkpoint)
+    selector.calibration = CALIBRATION
+    for _ in range(2):  # again: a new commit of the same repository
+        address = selector.push_to_hub(name, private=True, card="# Mine\n", metadata={"steps": 7})
+    assert address == "https://huggingface.co/someone/mine/commit/1"
+    assert hub.created == {"someone/mine": True}
+
+    pushed = tmp_path / "hub" / "someone" / "mine"
+    assert sorted(p.name for p in pushed.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert (pushed / "README.md").read_text() == "# Mine\n"
+    assert json.loads((pushed / "config.json").read_text())["metadata"] == {"steps": 7}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "hub" / name))
+    again = TokenSelector.from_pretrained("someone/mine")
+    assert again.calibration == CALIBRATION
+    for key, tensor in selector.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], tensor, rtol=0, atol=0)
 
 
 def test_specs():
@@ -104,6 +154,11 @@ def test_dispatch_checks_the_class_asked_for(checkpoint):
         (f"svd-prune:seed={10**30}", r"seed must be in \[-2\^63, 2\^63\), got 1"),
         ("scope:alpha=.nan", "alpha must be >= 0, got nan"),
         ("prumerge:fences=.inf", "fences must be finite, got inf"),
+        ("holov:crops=0", "crops must be >= 1, got 0"),
+        ("holov:variety=-1.0", "variety must be finite and >= 0, got -1.0"),
+        ("hired:alpha=1.5", r"alpha must be in \[0, 1\], got 1.5"),
+        ("hiprune:alpha=-0.5", r"alpha must be in \[0, 1\], got -0.5"),
+        ("vispruner:drop=0", "drop must be >= 1, got 0"),
         ("hf:", "must go on with owner/name"),
         ({"class_path": "selector.methods.norm.Norm", "init_args": [1]}, "init_args must be a mapping"),
         ({"class_path": "os.path.join"}, "is not from selector"),

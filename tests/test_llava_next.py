@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selector import Budget, prune_inputs
+from selector import Budget, load_selector, prune_inputs
 from selector.grid import places
 from selector.methods.cdpruner import CDPruner
 from selector.models import encode
@@ -75,6 +75,75 @@ def test_cls_attention_is_that_of_the_feature_layer(tiny_model, make_image, atte
     torch.testing.assert_close(result.tokens.cls_attention, want)
 
 
+@pytest.mark.parametrize(("layer", "made_by"), [(1, 0), (2, 1), (3, 2), (-1, 2), (-3, 0)])
+def test_a_feature_layer_counted_from_the_front_is_that_of_the_attention_before_it(
+    tiny_model, make_image, layer, made_by
+):
+    """`hidden_states` begins with the embeddings, so entry 1 is what attention 0 made."""
+    model, processor = tiny_model()
+    inputs = processor(images=[make_image(64, 64, 1)], text=["<image>"], return_tensors="pt")
+    with torch.no_grad():
+        tokens = encode(model, {**inputs, "vision_feature_layer": layer}, ("cls_attention", "keys")).tokens
+        tower = copy.deepcopy(model.model.vision_tower)
+        tower.set_attn_implementation("eager")
+        outputs = tower(inputs["pixel_values"][0], output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(tokens.cls_attention, outputs.attentions[made_by][:, :, 0, 1:].mean(1))
+    torch.testing.assert_close(tokens.features, outputs.hidden_states[layer][:, 1:])
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_received_attention_is_the_mean_over_heads_and_queries(tiny_model, make_image, vision):
+    """Oracle: the eager tower with every attention returned. SigLIP has no CLS token, and needs none."""
+    needs = ("received_attention", "received_attention@0", "received_attention@-1")
+    model, inputs, result = encoded(tiny_model, [make_image(64, 64, 1)], needs=needs, vision=vision)
+    tower = copy.deepcopy(model.model.vision_tower)
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = tower(inputs["pixel_values"][0], output_attentions=True).attentions
+    first = 1 if vision == "clip" else 0
+    want = [attention.mean((1, 2))[:, first:] for attention in attentions]
+    torch.testing.assert_close(result.tokens.received_attention, want[-2])
+    torch.testing.assert_close(result.tokens.layers["received_attention@0"], want[0])
+    torch.testing.assert_close(result.tokens.layers["received_attention@-1"], want[-1])
+    assert set(result.tokens.layers) == {"received_attention@0", "received_attention@-1"}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("cls-attention", "prumerge", "prumerge-plus", "visionzip", "vispruner", "hired", "holov"),
+        *("hiprune:layer=1", "cdpruner:relevance=received_attention"),
+    ],
+)
+def test_a_tower_without_cls_serves_selectors_of_received_attention(tiny_model, make_image, spec):
+    model, processor = tiny_model(vision="siglip")
+    inputs = processor(images=[make_image(64, 64, 1)], text=["<image>"], return_tensors="pt")
+    if ":" not in spec:
+        with torch.no_grad(), pytest.raises(ValueError, match=r"no CLS token.* take attention=received"):
+            prune_inputs(model, inputs, load_selector(spec), Budget(6))
+        spec += ":attention=received"
+    with torch.no_grad():
+        assert prune_inputs(model, inputs, load_selector(spec), Budget(6)).measured == [6]
+
+
+def test_joint_heads_are_one_head_of_the_whole_width(tiny_model, make_image):
+    """Oracle: the last layer's own projections, as one softmax over the whole width."""
+    needs = ("joint_cls_attention@-1", "joint_received_attention@-1", "joint_keys@-1", "cls_attention@0")
+    model, inputs, result = encoded(tiny_model, [make_image(64, 64, 1)], needs=needs)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        hidden = tower(inputs["pixel_values"][0], output_hidden_states=True).hidden_states
+        block = tower.get_submodule(next(n for n, _ in tower.named_modules() if n.endswith("encoder.layers")))[-1]
+        seen = block.layer_norm1(hidden[-2])
+        queries, keys = block.self_attn.q_proj(seen), block.self_attn.k_proj(seen)
+    attention = (queries @ keys.mT / queries.shape[-1] ** 0.5).softmax(-1)
+    got = result.tokens.layers
+    torch.testing.assert_close(got["joint_cls_attention@-1"], attention[:, 0, 1:])
+    torch.testing.assert_close(got["joint_received_attention@-1"], attention.mean(1)[:, 1:])
+    torch.testing.assert_close(got["joint_keys@-1"], keys[:, 1:])
+    assert not any(m._forward_hooks for n, m in model.named_modules() if n.endswith(("k_proj", "q_proj")))
+
+
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_keys_are_those_of_the_layer_that_made_the_features(tiny_model, make_image, vision):
     """Oracle: the layer's own projection of its normalised input, which is the hidden state before it."""
@@ -104,6 +173,25 @@ def test_relevance_to_the_prompt_comes_from_the_caller(tiny_model, make_image):
     assert pruned.measured == [7]
     with pytest.raises(ValueError, match="vision half of its CLIP only, no text tower"):
         prune_inputs(model, inputs, CDPruner(), Budget(7))
+
+
+def test_the_question_is_the_text_behind_each_image_without_what_is_to_be_predicted(tiny_model, make_image):
+    model, processor = tiny_model()
+    texts = ["USER: <image> red? yes", "USER: <image> how many? two"]
+    images = [make_image(40, 90, 1), make_image(70, 30, 2)]
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+    ids = inputs["input_ids"]
+    behind = [row[int((row == model.config.image_token_id).nonzero()[-1]) + 1 :] for row in ids]
+    embed = model.get_input_embeddings()
+    for answer in (0, 2):  # tokens at the end of each row that are to be predicted
+        labels = torch.full_like(ids, -100)
+        labels[:, ids.shape[1] - answer :] = ids[:, ids.shape[1] - answer :]
+        with torch.no_grad():
+            tokens = encode(model, {**inputs, "labels": labels}, ("question",)).tokens
+            wanted = [embed(words[: len(words) - answer]) for words in behind]
+        for i, words in enumerate(wanted):
+            assert tokens.question_mask[i].tolist() == [j < len(words) for j in range(tokens.question.shape[1])]
+            torch.testing.assert_close(tokens.question[i, : len(words)], words, rtol=0, atol=0)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -136,5 +224,14 @@ def test_what_the_model_cannot_give_is_named(tiny_model, make_image):
         encoded(tiny_model, image, needs=("cls_attention",), vision="siglip")
     with pytest.raises(ValueError, match="gives no depth"):
         encoded(tiny_model, image, needs=("depth", "keys"))
+    for need in ("depth@1", "keys@x", "joint_keys", "text@1"):
+        with pytest.raises(ValueError, match=f"gives no {need} to a selector"):
+            encoded(tiny_model, image, needs=(need,))
+    with pytest.raises(ValueError, match="received_attention@9: the vision tower has attention layers 0 to 2, got 9"):
+        encoded(tiny_model, image, needs=("cls_attention", "received_attention@9"))
+    tower = tiny_model()[0].model.vision_tower
+    assert not any(module._forward_hooks for name, module in tower.named_modules() if name.endswith("_proj"))
+    with pytest.raises(ValueError, match=r"joint_cls_attention@-1: .*no CLS token.* take attention=received"):
+        encoded(tiny_model, image, needs=("joint_cls_attention@-1",), vision="siglip")
     with pytest.raises(ValueError, match=r"text: .* pass relevance="):
         encoded(tiny_model, image, needs=("text",))

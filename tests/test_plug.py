@@ -212,6 +212,25 @@ def test_labels_and_gradients(one):
     model.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_an_uneven_batch_teach_no_padding(ragged, side):
+    """The shortened rows differ in length; each keeps the labels of its text, and -100 at its padding."""
+    model, inputs = ragged
+    if side == "right":
+        inputs = {k: v.flip(1) if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    image = ids == model.config.image_token_id
+    labels = ids.masked_fill(image | ~mask, -100)
+    pruned = prune_inputs(model, {**inputs, "labels": labels}, Random(), Budget(4)).inputs
+    padding = pruned["attention_mask"] == 0
+    assert bool(padding.any())
+    assert bool((pruned["labels"][padding] == -100).all())
+    for row in range(3):
+        taught = pruned["labels"][row] != -100
+        assert pruned["labels"][row][taught].tolist() == ids[row][mask[row] & ~image[row]].tolist()
+        assert torch.equal(pruned["labels"][row][taught], pruned["input_ids"][row][taught])
+
+
 def test_text_only_prompt_passes_through(tiny_model):
     model, processor = tiny_model()
     inputs = batch(processor, [], ["USER: hello ASSISTANT:"])
@@ -291,9 +310,12 @@ def test_every_shipped_method_runs_on_a_model_as_it_is_loaded(ragged):
     """Attention and keys included, under SDPA; what cannot be had is named."""
     model, inputs = ragged
     for name, cls in available_selectors().items():
-        spec = {"merge": "merge:selector=norm", "mix": "mix:a=norm,b=cls-attention", "lofi": "lofi:rank=3"}.get(
-            name, name
-        )
+        spec = {
+            "merge": "merge:selector=norm",
+            "mix": "mix:a=norm,b=cls-attention",
+            "lofi": "lofi:rank=3",
+            "hiprune": "hiprune:layer=1",
+        }.get(name, name)
         if cls.learned:
             continue
         with torch.no_grad(), select_tokens(model, spec, keep=7, relevance=lambda t, _: t.features.mean(-1)) as log:

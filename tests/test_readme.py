@@ -38,6 +38,7 @@ def test_the_front_page_is_short():
     assert len(FRONT.splitlines()) <= 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_blocks_run(number):
     done = subprocess.run(
@@ -53,6 +54,7 @@ def test_selector_commands_parse(command):
     _parser().parse_args(shlex.split(command)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands("selector-train") if " fit " in c])
 def test_fit_commands_give_a_whole_configuration(command):
     words = [sys.executable, "-m", "training.cli", *shlex.split(command)[1:], "--print_config"]
@@ -109,3 +111,9 @@ def test_the_first_table_is_the_committed_data():
             for task in ("documents", "charts", "scenes", "receipts")
         ]
         assert f"| {label} | {' | '.join(cells)} |" in FRONT
+
+
+def test_the_first_number_is_that_of_the_largest_image():
+    """Base view, the 2 x 2 tiles of a square image of full size, and a newline for each of its rows of patches."""
+    side = 336 // 14
+    assert f"turns one image into up to {side**2 + (2 * side) ** 2 + 2 * side:,} visual tokens" in FRONT

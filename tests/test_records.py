@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from selector import records
+from selector import files, records
 from selector.errors import UsageError
 
 
@@ -53,14 +53,14 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "deep" / "run"):
         with pytest.raises(UsageError, match=f"out must be a place to write to, .*{tmp_path}/file is no folder"):
-            records.check_place(place)
+            files.check_output(place)
         with pytest.raises(UsageError, match=f"out must be a place to write to, {place}"):
             records.lock(place, (0, 1))
         with pytest.raises(UsageError, match=f"out must be a place to write to, {place}"):
             records.Records(place, {})
-        with pytest.raises(UsageError, match="out must be a place to write to"):
-            records.write_json(place / "x.json", {})
-    records.check_place(tmp_path / "new" / "run")
+        with pytest.raises(UsageError, match="out must be a place to write to"), files.output(place):
+            files.write_json(place / "x.json", {})
+    files.check_output(tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
 
 
@@ -120,8 +120,8 @@ def test_keys():
 
 def test_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "results.json"
-    records.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        records.write_json(path, {"a": math.inf})
+        files.write_json(path, {"a": math.inf})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]

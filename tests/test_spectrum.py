@@ -115,6 +115,17 @@ def test_full_rank_warns_because_every_score_is_one():
         leverage_scores(matrix, rank=4)
 
 
+@pytest.mark.parametrize("method", ["exact", "fast"])
+@pytest.mark.parametrize(("n", "d"), [(90, 60), (60, 90)])
+def test_directions_of_rounding_noise_are_no_rank(method, n, d):
+    """A matrix of rank 3, asked for 8 directions: five of them would be noise."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(n, 3, generator=generator) @ torch.randn(3, d, generator=generator)
+    scores, rank = leverage_scores(matrix, rank=8, method=method)
+    assert int(rank) == 3
+    np.testing.assert_allclose(scores.numpy(), references.leverage(matrix, rank=3)[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_features_are_refused(bad):
     matrix = torch.ones(5, 4)

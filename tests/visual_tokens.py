@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,10 @@ import torch
 from selector import VisualTokens
 
 N, D = 16, 12
+TABLES = ("features", "projected", "keys")
+SCORES = ("cls_attention", "received_attention", "text")
+LAYERS = ("cls_attention@0", "received_attention@0", "received_attention@1", "received_attention@9")
+JOINT = ("joint_cls_attention@-1", "joint_received_attention@-1")
 
 
 def anyres(seed: int = 0, images: int = 2, dtype: torch.dtype = torch.float32, dim: int = D) -> VisualTokens:
@@ -33,10 +38,13 @@ def anyres(seed: int = 0, images: int = 2, dtype: torch.dtype = torch.float32, d
         slots=torch.tensor(rows),
         projected=draw(dim + 2).to(dtype),
         cls_attention=draw().mul(2).softmax(1).to(dtype),
+        received_attention=draw().mul(2).softmax(1).to(dtype),
         keys=draw(6).to(dtype),
         text=draw().to(dtype),
         question=torch.randn(images, 5, dim + 2, generator=generator).to(dtype),
         question_mask=torch.arange(5)[None] < torch.arange(3, 3 + images).clamp(max=5)[:, None],
+        layers={name: draw().mul(2).softmax(1).to(dtype) for name in (*LAYERS, *JOINT)}
+        | {"joint_keys@-1": draw(10).to(dtype)},
     )
     return replace(tokens, projected=tokens.projected * tokens.valid[..., None])
 
@@ -45,13 +53,33 @@ def single(features: torch.Tensor, seed: int = 0) -> VisualTokens:
     """Images of one tile without newlines; fields that are not given are drawn, the projected ones are the features."""
     generator = torch.Generator().manual_seed(seed)
     shape = features.shape[:2]
+    cls, text, received, *layers = (
+        torch.rand(shape, generator=generator).to(features) for _ in range(3 + len(LAYERS) + len(JOINT))
+    )
     return VisualTokens.from_features(
         features,
         projected=features,
         keys=features,
-        cls_attention=torch.rand(shape, generator=generator).to(features),
-        text=torch.rand(shape, generator=generator).to(features),
+        cls_attention=cls,
+        received_attention=received,
+        text=text,
+        layers=dict(zip((*LAYERS, *JOINT), layers, strict=True)) | {"joint_keys@-1": features},
     )
+
+
+def changed(tokens: VisualTokens, change: Callable[[torch.Tensor], torch.Tensor], *names: str) -> VisualTokens:
+    """The same with `change` made to these fields (all that a method reads of a token if none is named).
+
+    With the keys go the joint ones, with attention that of other layers.
+    """
+    names = names or (*TABLES, *SCORES)
+    fields = {name: change(value) for name in names if (value := getattr(tokens, name)) is not None}
+    kinds = tuple(name for name in names if name not in ("features", "projected", "text"))
+    layers = {
+        name: change(value) if name.removeprefix("joint_").startswith(kinds) and kinds else value
+        for name, value in tokens.layers.items()
+    }
+    return replace(tokens, layers=layers, **fields)
 
 
 def only(tokens: VisualTokens, i: int) -> VisualTokens:
@@ -60,9 +88,8 @@ def only(tokens: VisualTokens, i: int) -> VisualTokens:
     first = int(mine.nonzero()[0]) * tokens.features.shape[1]
     slots = tokens.slots[i : i + 1, : int(tokens.lengths[i])]
     fields = {
-        name: None if (value := getattr(tokens, name)) is None else value[mine]
-        for name in ("features", "projected", "cls_attention", "keys", "text")
-    }
+        name: None if (value := getattr(tokens, name)) is None else value[mine] for name in (*TABLES, *SCORES)
+    } | {"layers": {name: value[mine] for name, value in tokens.layers.items()}}
     image = torch.zeros(int(mine.sum()), dtype=torch.long)
     if tokens.question is not None and tokens.question_mask is not None:
         real = int(tokens.question_mask[i].sum())
@@ -79,6 +106,7 @@ def ragged(seed: int = 0) -> VisualTokens:
     short = torch.cat([torch.arange(3 * N, 4 * N), torch.tensor([-1])])
     slots = both.slots.clone()
     slots[1] = torch.nn.functional.pad(short, (0, slots.shape[1] - len(short)), value=-2)
-    fields = {name: getattr(both, name)[:4] for name in ("features", "projected", "cls_attention", "keys", "text")}
+    fields = {name: getattr(both, name)[:4] for name in (*TABLES, *SCORES)}
+    fields |= {"layers": {name: value[:4] for name, value in both.layers.items()}}
     asked = {"question": both.question, "question_mask": both.question_mask}
     return VisualTokens(grid=both.grid, image=torch.tensor([0, 0, 0, 1]), slots=slots, **fields, **asked)

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from selector.files import write_text
 from selector.report.statistics import wilson
 from training.export import export
 
@@ -49,8 +50,7 @@ def train(sweep: Mapping[str, Any], out: Path) -> dict[str, list[Path]]:
             text = yaml.safe_dump(settings, sort_keys=False)
             if (folder / "config.json").is_file() and file.is_file() and file.read_text(encoding="utf-8") == text:
                 continue
-            out.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+            write_text(file, text)
             (folder / "config.json").unlink(missing_ok=True)  # of other settings: not to be taken for this one's
             trainer = run(["fit", f"--config={file}"]).trainer
             best: Any = trainer.checkpoint_callback
@@ -69,7 +69,7 @@ def compare(sweep: Mapping[str, Any], checkpoints: Mapping[str, list[Path]], out
         "selectors": [*(str(each) for made in checkpoints.values() for each in made), *rivals],
     }
     file = out / "compare.yaml"
-    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    write_text(file, yaml.safe_dump(settings, sort_keys=False))
     if (status := main(["compare", "--config", str(file)])) != 0:
         raise RuntimeError(f"selector compare ended with status {status}")
     return json.loads((out / "compare" / "results.json").read_text(encoding="utf-8"))["rows"]
@@ -112,7 +112,7 @@ def main() -> int:
         return 2
     checkpoints = train(sweep, options.out)
     text = table(sweep, checkpoints, compare(sweep, checkpoints, options.out))
-    (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_text(options.out / "table.md", text + "\n")
     print(text)
     return 0
 

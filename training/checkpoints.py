@@ -22,6 +22,8 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
+from selector.files import atomic
+
 
 class BestCheckpoint(ModelCheckpoint):
     """``best.ckpt``: the validation whose deterministic ranking reconstructed best.
@@ -153,7 +155,5 @@ def _score(path: Path) -> float | None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
+    with atomic(target) as partial:
+        shutil.copyfile(source, partial)

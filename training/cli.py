@@ -9,10 +9,10 @@ import argparse
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selector.errors import RankingError
+from selector.shipped import places
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
@@ -133,8 +133,7 @@ def run(arguments: list[str]) -> LightningCLI:
 
 
 def _with_configs(arguments: list[str]) -> list[str]:
-    """Configs that are not below the current folder, but in the repository installed here, by their full path."""
-    root = Path(__file__).resolve().parent.parent
+    """Configs that are not below the current folder, but among what ships with the package, by their full path."""
     found = list(arguments)
     for place, argument in enumerate(arguments):
         flag, sign, name = argument.partition("=")
@@ -142,8 +141,9 @@ def _with_configs(arguments: list[str]) -> list[str]:
             continue
         if not sign and place + 1 < len(arguments):
             place, name = place + 1, arguments[place + 1]
-        if name and not Path(name).is_file() and (root / name).is_file():
-            found[place] = f"{flag}={root / name}" if sign else str(root / name)
+        here, shipped = places(name)
+        if name and not here.is_file() and shipped.is_file():
+            found[place] = f"{flag}={shipped}" if sign else str(shipped)
     return found
 
 

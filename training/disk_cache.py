@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from selector.files import atomic
 
 if TYPE_CHECKING:
     from training.encoders import VisionEncoder
@@ -269,12 +270,8 @@ def _check_shard(path: Path, told: Mapping[str, Any]) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """All of the file or nothing, and on the disk before anything says that it is there."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with atomic(path) as partial:
+        partial.write_bytes(content)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ Shapes: T tiles, H x W pixels, N = h * w patches, D encoder width.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from selector.commands.loading import find_folder
+from selector.measure.identity import fingerprint, fingerprint_of
 from selector.models import Encoded, encode
 from selector.table import Inputs
 from training.conversations import Conversation, Converse
@@ -90,7 +90,7 @@ class VisionEncoder(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """A hash of the weights, to tell whether a checkpoint is resumed with the encoder it was started with."""
-        return _digest(self)
+        return fingerprint_of(nn.Module.state_dict(self))  # its own `state_dict` is empty
 
     def _without_prefix(self, hidden: Tensor, pixels: Tensor, patch: int) -> Tensor:
         """Drops what precedes the patches, and measures the grid."""
@@ -148,7 +148,7 @@ class LlavaNextEncoder(VisionEncoder):
 
     def fingerprint(self) -> str:
         """Of the tower alone: the features are the tower's."""
-        return _digest(self, without="projector.")
+        return fingerprint(self.tower)
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states[self.layer][:, self.prefix :]
@@ -199,6 +199,10 @@ class LlavaNextModel(VisionEncoder):
         if gradient_checkpointing:
             self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self._freeze()
+
+    def fingerprint(self) -> str:
+        """That of the whole model, as the records of a comparison name it."""
+        return fingerprint(self.model)
 
     @property
     def question_dim(self) -> int:
@@ -297,17 +301,6 @@ class TimmEncoder(VisionEncoder):
         return features.flatten(2).transpose(1, 2)
 
 
-def _digest(module: nn.Module, without: str | None = None) -> str:
-    """A hash of the names and values of a module's weights, those aside whose names start with `without`."""
-    digest = hashlib.sha256()
-    for name, tensor in module.named_parameters():
-        if without is not None and name.startswith(without):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
 class ProcessorTiles:
     """The tiles of an image by an image processor of transformers; one tile where it makes no tiles."""
 
@@ -348,7 +341,7 @@ class _quiet:
 
 
 def _find(path: str, argument: str) -> str:
-    """A model folder: from the current folder, else from the root of the repository installed here; or a hub name.
+    """A model folder: from the current folder, else among what ships with the package; or a hub name.
 
     A path that looks local must be there; otherwise it would be taken for a hub name and fail obscurely.
     """

@@ -19,11 +19,12 @@ from selector.commands import loading
 from selector.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.commands.printing import console
 from selector.errors import UsageError
+from selector.files import check_output, output
 from selector.measure.answering import prepare
 from selector.measure.identity import fingerprint
 from selector.measure.run import sample_count
 from selector.models import encode
-from selector.records import check_place, writing
+from selector.shipped import INSTALLED
 from selector.tasks import Task
 from selector.tasks.sample import Sample
 from selector.tokens import VisualTokens
@@ -77,7 +78,7 @@ def run(settings: dict[str, Any]) -> int:
 
     # It stays the checkpoint that it was, but for its thresholds: its card and metadata go with it.
     metadata, card = hub.about(source) if source else ({}, None)
-    with writing(out):
+    with output(out):
         selector.save_pretrained(out, card=card, metadata=metadata)
 
     _print(selector.calibration, f"{label} · {settings['model']}", out)
@@ -90,8 +91,10 @@ def _target(out: str | None, spec: str, source: str | None) -> Path:
         raise UsageError("out must be the name of a folder, got ''")
     if out is None and (source is None or not Path(source).is_dir()):
         raise UsageError(f"out must name the folder to write: {spec!r} is no folder that could be calibrated in place")
+    if out is None and Path(source or "").resolve().is_relative_to(INSTALLED):
+        raise UsageError(f"out must name the folder to write: {spec!r} is part of the installed package")
     place = Path(out or source or "")
-    check_place(place)
+    check_output(place)
     return place
 
 

@@ -24,8 +24,10 @@ from selector.commands.common import (
 )
 from selector.commands.printing import print_report
 from selector.errors import UsageError
+from selector.files import check_output
+from selector.measure.protocol import Protocol
 from selector.measure.run import Step, check_part, compare, sample_count, shard_range
-from selector.records import WHOLE, Shard, check_place
+from selector.records import WHOLE, Shard
 from selector.tasks import Task
 
 
@@ -46,17 +48,12 @@ def run(settings: dict[str, Any]) -> int:
     samples = sample_limit(settings["samples"])
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     tasks = find_tasks("compare", settings["tasks"], settings["skip_unreadable"])
-    seed = whole("seed", settings["seed"])
-    limit = positive("max_new_tokens", settings["max_new_tokens"])
-    positions = loading.check_positions(settings["positions"])
-    layer, repeats = whole("layer", settings["layer"]), positive("repeats", settings["repeats"])
+    protocol = _protocol(settings)
     shard = _shard(settings.get("shard"))
-    if layer < 0:
-        raise UsageError(f"layer must be >= 0, got {layer}")
     check_part(tasks, samples, shard, settings.get("fresh", False))
     if not settings["out"]:
         raise UsageError("out must be the name of a folder, got ''")
-    check_place(Path(settings["out"]))
+    check_output(Path(settings["out"]))
     selectors = choose(settings)
     baseline = _baseline(settings, selectors)
     if shard != WHOLE and settings.get("shard") is None:
@@ -70,13 +67,8 @@ def run(settings: dict[str, Any]) -> int:
         budgets,
         tasks,
         Path(settings["out"]),
+        protocol=protocol,
         samples=samples,
-        seed=seed,
-        answers=settings["answers"],
-        max_new_tokens=limit,
-        positions=positions,
-        layer=layer,
-        repeats=repeats,
         shard=shard,
         baseline=baseline,
         fresh=settings.get("fresh", False),
@@ -92,6 +84,21 @@ def run(settings: dict[str, Any]) -> int:
     if interrupted:
         print("interrupted: the table shows what is done; the same command goes on from here", file=sys.stderr)
     return 130 if interrupted else 0
+
+
+def _protocol(settings: dict[str, Any]) -> Protocol:
+    """How each sample is measured, every setting within its range."""
+    layer = whole("layer", settings["layer"])
+    if layer < 0:
+        raise UsageError(f"layer must be >= 0, got {layer}")
+    return Protocol(
+        seed=whole("seed", settings["seed"]),
+        answers=settings["answers"],
+        max_new_tokens=positive("max_new_tokens", settings["max_new_tokens"]),
+        positions=loading.check_positions(settings["positions"]),
+        layer=layer,
+        repeats=positive("repeats", settings["repeats"]),
+    )
 
 
 def _baseline(settings: dict[str, Any], selectors: Mapping[str, TokenSelector]) -> str | None:

@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import torch
 
-import selector
 from selector import calibration
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
@@ -20,6 +19,7 @@ from selector.measure.bench import BLIND, FULL
 from selector.measure.identity import identity
 from selector.plug import Positions
 from selector.registry import load_selector
+from selector.shipped import places
 
 RESERVED = (FULL, BLIND)
 _NAMED = re.compile(r"([\w][\w.+-]*)=(.+)")
@@ -28,8 +28,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def find_folder(name: str) -> Path | None:
-    """The folder of that name: from the current folder, else from the root of the repository installed here."""
-    for path in (Path(name), Path(selector.__file__).parent.parent / name):
+    """The folder of that name: from the current folder, else among what ships with the package."""
+    for path in places(name):
         try:
             if name and path.is_dir():
                 return path
@@ -82,15 +82,17 @@ def choose_model(name: str, dtype: str) -> Path | None:
 
 def _ask_hub(name: str) -> None:
     """Fails at once where the hub has no such model, or cannot be reached: loading would try for minutes."""
-    import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # The error of the HTTP client that the hub's library uses: httpx, or httpx2 of late.
+    from huggingface_hub.errors import HTTPError as ClientError
 
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
         HfApi().model_info(name, timeout=10)
-    except (OSError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
+    except (OSError, HfHubHTTPError, HFValidationError, ClientError) as error:
         raise UsageError(
             f"model must be a folder with a checkpoint or a hub name (owner/name); there is no folder {name!r}, "
             f"and the hub gave none: {_one_line(error)}"

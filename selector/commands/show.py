@@ -9,8 +9,8 @@ from typing import Any
 from selector.commands import loading
 from selector.commands.common import choose, load_all, pages, positive, whole
 from selector.errors import UsageError
+from selector.files import atomic, check_output, output
 from selector.images import open_image
-from selector.records import check_place, writing
 from selector.show import gallery, picture
 from selector.tasks import check_question
 from selector.tasks.sample import Sample
@@ -35,7 +35,7 @@ def run(settings: dict[str, Any]) -> int:
         raise UsageError(f"out must be the name of a PNG file, got {settings['out']!r}")
     if out.is_dir():
         raise UsageError(f"out must be the name of a PNG file, {settings['out']!r} is a folder")
-    check_place(out.parent)
+    check_output(out.parent)
 
     question = None if settings["question"] is None else check_question(settings["question"])
     samples = [Sample(name, open_image(Path(name)), question, None, ()) for name in settings.get("images", [])]
@@ -62,9 +62,8 @@ def run(settings: dict[str, Any]) -> int:
                 print(line)
 
     page = picture.stack(strips, heading=f"{settings['model']}: what stays of the visual tokens")
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        page.save(out)
+    with output(out), atomic(out) as partial:
+        page.save(partial)
 
     print(f"{out}: {page.width} x {page.height}, {len(strips)} rows of {len(selectors) + 1} panels")
     return 0

@@ -19,6 +19,7 @@ from selector.budget import Budget
 from selector.commands import loading
 from selector.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.errors import UsageError
+from selector.files import check_output, output, write_json
 from selector.measure.answering import prepare
 from selector.measure.evidence import model_canvas
 from selector.measure.identity import fingerprint, identity
@@ -26,7 +27,6 @@ from selector.measure.run import sample_count
 from selector.measure.settings import environment, written
 from selector.measure.stability import Change, Overlap, Pairs, changes, overlap_of, pairs
 from selector.models import encode
-from selector.records import check_place, write_json
 from selector.registry import load_selector
 from selector.report.statistics import bootstrap_mean
 from selector.tasks.sample import Sample
@@ -84,7 +84,8 @@ def run(settings: dict[str, Any]) -> int:
 
     print(markdown(result))
     if out is not None:
-        write_json(out, result)
+        with output(out):
+            write_json(out, result)
         print(f"\nFigures: {out}")
     return 0
 
@@ -96,7 +97,7 @@ def _target(name: str | None) -> Path | None:
     out = Path(name)
     if out.suffix.lower() != ".json":
         raise UsageError(f"out must be the name of a JSON file, got {name!r}")
-    check_place(out.parent)
+    check_output(out.parent)
     return out
 
 

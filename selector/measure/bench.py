@@ -22,9 +22,10 @@ from selector.measure.consistency import Spectrum, spectrum, spectrum_shift
 from selector.measure.cost import synchronize
 from selector.measure.evidence import Canvas, evidence, model_canvas
 from selector.measure.flops import cache_bytes, counted_flops, language_flops, tower_flops
+from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
 from selector.models import Encoded, encode
-from selector.plug import Positions, Pruned, prune_inputs
+from selector.plug import Pruned, prune_inputs
 from selector.tasks.sample import Sample
 
 FULL, BLIND = "full", "blind"
@@ -43,25 +44,12 @@ class Bench:
     """A model ready to take samples.
 
     Args:
-        layer: whose visual tokens the spectrum is taken of, see `selector.measure.consistency`.
-        repeats: of every timed piece of work; the median counts. Each is done once before, untimed.
+        needs: fields of `VisualTokens` that some selector reads.
+        protocol: how each sample is measured.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        needs: frozenset[str],
-        answers: bool,
-        max_new_tokens: int,
-        positions: Positions = "original",
-        layer: int = 0,
-        repeats: int = 1,
-    ):
-        self.model, self.processor, self.needs = model, processor, needs
-        self.positions: Positions = positions
-        self.answers, self.max_new_tokens = answers, max_new_tokens
-        self.layer, self.repeats = layer, repeats
+    def __init__(self, model: Any, processor: Any, needs: frozenset[str], protocol: Protocol):
+        self.model, self.processor, self.needs, self.protocol = model, processor, needs, protocol
         self.flops: dict[Any, int] = {}
         self._warm: set[Any] = set()
 
@@ -72,7 +60,10 @@ class Bench:
         return Measured(self, sample)
 
     def answer(self, inputs: Mapping[str, Any]) -> Answer:
-        said = [answer(self.model, self.processor, inputs, self.max_new_tokens) for _ in range(self.repeats)]
+        said = [
+            answer(self.model, self.processor, inputs, self.protocol.max_new_tokens)
+            for _ in range(self.protocol.repeats)
+        ]
         decode = [each.decode_seconds for each in said if each.decode_seconds is not None]
         return replace(
             said[0],
@@ -85,10 +76,12 @@ class Bench:
         warm = row.label in self._warm
         self._warm.add(row.label)
         pruned = [
-            prune_inputs(self.model, inputs, row.selector, row.budget, positions=self.positions, encoded=encoded)
-            for _ in range(self.repeats + int(not warm))
+            prune_inputs(
+                self.model, inputs, row.selector, row.budget, positions=self.protocol.positions, encoded=encoded
+            )
+            for _ in range(self.protocol.repeats + int(not warm))
         ]
-        seconds = median(each.selection_seconds for each in pruned[-self.repeats :])
+        seconds = median(each.selection_seconds for each in pruned[-self.protocol.repeats :])
         return replace(pruned[-1], selection_seconds=seconds)
 
 
@@ -109,7 +102,7 @@ class Measured:
         synchronize(model.device)
         self.encode_seconds = time.perf_counter() - start
         self.whole = prune_inputs(model, self.inputs, None, encoded=self.encoded)
-        asked = bench.answers and sample.question is not None
+        asked = bench.protocol.answers and sample.question is not None
         self.full = bench.answer(self.whole.inputs) if asked else None
         self.full_spectrum = self._internals(self.whole, None)[0]
         self.canvas: Canvas | None = None
@@ -160,17 +153,18 @@ class Measured:
 
     def _internals(self, pruned: Pruned, said: Answer | None) -> tuple[Spectrum | None, Tensor | None]:
         """(spectrum of the visual tokens at the layer, teacher-forced logits if they had to be computed)."""
-        layer, same = self.bench.layer, self._same(said)
+        layer, same = self.bench.protocol.layer, self._same(said)
         target = self.full.ids if self.full else pruned.inputs["input_ids"].new_empty(0)
         read = None
         if (layer > 0 and self.encoded) or (said is not None and not same):
             image_token_id = self.encoded.image_token_id if self.encoded else None
-            read = forced(self.bench.model, pruned.inputs, target, layer if self.encoded else 0, image_token_id)
+            wanted = [layer] if layer > 0 and self.encoded else []
+            read = forced(self.bench.model, pruned.inputs, target, wanted, image_token_id)
         logits = read.logits if read is not None and said is not None and not same else None
         if self.encoded is None:
             return None, logits
-        visual = read.visual if layer > 0 and read else torch.cat(_visual(pruned))
-        return (spectrum(visual) if visual is not None and len(visual) else None), logits
+        visual = read.visual[layer] if layer > 0 and read else torch.cat(_visual(pruned))
+        return (spectrum(visual) if len(visual) else None), logits
 
     def _shifts(self, after: Spectrum | None) -> dict[str, Any]:
         if after is None or self.full_spectrum is None:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -18,7 +18,10 @@ import selector
 from selector.base import TokenSelector
 from selector.budget import Budget
 
-ASIDE = ("__init__.py", "cli.py", "errors.py", "hub.py", "records.py", "registry.py", "schema.py")
+ASIDE = (
+    *("__init__.py", "cli.py", "errors.py", "hub.py", "record.py", "records.py"),
+    *("registry.py", "schema.py", "shipped.py"),
+)
 """Files of the package through which no choice passes."""
 WHOLE = 256 * 2**20
 """Modules up to this many bytes are fingerprinted whole, larger ones by 4,096 entries of every tensor."""
@@ -26,7 +29,12 @@ WHOLE = 256 * 2**20
 
 def fingerprint(module: nn.Module) -> str:
     """Hash of a module's tensors: names, types, shapes and values (sampled evenly in modules above 256 MiB)."""
-    state = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    return fingerprint_of(module.state_dict())
+
+
+def fingerprint_of(tensors: Mapping[str, Any]) -> str:
+    """`fingerprint` of a state dict; entries that are no tensors do not count."""
+    state = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     whole = sum(value.nbytes for value in state.values()) <= WHOLE
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):

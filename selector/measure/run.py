@@ -11,7 +11,7 @@ those of one process (times apart).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from selector import records
 from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.errors import UsageError
+from selector.files import output, write_json
 from selector.measure.bench import BLIND, FULL, Bench, Measured, Row
 from selector.measure.images import FIRST, store_image
+from selector.measure.protocol import Protocol
 from selector.measure.settings import common_settings, environment, row_settings, written
-from selector.plug import Positions
+from selector.record import Record, check
 from selector.tasks import Task
 from selector.tasks.sample import Sample
 
@@ -35,7 +37,7 @@ class Step:
     index: int
     total: int
     row: Row
-    record: dict[str, Any]
+    record: Record
     new: bool
 
 
@@ -47,13 +49,8 @@ def compare(
     tasks: Sequence[Task],
     out: Path,
     *,
+    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     samples: int | None = 100,
-    seed: int = 0,
-    answers: bool = True,
-    max_new_tokens: int = 48,
-    positions: Positions = "original",
-    layer: int = 0,
-    repeats: int = 1,
     baseline: str | None = None,
     fresh: bool = False,
     shard: records.Shard = records.WHOLE,
@@ -63,11 +60,8 @@ def compare(
 
     Args:
         selectors: by the label that the table shows.
+        protocol: how each sample is measured.
         samples: of each task; None takes all of it.
-        answers: False skips generation: tokens, time and evidence only.
-        positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
-        layer: of the language model, whose visual tokens the spectrum is taken of; 0 is what enters it.
-        repeats: of every timed piece of work; the median counts.
         baseline: label of the selector that the others are compared with in pairs.
         fresh: forget what `out` already holds of this comparison.
         shard: (number, of how many): only the samples whose index leaves that number over.
@@ -77,15 +71,15 @@ def compare(
     """
     check_part(tasks, samples, shard, fresh)
     layers = model.config.get_text_config().num_hidden_layers
-    if not 0 <= layer <= layers:
-        raise UsageError(f"layer must be in 0..{layers} for this model, got {layer}")
+    if not 0 <= protocol.layer <= layers:
+        raise UsageError(f"layer must be in 0..{layers} for this model, got {protocol.layer}")
     reserved = next((label for label in selectors if label in (FULL, BLIND)), None)
     if reserved is not None:
         raise UsageError(f"selectors must not be called {FULL} or {BLIND}, which are the references, got {reserved!r}")
-    rows = [Row(FULL)] + ([Row(BLIND)] if answers else [])
+    rows = [Row(FULL)] + ([Row(BLIND)] if protocol.answers else [])
     rows += [_row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
-    common = common_settings(model, processor, seed, answers, max_new_tokens) | {"layer": layer, "repeats": repeats}
-    keyed = {task.name: [common | row_settings(row, task, positions) for row in rows] for task in tasks}
+    common = common_settings(model, processor) | asdict(protocol)
+    keyed = {task.name: [common | row_settings(row, task) for row in rows] for task in tasks}
     for group in keyed.values():
         _refuse_shared_keys(rows, group)
 
@@ -97,19 +91,13 @@ def compare(
     except BaseException:
         held.close()
         raise
-    plan: dict[str, Any] = {
+    plan: dict[str, Any] = asdict(protocol) | {
         "model": model_name,
         "samples": samples,
         "shard": None if shard == records.WHOLE else f"{shard[0]}/{shard[1]}",
-        "seed": seed,
-        "answers": answers,
-        "positions": positions,
         "baseline": baseline,
-        "layer": layer,
-        "repeats": repeats,
         "environment": environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
         "fingerprint": common["model"],
-        "max_new_tokens": max_new_tokens,
         "tasks": {
             task.name: {
                 "fingerprint": task.fingerprint,
@@ -131,9 +119,9 @@ def compare(
             for row, file in zip(rows, files[task.name], strict=True)
         ],
     }
-    records.write_json(out / records.RUN, plan)
+    _write_plan(out, plan)
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
-    bench = Bench(model, processor, needs, answers, max_new_tokens, positions, layer, repeats)
+    bench = Bench(model, processor, needs, protocol)
 
     def steps() -> Iterator[Step]:
         with held:
@@ -141,20 +129,25 @@ def compare(
                 total = sample_count(task, samples)
                 share = len(range(*shard_range(shard, total)))
                 index = -1
-                for index, sample in enumerate(task.samples(total, seed)):
+                for index, sample in enumerate(task.samples(total, protocol.seed)):
                     if index % shard[1] == shard[0]:
                         for row, record, opened in _records(bench, index, sample, rows, files[task.name]):
                             if opened is not None and opened.canvas is not None and index < FIRST:
-                                name = records.image_name(task.fingerprint, seed, sample.id)
-                                store_image(out, name, sample.image, opened.canvas)
+                                name = records.image_name(task.fingerprint, protocol.seed, sample.id)
+                                store_image(out, name, sample.image, opened.canvas, sample.boxes)
                             yield Step(task.name, index, share, row, record, opened is not None)
                 if task.unreadable and index < 0:
                     raise UsageError(f"task {task.name!r}: none of its {len(task.unreadable)} images can be read")
                 if task.unreadable:
                     plan["unreadable"][task.name] = task.unreadable
-                    records.write_json(out / records.RUN, plan)
+                    _write_plan(out, plan)
 
     return steps()
+
+
+def _write_plan(out: Path, plan: Mapping[str, Any]) -> None:
+    with output(out / records.RUN):
+        write_json(out / records.RUN, plan)
 
 
 def check_part(tasks: Sequence[Task], samples: int | None, shard: records.Shard, fresh: bool) -> None:
@@ -200,7 +193,7 @@ def _row(label: str, selector: TokenSelector, budget: Budget) -> Row:
 
 def _records(
     bench: Bench, index: int, sample: Sample, rows: Sequence[Row], files: Sequence[records.Records]
-) -> Iterator[tuple[Row, dict[str, Any], Measured | None]]:
+) -> Iterator[tuple[Row, Record, Measured | None]]:
     """Every row's record of a sample, with what it was measured on; None for one that was there."""
     measured = None
     for row, file in zip(rows, files, strict=True):
@@ -209,6 +202,7 @@ def _records(
             continue
         if measured is None:
             measured = bench.open(sample)
-        record = {"id": sample.id, "index": index} | measured.record(row)
+        record = Record(id=sample.id, index=index, **measured.record(row))
+        check(record)
         file.append(record)
         yield row, record, measured

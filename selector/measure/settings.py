@@ -11,7 +11,6 @@ from selector import records
 from selector.budget import Budget
 from selector.measure.bench import Row
 from selector.measure.identity import code, fingerprint, identity
-from selector.plug import Positions
 from selector.tasks import Task
 
 
@@ -40,7 +39,8 @@ def environment(model: Any) -> dict[str, Any]:
     }
 
 
-def common_settings(model: Any, processor: Any, seed: int, answers: bool, max_new_tokens: int) -> dict[str, Any]:
+def common_settings(model: Any, processor: Any) -> dict[str, Any]:
+    """What the records of every row depend on, beside the `Protocol`: code, model and processor."""
     import transformers
 
     config = model.config.to_dict()
@@ -60,12 +60,11 @@ def common_settings(model: Any, processor: Any, seed: int, answers: bool, max_ne
         "processing": records.key_of(
             {"image": processor.image_processor.to_json_string(), "chat": str(processor.chat_template)}
         ),
-        "seed": seed,
-        "generation": {"greedy": True, "max_new_tokens": max_new_tokens} if answers else None,
     }
 
 
-def row_settings(row: Row, task: Task, positions: Positions) -> dict[str, Any]:
+def row_settings(row: Row, task: Task) -> dict[str, Any]:
+    """What the records of one row on one task depend on: the samples, and what is kept of them."""
     chosen: dict[str, Any] = {"reference": row.label}
     if row.selector is not None and row.budget is not None:
         chosen = {
@@ -73,6 +72,5 @@ def row_settings(row: Row, task: Task, positions: Positions) -> dict[str, Any]:
             "keep": row.budget.keep,
             "scope": row.budget.scope,
             "newlines": row.budget.newlines,
-            "positions": positions,
         }
     return {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint} | chosen

@@ -1,8 +1,9 @@
 """DivPrune (arXiv 2503.02175): the subset whose closest pair is farthest apart, greedily.
 
 Max-min diversity by cosine distance on the projected tokens. First the token with the largest distance to its nearest
-other, then again and again the token farthest from all chosen ones. Where we depart: an all-zero token has no
-direction and counts as nearer than any other, so it comes last (published, its NaN ends the choice after two tokens).
+other, then again and again the token farthest from all chosen ones. With the official code, all kept sets agree. Where
+we depart: an all-zero token has no direction and counts as nearer than any other, so it comes last (published, its NaN
+ends the choice after two tokens); and newline tokens never compete, as they do in the official run on a LLaVA-NeXT.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
 """PruMerge+ (arXiv 2403.15388): PruMerge with evenly spread tokens added to the outliers.
 
-Outliers of CLS attention come first, by attention; the rest of the budget is an even cover of the image. Then every
-kept token absorbs its nearest dropped ones as in PruMerge. Not fixed by a text we could read: how the spread tokens are
-laid out; here they follow the even order of `uniform`. With few tokens and many outliers it is PruMerge.
+Officially adaptive, in every tile by itself: of N tokens n are outliers, and to these comes every s-th token in raster
+order, s = (N // n) // 3, from the first up to but without the last; ``keep="threshold:0"`` keeps exactly these. (For
+training the official code takes 72 outliers and a fixed spread, which is not here.) Then every kept token takes in its
+nearest others as in PruMerge, with what `prumerge` says of official inputs and of the one token more.
+
+Where we depart: a fixed budget takes the outliers first, by attention, then the spread tokens and then all others, the
+last two in the even order of `uniform`, so that any number of them covers the picture; and a tile without outliers,
+where the official code divides by zero, has no spread tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +22,19 @@ from selector.tokens import VisualTokens
 
 
 class PruMergePlus(PruMerge):
-    """Outliers of CLS attention, then an even cover; each absorbs its nearest dropped tokens.
+    """Outliers of CLS attention, then an even spread; each takes in its nearest others by key.
 
     Args:
-        absorb, fences: as in `PruMerge`.
+        absorb, fences, weights, attention: as in `PruMerge`.
     """
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
-        outlier = outlier_score(tokens.read("cls_attention", self).float(), tokens.valid) - self.fences
-        return torch.where(outlier > 0, outlier, tokens.unpacked(-even_order(tokens)))
+        outlier = outlier_score(self._attention(tokens), tokens.valid) - self.fences
+        outlying = (outlier > 0) & tokens.valid
+        count = outlying.sum(1, keepdim=True)
+        step = (tokens.valid.sum(1, keepdim=True) // count.clamp(min=1) // 3).clamp(min=1)
+        number = torch.arange(outlier.shape[1], device=outlier.device)
+        spread = (number % step == 0) & (number < outlier.shape[1] - 1) & (count > 0)
+
+        even = tokens.unpacked(-even_order(tokens))  # in (-1, 0)
+        return torch.where(outlying, 1 + outlier, torch.where(spread, 1 + even, even))

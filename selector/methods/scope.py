@@ -1,9 +1,10 @@
 """SCOPE (arXiv 2510.24214): saliency times coverage, greedily.
 
 Facility location on the features: the gain of token i is Σ_j max(0, cos(i, j) − cover_j), where cover_j is the highest
-similarity of j to a chosen token; it is multiplied by the CLS attention of i to the power `alpha`. The power is not
-fixed by a text we could read. Where we depart: an all-zero token is similar to nothing and chosen last. The rule needs
-all pairs: one N × N matrix a group.
+similarity of j to a chosen token; it is multiplied by the CLS attention of i to the power `alpha`, officially 1. With
+the official code, all kept sets agree. Where we depart: an all-zero token is similar to nothing and chosen last. The
+rule needs all pairs: one N × N matrix a group. On a LLaVA-NeXT the official run spends K/5 on each crop by itself,
+which is ``scope="tile"``.
 """
 
 from __future__ import annotations

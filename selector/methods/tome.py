@@ -4,7 +4,10 @@ Bipartite matching of tokens at even and odd places by cosine of their keys; the
 size-weighted mean. Published between the layers of a vision transformer, with a fixed number of merges a layer; here
 on the encoder's output, an `drop` share of what is left a round. Merging goes on to the last token, so the order of
 merges is a ranking and every budget is a point on the way; a token that was merged flows, with all it had taken in,
-into the kept one it ended up in. Where we depart: tokens of the base view and of tiles do not merge with one another.
+into the kept one it ended up in. One round is the official one exactly. Where we depart: between rounds tokens stay in
+packed order (the official code puts those at even places that did not merge first, by falling similarity, and the
+others behind them, so its later rounds pair other tokens); and tokens of the base view and of tiles do not merge with
+one another.
 """
 
 from __future__ import annotations

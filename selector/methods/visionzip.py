@@ -1,10 +1,14 @@
 """VisionZip (arXiv 2412.04467): dominant tokens by CLS attention, contextual ones by merging the rest.
 
-Of K tokens a share `contextual` (published: 10 of 64) stands for what is not dominant: evenly strided targets among
-the rest, and every other token joins the target most similar to it by cosine of the keys. Known from the description:
-"target plus mean of its members". Where we depart: their average by default, since a sum has twice the norm that the
-language model knows (``add=True`` is the published sum); on projected tokens; within a view; and when newline tokens
-leave room for fewer patches than K, both parts shrink alike.
+Of K tokens a share `contextual` (published: 10 of 64) stands for what is not dominant. Of the R tokens that are left, c
+are targets: the first of each stride, at 0, s, 2s and so on with s = max(1, R // c), so that the tail has none. Every
+other token joins the target most similar to it by cosine of the keys, and a target becomes itself plus the mean of its
+members. From the same attention the official code takes the same dominant tokens.
+
+Where we depart: the official K counts the CLS token, which it keeps too (its 54 + 10 are 53 patches, CLS and 10); here
+all K are patches. Tokens merge after the projector, not before, and within a view; and when newline tokens leave room
+for fewer patches than K, both parts shrink alike. On a LLaVA-NeXT the official run spends K/5 on each crop by itself,
+which is ``scope="tile"``.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from selector.attention import Attention, attention_field
 from selector.base import RankSelector
 from selector.budget import Budget
 from selector.grid import bayer, places
@@ -26,7 +31,9 @@ class VisionZip(RankSelector):
 
     Args:
         contextual: share of the kept tokens that are merged ones.
-        add: target + mean of its members, as published, instead of the average of the two.
+        add: target + mean of its members, as published; False: the average of the two, which has the norm of a token,
+            while a sum of two that agree has twice that.
+        attention: ``"cls"``, or ``"received"`` for towers without a CLS token, which is not the published method.
     """
 
     paper = "arXiv 2412.04467"
@@ -34,11 +41,13 @@ class VisionZip(RankSelector):
     needs = frozenset({"cls_attention", "keys"})
     merges = True
 
-    def __init__(self, contextual: float = 10 / 64, add: bool = False):
+    def __init__(self, contextual: float = 10 / 64, add: bool = True, attention: Attention = "cls"):
         super().__init__()
         if not 0 <= contextual <= 1:
             raise ValueError(f"contextual must be in [0, 1], got {contextual}")
         self.contextual, self.add = contextual, add
+        self.attention: Attention = attention
+        self.needs = frozenset({attention_field(attention), "keys"})
 
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
         return self._plan(tokens, budget)[0]
@@ -57,19 +66,20 @@ class VisionZip(RankSelector):
     def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Bool[Tensor, "T N"]]:
         """The ranking, and which tokens are contextual targets."""
         groups = Groups.of(tokens, budget.scope)
-        place = ranks(groups.gather(tokens.read("cls_attention", self)).float(), groups.mask)
+        attention = groups.gather(tokens.read(attention_field(self.attention), self)).float()
+        place = ranks(attention, groups.mask)
 
         # With contextual=1 no token is dominant; otherwise one is at least.
         count = groups.patches(tokens, budget)
         other = (count * self.contextual + 0.5).long().clamp(max=count - 1 if self.contextual < 1 else count)
         dominant = count - other
 
-        # Even strides through the rest, in packed order: number * many / total passes a whole number `many` times.
+        # The first of each stride through the rest, in packed order; the tail behind the last stride has no target.
         rest = groups.mask & (place >= dominant[:, None])
         number = rest.cumsum(1) - 1
-        total, many = rest.sum(1, keepdim=True).clamp(min=1), other[:, None]
-        stride = (number + 1) * many // total  # steps up at every target
-        target = rest & (stride > number * many // total)
+        step = (rest.sum(1) // other.clamp(min=1)).clamp(min=1)[:, None]
+        stride = number // step
+        target = rest & (number % step == 0) & (stride < other[:, None])
 
         # Of evenly strided targets any number may be cut by newlines: the even order keeps what remains spread.
         bits = max(1, int(stride.max()).bit_length())

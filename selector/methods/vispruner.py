@@ -1,10 +1,12 @@
 """VisPruner (arXiv 2412.01818): important tokens by CLS attention, diverse ones by removing duplicates from the rest.
 
-A share `important` of K goes to the highest CLS attention. From the rest, again and again, tokens at even places are
-matched with their most similar token at an odd place (cosine of the features), and those with the most similar match
-are dropped, until the diverse share remains. Not fixed by a text we could read: the shares, and how many are dropped
-between two matchings; here an eighth of what remains. Any K works (the published code raises where K/2 is odd), and
-when newline tokens leave room for fewer patches than K, both parts shrink alike.
+Of K tokens the share `important` (officially a half, rounded down) is that of the highest CLS attention. The rest, in
+the order of their attention, is matched again and again: those at even places with their most similar one at an odd
+place (cosine of the features). The `drop` = 8 with the most similar match leave; the others at even places then come
+first, by falling similarity, and behind them those at odd places; so until the diverse share remains. With these rules
+and the same inputs, the official code keeps the same set. Where we depart: any K works (the official code raises where
+the number that remains is odd), and when newline tokens leave room for fewer patches than K, both parts shrink alike.
+On a LLaVA-NeXT the official run spends K/5 on each crop by itself, which is ``scope="tile"``.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selector.attention import Attention, attention_field
 from selector.base import RankSelector
 from selector.budget import Budget
 from selector.groups import Groups, interleave, ranks
-from selector.matching import eliminate
+from selector.matching import thin
 from selector.tokens import VisualTokens
 
 
@@ -24,29 +27,34 @@ class VisPruner(RankSelector):
     """Top CLS attention, and what is left of the rest after dropping duplicates.
 
     Args:
-        important: share of the kept tokens that CLS attention chooses.
-        drop: share of the remaining tokens that one matching drops, in (0, 0.5].
+        important: share of the kept tokens that attention chooses.
+        drop: tokens that one matching drops.
+        attention: ``"cls"``, or ``"received"`` for towers without a CLS token, which is not the published method.
     """
 
     paper = "arXiv 2412.01818"
-    cost = "N² D + N² log(N/K)"
+    cost = "N² D + N³ / drop"
     needs = frozenset({"features", "cls_attention"})
 
-    def __init__(self, important: float = 0.5, drop: float = 0.125):
+    def __init__(self, important: float = 0.5, drop: int = 8, attention: Attention = "cls"):
         super().__init__()
         if not 0 <= important <= 1:
             raise ValueError(f"important must be in [0, 1], got {important}")
-        if not 0 < drop <= 0.5:
-            raise ValueError(f"drop must be in (0, 0.5], got {drop}")
+        if drop < 1:
+            raise ValueError(f"drop must be >= 1, got {drop}")
         self.important, self.drop = important, drop
+        self.attention: Attention = attention
+        self.needs = frozenset({"features", attention_field(attention)})
 
     @torch.no_grad()
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
         groups = Groups.of(tokens, budget.scope)
-        place = ranks(groups.gather(tokens.read("cls_attention", self)).float(), groups.mask)
-        count = groups.patches(tokens, budget)
-        chosen = (count * self.important + 0.5).long()
+        attention = groups.gather(tokens.read(attention_field(self.attention), self)).float()
+        place, count = ranks(attention, groups.mask), groups.patches(tokens, budget)
+
+        # A product that rounding puts a hair below a whole number must not cost one token.
+        chosen = (count.double() * self.important + 1e-9).floor().long()
         rest = groups.mask & (place >= chosen[:, None])
         table = groups.gather(tokens.read("features", self))
-        second = eliminate(table, rest, self.drop).place
+        second = thin(table, place, rest, self.drop, count - chosen)
         return groups.scatter(interleave(place, chosen, second, count - chosen), tokens)

@@ -22,7 +22,9 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from selector.models import Encoded, Relevance
 from selector.tokens import NEWLINE, PAD, VisualTokens
 
-GIVES = frozenset({"features", "projected", "cls_attention", "keys", "text", "question"})
+HEARD = frozenset({"cls_attention", "received_attention", "keys"})
+"""Read off an attention layer of the vision tower: of the feature layer under these names, of layer L as ``NAME@L``."""
+GIVES = frozenset({"features", "projected", "text", "question"}) | HEARD
 
 
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
@@ -34,15 +36,20 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer must be one layer for selection, got {layer}")
     prefix = 1 if strategy == "default" else 0  # tokens before the patches that the model itself cuts off: CLS
-    wanted = needs & {"cls_attention", "keys"}
-    if "cls_attention" in needs and prefix == 0:
-        raise ValueError("cls_attention: this vision tower has no CLS token (vision_feature_select_strategy is 'full')")
+    wanted = frozenset(need for need in needs if _quantity(need) in HEARD)
+    without_cls = sorted(need for need in wanted if _quantity(need) == "cls_attention")
+    if without_cls and prefix == 0:
+        raise ValueError(
+            f"{', '.join(without_cls)}: this vision tower has no CLS token (vision_feature_select_strategy is 'full'); "
+            "selectors that read attention take attention=received"
+        )
 
     # The model's own encoding, with its own arguments; attention is overheard, not computed a second time.
     names = inspect.signature(base.get_image_features).parameters
     arguments = {name: inputs[name] for name in names if inputs.get(name) is not None}
     with _listening(base.vision_tower, layer, wanted) as heard:
         output = base.get_image_features(**arguments, return_dict=True)
+    read = {need: _read(need, heard[need], prefix) for need in wanted}
     features = output.hidden_states[layer][:, prefix:]
     packed = list(output.pooler_output)
 
@@ -57,8 +64,8 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         grid=(side, side),
         image=torch.repeat_interleave(torch.tensor(tiles, device=features.device)),
         slots=_index_map(base, tiles, features, inputs["image_sizes"], strategy),
-        cls_attention=_cls_attention(heard) if "cls_attention" in needs else None,
-        keys=heard["k_proj"].mean(1)[:, prefix:] if "keys" in needs else None,
+        layers={need: read.pop(need) for need in wanted - HEARD},
+        **read,
     )
 
     # What is read off the tokens, once they are there.
@@ -74,9 +81,11 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
 
 def _check_needs(needs: frozenset[str], relevance: Relevance | None) -> None:
     """Refuses, by name, what this model cannot give."""
-    if needs - GIVES:
+    unknown = {need for need in needs if need not in GIVES and _quantity(need) not in HEARD}
+    if unknown:
         raise ValueError(
-            f"a LLaVA-NeXT gives no {', '.join(sorted(needs - GIVES))} to a selector; it gives {sorted(GIVES)}"
+            f"a LLaVA-NeXT gives no {', '.join(sorted(unknown))} to a selector; it gives {sorted(GIVES)}, and of any "
+            f"layer L of its vision tower NAME@L and joint_NAME@L for {sorted(HEARD)}"
         )
     if "text" in needs and relevance is None:
         raise ValueError(
@@ -142,33 +151,32 @@ def _with_question(tokens: VisualTokens, model: Any, inputs: Mapping[str, Any]) 
     return replace(tokens, question=embedded.masked_fill(~real[..., None], 0).to(device), question_mask=real.to(device))
 
 
-@contextmanager
-def _listening(tower: Any, layer: int, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Queries and keys ``[T, heads, 1 + N, C]`` of the attention that produced the feature layer, as they pass by.
+def _quantity(need: str) -> str:
+    """``"joint_keys@-1"`` is keys; a name without a layer is itself."""
+    name, at, layer = need.partition("@")
+    return name.removeprefix("joint_") if at and layer.removeprefix("-").isdecimal() else need
 
-    The hooks of these two modules are gone when the block ends; the tower may use any attention implementation.
+
+@contextmanager
+def _listening(tower: Any, layer: int, wanted: frozenset[str]) -> Iterator[dict[str, dict[str, Any]]]:
+    """For everything wanted, queries and keys ``[T, heads, S, C]`` of its attention layer, as they pass by.
+
+    The hooks of these modules are gone when the block ends; the tower may use any attention implementation.
     """
-    heard: dict[str, Any] = {}
+    # Before the first hook: a layer that is not there is an error that leaves nothing behind.
+    attentions = {name: _attention_of(tower, layer, name) for name in sorted(wanted)}
+    heard: dict[str, dict[str, Any]] = {name: {"scale": attention.scale} for name, attention in attentions.items()}
     handles = []
 
-    # Before anything is encoded: a layer that no attention produced is an error, not an empty answer.
-    if wanted:
-        name = " and ".join(sorted(wanted))
-        if layer == 0:
-            raise ValueError(f"{name}: vision_feature_layer 0 is the embedding, which no attention produced")
-        attentions = [m for m in tower.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")]
-        if not attentions:
-            raise ValueError(f"{name}: no attention with q_proj and k_proj in the vision tower {type(tower).__name__}")
-        # hidden_states has one more entry than there are attentions: the embeddings come first.
-        attention = attentions[layer if layer < 0 else layer - 1]
-        heard["scale"] = attention.scale
+    def listen(name: str, part: str, heads: int, out: Tensor) -> None:
+        heard[name][part] = out.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-        def listen(name: str, out: Tensor) -> None:
-            heard[name] = out.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-
+    for name, attention in attentions.items():
         for part in ("q_proj", "k_proj"):
             handles.append(
-                getattr(attention, part).register_forward_hook(lambda _, __, out, part=part: listen(part, out))
+                getattr(attention, part).register_forward_hook(
+                    lambda _, __, out, name=name, part=part, heads=attention.num_heads: listen(name, part, heads, out)
+                )
             )
 
     try:
@@ -178,8 +186,38 @@ def _listening(tower: Any, layer: int, wanted: frozenset[str]) -> Iterator[dict[
             handle.remove()
 
 
-def _cls_attention(heard: Mapping[str, Any]) -> Tensor:
-    """Attention from CLS to the patches, mean over heads: softmax over all keys, CLS's own included."""
-    queries, keys = heard["q_proj"].float(), heard["k_proj"].float()
-    scores = (queries[:, :, :1] @ keys.mT)[:, :, 0] * heard["scale"]
-    return scores.softmax(-1)[..., 1:].mean(1)
+def _attention_of(tower: Any, layer: int, name: str) -> Any:
+    """The attention module that a name speaks of: that of its own layer, or the one that made the feature layer."""
+    attentions = [m for m in tower.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")]
+    if not attentions:
+        raise ValueError(f"{name}: no attention with q_proj and k_proj in the vision tower {type(tower).__name__}")
+    if "@" in name:
+        index = int(name.partition("@")[2])
+    elif layer == 0:
+        raise ValueError(f"{name}: vision_feature_layer 0 is the embedding, which no attention produced")
+    else:
+        # hidden_states has one more entry than there are attentions: the embeddings come first.
+        index = layer if layer < 0 else layer - 1
+    if not -len(attentions) <= index < len(attentions):
+        raise ValueError(f"{name}: the vision tower has attention layers 0 to {len(attentions) - 1}, got {index}")
+    return attentions[index]
+
+
+def _read(need: str, heard: Mapping[str, Any], prefix: int) -> Tensor:
+    """What a need asks of the queries and keys of its layer, for the patches behind `prefix` other tokens."""
+    queries, keys, scale = heard["q_proj"], heard["k_proj"], heard["scale"]
+    if need.startswith("joint_"):
+        queries, keys = (part.transpose(1, 2).flatten(2)[:, None] for part in (queries, keys))
+        scale = keys.shape[-1] ** -0.5
+    quantity = _quantity(need)
+    if quantity == "keys":
+        return keys.mean(1)[:, prefix:]
+    if quantity == "cls_attention":
+        return _attention(queries[:, :, :1], keys, scale).mean((1, 2))[:, prefix:]
+    # A tile at a time: all of them would be heads · S² numbers each.
+    return torch.stack([_attention(q, k, scale).mean((0, 1))[prefix:] for q, k in zip(queries, keys, strict=True)])
+
+
+def _attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Softmax over all keys, CLS's own included, in float32."""
+    return (queries.float() @ keys.float().mT * scale).softmax(-1)

@@ -121,8 +121,6 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         # Who, and what stayed.
         KEEP,
         SELECTOR,
-        SAMPLES,
-        TOKENS,
         # Right or wrong, and against what.
         Column("right % [95%]", _accuracy, lambda r: r["accuracy"], "exact match, with its Wilson interval"),
         *(anls if any(each["anls"] for each in wanted) else []),
@@ -131,6 +129,8 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         _versus("vs fixed", "versus_fixed", "a share on average against the same share of every image, same selector"),
         # What changed, whether right or not, and whether the evidence was still in sight.
         SAME,
+        TOKENS,
+        SAMPLES,
         BROKEN,
         MENDED,
         _plain("ΔNLL", "nll_shift", 2, "nats a token that the unpruned model's own answer loses"),

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from selector.errors import UsageError
-from selector.records import seeing_question, write_json
+from selector.files import output, write_json
+from selector.records import seeing_question
 from selector.report.columns import LEGEND, marked
 from selector.report.statistics import mcnemar
 from selector.report.summary import read_run
@@ -168,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"standings: error: {error}", file=sys.stderr)
         return 2
     if options.out:
-        write_json(options.out, data)
+        with output(options.out):
+            write_json(options.out, data)
     else:
         print(markdown(data))
     return 0

@@ -11,10 +11,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from selector.errors import UsageError
-from selector.records import FLIPS, RUN, read_folder, seeing_question, write_json, write_text
+from selector.files import output, write_json, write_text
+from selector.record import Record, check, summed_by
+from selector.records import FLIPS, RUN, read_folder, seeing_question
 from selector.report.columns import POOLED, is_auto, share_of
 from selector.report.page import render
 from selector.report.page.explorer import changed_answers, explorer
@@ -32,16 +34,9 @@ from selector.report.statistics import (
 )
 from selector.report.tables import markdown
 
-Record = dict[str, Any]
 Tables = dict[tuple[str, str, str | None], list[Record]]
 SHARES = {"accuracy": "correct", "agreement": "agrees"}
-MEANS = [
-    *("anls", "nll_shift", "first_token_kl", "first_token_js", "forced_kl", "forced_js"),
-    *("ipr_shift", "rank_shift", "energy_shift", "evidence"),
-]
-PLAIN = ["tokens", "full_tokens", "prompt_tokens", "base_evidence", "ipr", "effective_rank"]
-COSTS = ["kv_bytes", "tower_flops", "selector_flops", "prefill_flops", "decode_flops"]
-TIMES = ["encode_ms", "selection_ms", "prefill_ms", "decode_ms"]
+"""What tables call a share, and the field of a record that it is the share of."""
 SHIFTS = ("ipr_shift", "rank_shift", "energy_shift")
 REPORT_HTML, REPORT_MD, RESULTS = "report.html", "report.md", "results.json"
 
@@ -93,7 +88,7 @@ def _pooled(tables: Tables) -> Tables:
     """The records of every selector and budget over all tasks: what a share on average is an average over."""
     pooled: Tables = {}
     for (task, label, keep), found in tables.items():
-        named = [record | {"id": f"{task}/{record['id']}"} for record in found]
+        named = [cast(Record, {**record, "id": f"{task}/{record['id']}"}) for record in found]
         pooled.setdefault((POOLED, label, keep), []).extend(named)
     return pooled
 
@@ -106,9 +101,7 @@ def read_run(run: Path) -> tuple[dict[str, Any], Tables]:
     limit = settings["samples"]
     tables = {}
     for row in settings["rows"]:
-        found = read_folder(run / row["key"])
-        for record in found:
-            _check_record(record, run / row["key"])
+        found = [_checked(record, run / row["key"]) for record in read_folder(run / row["key"])]
         within = [record for record in found if limit is None or record["index"] < limit]
         tables[row["task"], row["label"], row["keep"]] = within
     return settings, tables
@@ -147,21 +140,24 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_record(record: Record, folder: Path) -> None:
+def _checked(record: Record, folder: Path) -> Record:
     """What a report reads of a record is there, as the type that it was written with; texts where there are any."""
-    wanted = dict.fromkeys(("index", "tokens", "full_tokens"), int)
+    wanted = ["tokens", "full_tokens"]
     if "answer" in record:
-        wanted |= {"question": str, "answer": str, "agrees": bool}
+        wanted += ["question", "agrees"]
     if "correct" in record:
-        wanted |= {"correct": bool, "full_correct": bool, "flip": str, "anls": float, "full_anls": float}
-    numbers = {name: float for name in (*MEANS, *PLAIN, *COSTS, *TIMES, "peak_bytes") if record.get(name) is not None}
-    for name, kind in (numbers | wanted).items():
-        value = record.get(name)
-        if not isinstance(value, kind if kind is not float else (int, float)) or (type(value) is int and value < 0):
-            raise UsageError(
-                f"{folder}: the record of sample {record['id']!r:.80} must have {name} as {kind.__name__}, "
-                f"got {value!r:.80}; delete the folder and run the same `selector compare` again"
-            )
+        wanted += ["full_correct", "flip", "anls", "full_anls"]
+    try:
+        check(record)
+        for name in wanted:
+            if record.get(name) is None:
+                raise ValueError(f"a record must have {name}")
+    except ValueError as error:
+        raise UsageError(
+            f"{folder}: the record of sample {record['id']!r:.80} {str(error).removeprefix('a record ')}; "
+            "delete the folder and run the same `selector compare` again"
+        ) from error
+    return record
 
 
 def _figures(found: Sequence[Record]) -> dict[str, Any]:
@@ -172,15 +168,15 @@ def _figures(found: Sequence[Record]) -> dict[str, Any]:
     for name, field in SHARES.items():
         hits = values(field)
         figures |= {name: mean(hits), f"{name}_interval": list(wilson(sum(hits), len(hits))) if hits else None}
-    for name in MEANS:
+    for name in summed_by("interval"):
         some = values(name)
         figures |= {name: mean(some), f"{name}_interval": list(bootstrap_mean(some)[1:]) if some else None}
     flips = values("flip")
     peak = values("peak_bytes")
     return (
         figures
-        | {name: mean(values(name)) for name in (*PLAIN, *COSTS)}
-        | {name: median(values(name)) for name in TIMES}
+        | {name: mean(values(name)) for name in summed_by("mean")}
+        | {name: median(values(name)) for name in summed_by("median")}
         | {"flips": {name: flips.count(name) for name in FLIPS} if flips else None}
         | {"evidence_samples": len(values("evidence")), "peak_bytes": max(peak) if peak else None}
     )
@@ -188,7 +184,11 @@ def _figures(found: Sequence[Record]) -> dict[str, Any]:
 
 def _unpruned(found: Sequence[Record]) -> list[Record]:
     """What the unpruned model did on the same samples."""
-    return [{"id": r["id"], "correct": r["full_correct"], "anls": r["full_anls"]} for r in found if "correct" in r]
+    return [
+        Record(id=r["id"], index=r["index"], correct=r["full_correct"], anls=r["full_anls"])
+        for r in found
+        if "correct" in r
+    ]
 
 
 def _difference(found: Sequence[Record], against: Sequence[Record]) -> dict[str, Any] | None:
@@ -243,12 +243,14 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[di
     summaries = [summarize(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
         if out is None:
-            write_json(run / RESULTS, summary)
+            with output(run / RESULTS):
+                write_json(run / RESULTS, summary)
     target = out or runs[0] / REPORT_HTML
     pages = dict(zip(names, summaries, strict=True))
     shown = explorer({name: (run, *read_run(run)) for name, run in zip(names, runs, strict=True)})
-    write_text(target.with_suffix(".md"), f"{markdown(pages)}\n\n{changed_answers(shown)}")
-    write_text(target, render(pages, shown))
+    with output(target):
+        write_text(target.with_suffix(".md"), f"{markdown(pages)}\n\n{changed_answers(shown)}")
+        write_text(target, render(pages, shown))
     return summaries, target
 
 

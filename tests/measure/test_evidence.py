@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from transformers.image_processing_utils import get_patch_output_size
 
-from selector.measure.evidence import canvas_of, evidence, model_rectangles
+from selector.measure.evidence import canvas_of, evidence, model_canvas
 
 SIZES = [(64, 64), (50, 97), (97, 50), (200, 130), (33, 180), (400, 60)]
 
 
 def rectangles_of(model, image):
-    return model_rectangles(model.config, (image.height, image.width), (4, 4))
+    return model_canvas(model.config, (image.height, image.width), (4, 4)).rectangles()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -41,7 +43,7 @@ def test_patches_see_what_the_processor_shows_them(tiny_model, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_patches_cover_the_image_once(tiny_model, size):
     model, _ = tiny_model()
-    rectangles = model_rectangles(model.config, size, (4, 4))
+    rectangles = model_canvas(model.config, size, (4, 4)).rectangles()
     areas = (rectangles[..., 2] - rectangles[..., 0]) * (rectangles[..., 3] - rectangles[..., 1])
     assert (areas >= 0).all()
     assert areas[0].sum().item() == pytest.approx(size[0] * size[1])
@@ -58,6 +60,15 @@ def test_full_size_geometry():
     assert rectangles[0, 25].tolist() == [28, 28, 56, 56]
     assert rectangles[2, 24].tolist() == [336, 14, 350, 28]  # second tile: upper right; patch 24: second row
     assert rectangles[3, 0].tolist() == [0, 336, 14, 350]
+
+
+@pytest.mark.parametrize("canvas", [(64, 64), (32, 64), (64, 32), (96, 32)])
+def test_the_image_is_resized_as_the_processor_does(canvas):
+    """To the pixel: fractions of one are rounded up, in height as in width."""
+    for height, width in [(50, 97), (97, 50), (31, 64), (64, 31), (200, 130), (7, 200), (200, 7), (33, 33)]:
+        inner = canvas_of((height, width), [canvas], 32, (4, 4)).inner
+        wanted = get_patch_output_size(np.zeros((height, width, 3)), canvas, input_data_format="channels_last")
+        assert (inner[3], inner[2]) == wanted, (height, width)
 
 
 def test_share_of_several_boxes():
@@ -85,4 +96,4 @@ def test_wrong_shape_and_wrong_model():
     with pytest.raises(ValueError, match=r"kept is \(2, 16\)"):
         evidence(torch.ones(2, 16, dtype=torch.bool), rectangles, [])
     with pytest.raises(ValueError, match="image_grid_pinpoints"):
-        model_rectangles(object(), (8, 8), (4, 4))
+        model_canvas(object(), (8, 8), (4, 4))

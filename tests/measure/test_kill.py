@@ -14,6 +14,8 @@ import pytest
 
 from selector import records
 
+pytestmark = pytest.mark.slow
+
 TIMES = {"encode_ms", "selection_ms", "prefill_ms", "decode_ms"}
 OPTIONS = shlex.split(
     "compare --selectors svd-prune:rank=2 random --keep 0.5 9 --samples 6 --max-new-tokens 3 --tasks scenes"

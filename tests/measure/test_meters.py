@@ -73,6 +73,7 @@ def test_nothing_has_no_mean():
         Agreement().compute()
 
 
+@pytest.mark.slow
 def test_two_processes_reduce_to_one(tmp_path):
     """Uneven shares: three samples here, two there."""
     torch.multiprocessing.spawn(one_process, (str(tmp_path),), nprocs=2)

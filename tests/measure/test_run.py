@@ -14,9 +14,12 @@ import torch
 
 from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, records, select_tokens
 from selector.errors import UsageError
+from selector.measure import bench as measure
 from selector.measure.answering import answer, forced, prepare, without_image
+from selector.measure.protocol import Protocol
 from selector.measure.run import compare
-from selector.plug import prune_inputs
+from selector.models import encode
+from selector.plug import Pruned, prune_inputs
 from selector.report.standings import distil
 from selector.report.summary import summarize
 from selector.tasks import Task
@@ -46,7 +49,8 @@ def run(tiny_model, task, tmp_path):
     model, processor = tiny_model()
 
     def call(selectors=None, keeps=("0.5", "9"), tasks=None, **changes):
-        options = {"max_new_tokens": TOKENS, "baseline": "random", "model_name": "toy-model"} | changes
+        options = {"baseline": "random", "model_name": "toy-model"} | changes
+        settings = {name: options.pop(name) for name in Protocol.__dataclass_fields__ if name in options}
         return list(
             compare(
                 options.pop("model", model),
@@ -55,6 +59,7 @@ def run(tiny_model, task, tmp_path):
                 [Budget.parse(keep) for keep in keeps],
                 tasks or [task],
                 tmp_path,
+                protocol=Protocol(**{"max_new_tokens": TOKENS} | settings),
                 **options,
             )
         )
@@ -221,12 +226,14 @@ def test_a_killed_run_loses_one_sample(run):
     assert len(first) == 24
 
 
+@pytest.mark.slow
 def test_fresh_starts_over(run):
     run()
     assert all(s.new for s in run(fresh=True))
     assert all(len(records.read_records(p)) == 4 for p in run.folder.rglob("*.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -244,6 +251,7 @@ def test_a_changed_setting_meets_no_old_record(run, change):
     assert all(s.new for s in steps if s.row.selector)
 
 
+@pytest.mark.slow
 def test_a_changed_selector_or_model_meets_no_old_record(run, tiny_model):
     class Weighted(Random):
         def __init__(self, seed: int = 0):
@@ -262,11 +270,10 @@ def test_a_changed_selector_or_model_meets_no_old_record(run, tiny_model):
 
 def test_scope_and_newlines_are_part_of_the_key(run, tiny_model, task):
     model, processor = tiny_model()
+    brief = Protocol(max_new_tokens=2)
     for newlines, scope in itertools.product(("kept_rows", "none"), ("image", "tile")):
         budget = Budget(9, scope=scope, newlines=newlines)
-        steps = list(
-            compare(model, processor, {"svd": SVDPrune(rank=2)}, [budget], [task], run.folder, max_new_tokens=2)
-        )
+        steps = list(compare(model, processor, {"svd": SVDPrune(rank=2)}, [budget], [task], run.folder, protocol=brief))
         assert all(s.new for s in steps if s.row.selector)
     keeps = {row["keep"] for row in json.loads((run.folder / "run.json").read_text())["rows"]}
     assert keeps == {None, "9 tile newlines=none"}
@@ -333,7 +340,7 @@ def test_teacher_forcing_repeats_what_generation_computed(tiny_model, make_image
     assert len(said.ids) == len(said.logits) == 8
     assert torch.equal(said.logits.argmax(-1), said.ids)
     read = forced(model, pruned.inputs, said.ids)
-    assert read.visual is None
+    assert read.visual == {}
     torch.testing.assert_close(read.logits, said.logits, atol=1e-4, rtol=1e-4)
     assert answer(model, processor, pruned.inputs, 8).text == said.text  # the inputs can be used again
     assert said.prefill_seconds > 0
@@ -393,6 +400,37 @@ def test_the_spectrum_is_of_the_visual_tokens_at_the_layer(run, task, layer):
     assert record["ipr_shift"] == pytest.approx(ipr["svd"] - ipr["full"], rel=1e-3, abs=1e-6)
     assert 0 < record["energy_shift"] <= 1
     assert results["full", "None", "s0"]["ipr_shift"] == 0
+
+
+def test_the_first_selection_warms_up_and_its_time_is_not_counted(tiny_model, make_image, monkeypatch):
+    model, processor = tiny_model()
+    inputs = prepare(processor, make_image(64, 64), "what?", model.device)
+    seconds = iter([100.0, 2.0, 1.0, 3.0, 5.0, 4.0, 6.0, 100.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr(measure, "prune_inputs", lambda *_, **__: Pruned({}, selection_seconds=next(seconds)))
+    bench = measure.Bench(model, processor, frozenset(), False, TOKENS, repeats=3)
+    encoded = encode(model, inputs)
+
+    def timed(label):
+        return bench.prune(inputs, measure.Row(label, Random(), Budget(9)), encoded).selection_seconds
+
+    assert timed("random") == 2  # of 2, 1, 3, after a first of 100
+    assert timed("random") == 5  # warm: all three count
+    assert timed("other") == 8  # each selector warms up by itself
+    assert next(seconds, None) is None
+
+
+def test_the_first_sample_is_measured_twice_and_the_first_time_thrown_away(tiny_model, task, monkeypatch):
+    opened = []
+
+    class Counted(measure.Measured):
+        def __init__(self, bench, sample):
+            opened.append(sample.id)
+
+    monkeypatch.setattr(measure, "Measured", Counted)
+    bench = measure.Bench(*tiny_model(), frozenset(), False, TOKENS)
+    for sample in task.samples(2, 0):
+        bench.open(sample)
+    assert opened == ["s0", "s0", "s1"]
 
 
 def test_another_layer_or_number_of_repeats_meets_no_old_record(run):

@@ -182,6 +182,7 @@ def rows(tiny_model, make_image):
     return {(row["selector"], row["change"]): row for row in summarize(found)}
 
 
+@pytest.mark.slow
 def test_measured_with_a_model(rows):
     """What does not look at the image is the same after JPEG; independent choices are at the level of chance."""
     assert set(rows) == {(s, c) for s in ("random", "leftmost") for c in ("shift 1 patch", "JPEG 50", "crop 3%")} | {

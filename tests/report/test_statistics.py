@@ -130,6 +130,17 @@ def test_samples_to_see_reach_the_power():
     assert samples_to_see([1]) is None
 
 
+@pytest.mark.parametrize(
+    ("rank", "points", "expected"),
+    [
+        (0.0, 7, (-0.7531, 0.7531)),  # half = 1.95996 / sqrt(4)
+        (0.5, 12, (-0.1427, 0.8461)),  # atanh 0.5 = 0.54931, half = 1.95996 * sqrt(1.125 / 9)
+    ],
+)
+def test_spearman_interval_by_hand(rank, points, expected):
+    assert spearman_interval(rank, points) == pytest.approx(expected, abs=1e-4)
+
+
 def test_spearman_interval_covers():
     """Of 400 simulated correlations, about 95% of the intervals hold the true rank correlation."""
     rng, rho, n = np.random.default_rng(3), 0.5, 40

@@ -185,7 +185,7 @@ def test_pure_function_of_the_files(run):
 
 def test_markdown(run):
     text = markdown({"toy-run": summarize(run)})
-    assert "| 16 | theirs | 4 | 16 (40%) | 50 [15, 85] |" in text
+    assert "| 16 | theirs | 50 [15, 85] | -50 [-100, +0] | – | 50 | 16 (40%) | 4 |" in text
     assert "| **16** | **ours** |" in text  # the best at its budget
     assert "vs theirs" in text
 
@@ -335,7 +335,7 @@ def test_columns_without_figures_are_left_out(run):
         ]
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
     names = [column.header for column in main_columns(summarize(run))]
-    assert names == ["keep", "selector", "n", "tokens", "evidence % (base)"]
+    assert names == ["keep", "selector", "tokens", "n", "evidence % (base)"]
     assert "**ours**" in markdown({"r": summarize(run)})  # without answers, evidence says which is best
 
 

@@ -103,6 +103,7 @@ def test_everything_is_read_in_the_order_of_the_page():
         assert "".join(n for *_, n in sorted(middles)) == "".join(c for c in told if c.isupper())
 
 
+@pytest.mark.slow
 def test_boxes_show_what_they_claim():
     names = list(COLOURS)
     for draft in drafts("test"):
@@ -162,6 +163,7 @@ def extent(made: charts.Layout, shown: tuple[charts.Category, ...], hues: np.nda
     return found
 
 
+@pytest.mark.slow
 def test_the_largest_really_is_the_largest():
     for draft in drafts("test"):
         made, shown = parts(draft)
@@ -174,6 +176,7 @@ def test_the_largest_really_is_the_largest():
         np.testing.assert_allclose(shares, claimed / claimed.sum(), atol=0.06)
 
 
+@pytest.mark.slow
 def test_held_out_questions_are_mixed_and_hard_to_guess():
     kinds, answers = Counter(), {kind: Counter() for kind in charts.QUESTIONS}
     for sample in charts.samples(240, 9):

@@ -144,6 +144,7 @@ def test_objects_do_not_cross_tiles():
             assert y0 // 96 == (y1 - 1) // 96
 
 
+@pytest.mark.slow
 def test_the_best_blind_guess_is_poor():
     for task, limit in ((documents, 0.25), (scenes, 0.45), (charts, 0.2)):
         answers: dict[str, Counter] = {}

@@ -14,7 +14,7 @@ import torch
 from training.cli import run
 from training.module import SelectorModule
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.slow]
 
 EPOCHS, STEPS = 6, 3  # steps an epoch
 
@@ -96,10 +96,15 @@ def run_until(step: int, how: signal.Signals | None, arguments: list[str]) -> No
             os.kill(os.getpid(), how)
         return taken(self, batch, batch_idx)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SelectorModule, "training_step", training_step)
-        with pytest.raises(SystemExit):
-            run(arguments)
+    # Python ignores Ctrl-C where the shell that started the tests in the background does.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SelectorModule, "training_step", training_step)
+            with pytest.raises(SystemExit):
+                run(arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def assert_equal_runs(root: Path, whole, resumed, *parts: str, name: str = "whole") -> None:

@@ -74,6 +74,7 @@ def test_fit_logs_compares_the_rankings_and_exports(tmp_path, fit, capsys):
     assert selector(tokens, Budget(5, newlines="none")).sum(1).tolist() == [5, 5]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_missing_tensor_or_another_width_is_refused(tmp_path, fit):
     assert main(fit("--trainer.max_epochs=1")) == 0
     out = tmp_path / "out"
@@ -98,6 +99,7 @@ def test_a_checkpoint_with_a_missing_tensor_or_another_width_is_refused(tmp_path
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["SampledBudget", "StraightThrough", "Paper"])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, fit, objective):
     settings = [f"--model.objectives+=training.objectives.{objective}", "--model.warmup_steps=2"]
@@ -119,6 +121,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, fit, objective):
             torch.testing.assert_close(tensor, whole[name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_resuming_with_another_encoder_is_refused(tmp_path, fit, tiny_model, capsys):
     assert main(fit("--trainer.max_epochs=1")) == 0
     other = tiny_model()[0]
@@ -131,6 +134,7 @@ def test_resuming_with_another_encoder_is_refused(tmp_path, fit, tiny_model, cap
     assert "ckpt_path was trained on another encoder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fast_dev_run_validate_and_test(tmp_path, fit):
     assert main(fit("--trainer.fast_dev_run=true")) == 0
     assert not (tmp_path / "runs" / "run" / "version_0" / "checkpoints").exists()
@@ -141,6 +145,7 @@ def test_fast_dev_run_validate_and_test(tmp_path, fit):
         assert f"{stage}/rec_learned_25" in ran.trainer.callback_metrics
 
 
+@pytest.mark.slow
 def test_bfloat16(fit):
     ran = run(fit("--trainer.precision=bf16-mixed", "--trainer.max_epochs=1"))
     assert ran.trainer.global_step == 3
@@ -148,6 +153,26 @@ def test_bfloat16(fit):
     assert bool(ran.trainer.callback_metrics["train/loss"].isfinite())
 
 
+def test_gradients_are_clipped_to_the_norm_asked_for(fit, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def recorded(self, closure):
+        def measured():
+            loss = closure()  # gradients, clipped
+            squares = [p.grad.square().sum() for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.stack(squares).sum().sqrt()))
+            return loss
+
+        return step(self, measured)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    for norm in ("1e-3", "0"):  # 0 does not clip
+        run(fit(f"--model.clip_norm={norm}", "--trainer.max_epochs=1", name=f"clip-{norm}"))
+    assert norms[:3] == pytest.approx([1e-3] * 3, rel=1e-3)
+    assert min(norms[3:]) > 0.1
+
+
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_agree(tmp_path, fit):
     """Simulated DDP over gloo, forked: 6 images in batches of 2 are two steps for two processes (three for one)."""
     ran = run(
@@ -163,6 +188,7 @@ def test_two_processes_share_the_work_and_agree(tmp_path, fit):
     assert all(bool(tensor.isfinite().all()) for tensor in state["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_timm_on_a_folder_of_images(tmp_path, fit):
     images = tmp_path / "images"
     images.mkdir()
@@ -182,6 +208,7 @@ def test_timm_on_a_folder_of_images(tmp_path, fit):
     assert f"| Noise | CC0 | {len(ran.datamodule._split('train'))} |" in card
 
 
+@pytest.mark.slow
 def test_a_ranking_that_loses_to_random_is_an_error(tmp_path, fit, capsys, monkeypatch):
     from training.module import SelectorModule
 
@@ -297,6 +324,7 @@ def test_shipped_configs_and_models_are_found_from_any_folder(tmp_path, monkeypa
     assert yaml.safe_load(capsys.readouterr().out)["name"] == "mine"
 
 
+@pytest.mark.slow
 def test_a_cache_on_disk_trains_as_the_one_in_memory(tmp_path, fit, capsys):
     memory = run(fit("--data.cache_features=true", name="memory")).model.state_dict()
     cache = [f"--data.cache_dir={tmp_path / 'cache'}", "--data.cache_dtype=float32"]
@@ -310,6 +338,7 @@ def test_a_cache_on_disk_trains_as_the_one_in_memory(tmp_path, fit, capsys):
     assert "is damaged (3 of " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wandb_by_one_flag_needs_no_account(tmp_path, fit, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     ran = run(fit("--wandb=offline", "--trainer.max_epochs=1"))

@@ -43,6 +43,7 @@ def version(tmp_path: Path, name: str = "run") -> Path:
     return tmp_path / "runs" / name / "version_0"
 
 
+@pytest.mark.slow
 def test_fit_validates_by_answers_exports_and_swaps_in(tmp_path, fit, tiny_model, make_image):
     answers = tmp_path / "answers"
     assert main(fit("--model.inputs=both", f"--model.answers_dir={answers}")) == 0
@@ -72,6 +73,7 @@ def test_fit_validates_by_answers_exports_and_swaps_in(tmp_path, fit, tiny_model
     assert log.measured == [9]
 
 
+@pytest.mark.slow
 def test_a_selector_that_reads_the_question_ranks_anew_for_each(tmp_path, fit, tiny_model, make_image):
     settings = [
         "--model.inputs=projected",
@@ -95,6 +97,7 @@ def test_a_selector_that_reads_the_question_ranks_anew_for_each(tmp_path, fit, t
     assert not torch.allclose(*scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--model.objectives+=training.objectives.SampledBudget"], []])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, fit, more):
     whole = run(fit(*more, name="whole")).model.state_dict()
@@ -116,6 +119,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, fit, more):
         torch.testing.assert_close(resumed.model.state_dict()[name], whole[name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path, fit):
     ran = run(fit("--trainer.strategy=ddp_fork", "--trainer.devices=2", "--trainer.max_epochs=1"))
     assert ran.trainer.world_size == 2
@@ -124,6 +128,7 @@ def test_two_processes(tmp_path, fit):
     assert all(bool(tensor.isfinite().all()) for tensor in state["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_bfloat16_and_gradient_checkpointing_change_little(fit):
     """A model in bfloat16 trains; checkpointing gives the same loss as keeping everything."""
     half = run(fit("--model.encoder.dtype=bfloat16", "--trainer.max_epochs=1", name="half"))
@@ -139,6 +144,7 @@ def test_bfloat16_and_gradient_checkpointing_change_little(fit):
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.slow
 def test_a_folder_with_questions(tmp_path, fit, capsys):
     place = tmp_path / "pages"
     (place / "images").mkdir(parents=True)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from selector import VisualTokens
 from selector.methods.gumbel import GumbelSelector
 from training.autoencoder import Reconstructor
 from training.losses import FLOOR, drop_error_regression, dropped_mean, paper_loss, token_error
+from training.objectives import Paper, SampledBudget, Step, StraightThrough
 from training.schedules import gumbel_top_k, random_mask, rate_factor, sampled_keep, temperature
 
 
@@ -49,6 +51,14 @@ def test_the_regression_sees_dropped_tokens_only_and_is_minimal_at_the_log_error
     assert loss.item() == pytest.approx(0, abs=1e-9)
     off = (best.detach() + torch.tensor([[1.0, -1.0, 7.0, 2.0]])).requires_grad_()
     assert drop_error_regression(off, error, mask).item() == pytest.approx((1 + 1 + 4) / 3)
+
+
+def test_the_regression_trains_the_score_and_not_the_reconstructor():
+    """Else an error could be made easier to predict by making it larger."""
+    scores, error = torch.zeros(1, 4, requires_grad=True), torch.full((1, 4), 2.0, requires_grad=True)
+    drop_error_regression(scores, error, torch.zeros(1, 4)).backward()
+    assert error.grad is None
+    torch.testing.assert_close(scores.grad, torch.full((1, 4), -2 * math.log(2) / 4))
 
 
 def test_dropped_mean_of_a_full_mask_is_zero_not_nan():
@@ -91,6 +101,32 @@ def test_gumbel_top_k_draws_as_a_gumbel_softmax_does():
     torch.testing.assert_close(even, torch.full((4,), 0.25), atol=0.03, rtol=0)
     scores[:, 2] = 2.0
     assert float(gumbel_top_k(scores, 1, 1.0, seeded(2)).mean(0)[2]) > 0.5
+
+
+class Ranked(GumbelSelector):
+    """Prefers the last tokens, so strongly that no noise matters."""
+
+    def score(self, tokens):
+        return 1e6 * torch.arange(16.0).expand(tokens.features.shape[:2])
+
+    def sample(self, table, temperature=1.0):
+        return (torch.arange(16) >= 12).float().expand(table.shape[:2]), self.logits(table)
+
+
+@pytest.mark.parametrize("objective", [SampledBudget, StraightThrough, Paper])
+@pytest.mark.parametrize(
+    ("progress", "share", "random"),
+    [(0.0, 0.5, True), (0.49, 0.5, True), (0.5, 0.5, False), (0.99, 0.5, False), (0.0, 0.0, False), (0.99, 1.0, True)],
+)
+def test_masks_are_random_first_and_the_selectors_own_after(monkeypatch, objective, progress, share, random):
+    seen = []
+    monkeypatch.setattr(Step, "error", lambda self, mask: seen.append(mask) or torch.ones_like(mask))
+    tokens = VisualTokens.from_features(torch.randn(20, 16, 8))
+    objective(random_share=share)(Step(tokens, Ranked(dim=8, num_patches=16), progress, seeded()))
+    (mask,) = seen
+    kept = mask.sum(1).round()
+    assert kept.unique().numel() == 1
+    assert torch.allclose(mask, (torch.arange(16) >= 16 - kept[:, None]).float(), atol=1e-5) is not random
 
 
 def test_random_masks_are_uniform_and_exact():

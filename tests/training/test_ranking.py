@@ -6,6 +6,8 @@ sees which; a right ranking keeps the few, an upside-down one the background.
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,6 +40,7 @@ def tiles(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.where(surprising[..., None], surprises, background) + noise, surprising
 
 
+@pytest.mark.slow
 def test_the_unpredictable_tokens_are_kept():
     torch.manual_seed(0)
     steps, generator = 240, torch.Generator().manual_seed(0)
@@ -56,3 +59,32 @@ def test_the_unpredictable_tokens_are_kept():
         kept = Budget(4, newlines="none").select(module.selector.score(tokens), tokens)
     coverage = (kept & surprising).sum().item() / surprising.sum().item()
     assert coverage > 0.6, f"kept {coverage:.2f} of the unpredictable tokens, random keeps 0.25"
+
+
+class Trainer:
+    """What a trainer is asked for when statistics are taken: its batches, and sums over its one process."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.datamodule = self.strategy = self
+
+    def train_dataloader(self):
+        return self.batches
+
+    def reduce(self, sums, reduce_op):
+        assert reduce_op == "sum"
+        return sums
+
+
+def test_statistics_are_those_of_the_first_batches():
+    """Of a table far from zero; the third batch is not looked at, and a constant channel is not divided by nothing."""
+    generator = torch.Generator().manual_seed(0)
+    first = 7 + 3 * torch.randn(5, PATCHES, WIDTH, generator=generator)
+    first[..., 0] = 4
+    module = SelectorModule(NoEncoder(), statistics_batches=2)
+    trainer = Trainer([first[:2], first[2:], torch.full((2, PATCHES, WIDTH), 1e6)])
+    module.trainer = trainer
+    mean, std = module._statistics()
+    rows = first.numpy().reshape(-1, WIDTH).astype(np.float64)
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(std, [1, *rows.std(0)[1:]], rtol=1e-6)

@@ -45,6 +45,7 @@ def test_known_text_survives_the_tokenizer(text: str):
     assert tokenizer.unk_token_id not in ids
 
 
+@pytest.mark.slow
 def test_every_question_and_answer_is_in_the_vocabulary():
     tokenizer = build_tokenizer()
     for task in (documents, scenes, charts):
@@ -218,6 +219,7 @@ def test_schedule_and_log(tmp_path: Path):
     assert "tokens_per_s" not in second
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_resumes(tmp_path: Path):
     grade = Grade(SHARES, batch=2, rate=1e-3, until=1.1, at_most=2, blanks=0.1)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from selector.files import atomic
+
 STAGES = {
     "tower": ("characters", "objects", "background", "centres"),
     "reader": ("documents_asked", "scenes_asked", "charts_asked", "receipts_asked"),
@@ -32,6 +34,5 @@ def draw_curves(log: Path, out: Path, smooth: float = 0.7) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
-    partial = out.with_name(out.name + ".partial")
-    figure.savefig(partial, format="png", dpi=100)
-    partial.replace(out)
+    with atomic(out) as partial:
+        figure.savefig(partial, format="png", dpi=100)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import yaml
 
+from selector.files import write_text
 from training.testbed.card import card
 from training.testbed.curves import draw_curves
 from training.testbed.evaluate import evaluate
@@ -61,12 +62,6 @@ class EvaluationPlan:
     count: int = 1000
     seed: int = 0
     batch: int = 16
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def write_plan(path: Path, notes: str, **plans: TowerPlan | ReaderPlan | JoinPlan | EvaluationPlan) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from selector.files import atomic
+
 
 def save_state(path: Path, **parts: Any) -> None:
     """Writes `parts` (state dicts and numbers) so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(parts, partial)
-    partial.replace(path)
+    with atomic(path) as partial:
+        torch.save(parts, partial)
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

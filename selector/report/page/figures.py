@@ -118,7 +118,8 @@ def correlation_plots(runs: Mapping[str, Summary]) -> str:
     claim = (
         "<p>The paper behind LoFi (arXiv 2503.06794) says that the change of the inverse participation ratio of the "
         "singular spectrum goes with consistency. Each mark is one selector at one budget on one task; the interval of "
-        "a rank correlation takes the marks to be independent, which they are not quite: they share samples.</p>"
+        "a rank correlation takes the marks to be independent, which they are not quite: they share samples. Marks of "
+        "several budgets mix two things: fewer tokens change both, whichever selector dropped the others.</p>"
     )
     return f'{claim}{legend(list(numbers.values()))}<div class="plots three">{"".join(drawn)}</div>'
 

@@ -1,0 +1,127 @@
+"""How the house stands: sizes, documentation and air of the code, a column per package.
+
+    python .ci/house.py [FOLDER ...]        (default: selector training)
+
+Counts what a reader who would inherit the code looks at; `--walls` lists the functions without any air.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+
+LONG = 15
+"""Lines of a function's body from which on it should have a blank line or a comment."""
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = Function | ast.ClassDef
+
+
+def body_lines(function: Function, lines: Sequence[str]) -> list[str]:
+    """The lines of a function's body, without its docstring."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return list(lines[body[0].lineno - 1 : function.end_lineno]) if body else []
+
+
+def is_wall(function: Function, lines: Sequence[str]) -> bool:
+    """Whether a long function has neither a blank line nor a comment."""
+    body = body_lines(function, lines)
+    return len(body) >= LONG and all(line.strip() and "#" not in line for line in body)
+
+
+def definitions(tree: ast.Module) -> Iterator[tuple[Definition, bool]]:
+    """Public classes and functions of a module, and the public methods of its public classes (True)."""
+    for node in tree.body:
+        if isinstance(node, Definition) and not node.name.startswith("_"):
+            yield node, False
+            if isinstance(node, ast.ClassDef):
+                for inner in node.body:
+                    if isinstance(inner, Function) and not inner.name.startswith("_"):
+                        yield inner, True
+
+
+def overrides(trees: Sequence[ast.Module]) -> dict[str, set[str]]:
+    """By class name, the documented methods of that class: a method that overrides one of them inherits its text."""
+    return {
+        node.name: {f.name for f in node.body if isinstance(f, Function) and ast.get_docstring(f)}
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def measure(folder: Path) -> dict[str, str]:
+    """The figures of one package, by what they are of."""
+    paths = sorted(folder.rglob("*.py"))
+    texts = {path: path.read_text(encoding="utf-8").splitlines() for path in paths}
+    trees = {path: ast.parse("\n".join(text)) for path, text in texts.items()}
+
+    functions = [
+        (node, texts[path]) for path, tree in trees.items() for node in ast.walk(tree) if isinstance(node, Function)
+    ]
+    bodies = [body for node, lines in functions if (body := body_lines(node, lines))]
+    long = [body for body in bodies if len(body) >= LONG]
+    walls = sum(is_wall(node, lines) for node, lines in functions)
+
+    found = [(node, method) for tree in trees.values() for node, method in definitions(tree)]
+    top = [bool(ast.get_docstring(node)) for node, method in found if not method]
+    methods = [bool(ast.get_docstring(node)) for node, method in found if method]
+    arguments = [
+        argument.annotation is not None
+        for node, _ in functions
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        if argument.arg not in ("self", "cls")
+    ]
+
+    code = [line for text in texts.values() for line in text if line.strip() and not line.strip().startswith("#")]
+    comments = sum("# " in line for text in texts.values() for line in text)
+    sizes = [len(text) for text in texts.values() if text]
+    lengths = [node.end_lineno - node.lineno + 1 for node, _ in functions if node.end_lineno]
+    blank = sum(not line.strip() for body in long for line in body)
+    return {
+        "files": str(len(sizes)),
+        "lines": f"{sum(sizes):,}",
+        "file lines, median / p90 / max": _spread(sizes) + f" / {max(sizes)}",
+        "function lines, median / p90": _spread(lengths),
+        "annotated arguments": _share(arguments),
+        "docstring, public top level": _share(top),
+        "docstring, public methods": _share(methods),
+        "comments per 100 lines of code": f"{100 * comments / len(code):.1f}",
+        f"blank lines in functions of {LONG} lines and more": f"{100 * blank / max(1, sum(map(len, long))):.0f}%",
+        "such functions with neither blank line nor comment": f"{walls} of {len(long)}",
+    }
+
+
+def _spread(values: Sequence[int]) -> str:
+    return f"{median(values):.0f} / {quantiles(values, n=10)[-1]:.0f}"
+
+
+def _share(hits: Sequence[bool]) -> str:
+    return f"{100 * sum(hits) / max(1, len(hits)):.0f}% ({sum(hits)}/{len(hits)})"
+
+
+def main() -> None:
+    """Prints the table, or the list of walls."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("selector"), Path("training")])
+    parser.add_argument("--walls", action="store_true", help="list the long functions without a blank line or comment")
+    options = parser.parse_args()
+    if options.walls:
+        for path in sorted(path for folder in options.folders for path in folder.rglob("*.py")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            for node in ast.walk(ast.parse("\n".join(lines))):
+                if isinstance(node, Function) and is_wall(node, lines):
+                    print(f"{path}:{node.lineno} {node.name}, {len(body_lines(node, lines))} lines")
+        return
+
+    columns = {folder.name: measure(folder) for folder in options.folders}
+    print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for name in next(iter(columns.values())):
+        print(f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""How every sample of a comparison is measured. Imports no torch: the command line reads its defaults here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The settings of a comparison that its figures depend on, whatever is compared.
+
+    ``dataclasses.asdict`` of it is part of the key of every record and of the plan in ``run.json``: a new setting is
+    one field here and one flag in `selector.cli`.
+
+    Attributes:
+        seed: of the samples.
+        answers: False skips generation: tokens, time and evidence only.
+        max_new_tokens: of an answer, at least 1.
+        positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
+        layer: of the language model, whose visual tokens the spectrum is taken of; 0 is what enters it.
+        repeats: of every timed piece of work; the median counts. Each is done once before, untimed.
+    """
+
+    seed: int = 0
+    answers: bool = True
+    max_new_tokens: int = 48
+    positions: Literal["original", "contiguous"] = "original"
+    layer: int = 0
+    repeats: int = 1

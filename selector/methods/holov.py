@@ -1,0 +1,126 @@
+"""HoloV (arXiv 2510.02912): crops of the token sequence share the budget by attention and variety.
+
+The sequence of an image's tokens is cut into `crops` contiguous runs, the first ones a token longer where they do not
+divide it. In a run of m tokens S are the cosines of the projected tokens with a zero diagonal, μ_i = Σ_j S_ij / (m - 1)
+and v_i = Σ_j (S_ij - μ_i)² / (m - 1), the diagonal included. With u = 1000 times the CLS attention at the feature
+layer, the run weighs w = mean(u + variety · v · mean(u) / (mean(v) + 1e-6)), all means over the run. It gets
+floor(K w / Σ w) tokens, those that rounding leaves go to the runs of largest w, and inside a run the highest attention
+stays. Mind that mean(v) cancels: where it is far above 1e-6, as almost everywhere, w is (1 + variety) · mean(u), and
+the shares are those of attention alone.
+
+Where we depart: a run never gets more than it has (officially it is filled up with tokens of zeros); what is left over
+goes to the others in the order of w, one each, again and again. Newline tokens cost all runs alike.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from selector.attention import Attention, attention_field
+from selector.base import RankSelector
+from selector.budget import Budget
+from selector.greedy import grained, precise, unit
+from selector.groups import Groups, ranks, shared_out
+from selector.tokens import VisualTokens
+
+
+class HoloV(RankSelector):
+    """Top CLS attention in contiguous runs of tokens, which share the budget by attention and varying similarity.
+
+    Args:
+        crops: runs that the tokens of an image (of a tile under ``scope="tile"``) are cut into.
+        variety: weight of the variance of similarities beside the attention, the paper's λ.
+        attention: ``"cls"``, or ``"received"`` for towers without a CLS token, which is not the published method.
+    """
+
+    paper = "arXiv 2510.02912"
+    cost = "N² D / crops"
+    needs = frozenset({"projected", "cls_attention"})
+
+    def __init__(self, crops: int = 16, variety: float = 0.09, attention: Attention = "cls"):
+        super().__init__()
+        if crops < 1:
+            raise ValueError(f"crops must be >= 1, got {crops}")
+        if not 0 <= variety < math.inf:
+            raise ValueError(f"variety must be finite and >= 0, got {variety}")
+        self.crops, self.variety = crops, variety
+        self.attention: Attention = attention
+        self.needs = frozenset({"projected", attention_field(attention)})
+
+    @torch.no_grad()
+    def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        groups = Groups.of(tokens, budget.scope)
+        count = groups.patches(tokens, budget)
+        attention = precise(groups.gather(tokens.read(attention_field(self.attention), self)))
+        rows = unit(groups.gather(tokens.read("projected", self)))
+
+        # Each run as a row of its own: [G, P, R], R members of the longest run.
+        member, there = self._runs(groups.mask)
+        weight = self._weights(rows, attention, member, there)
+        place = _by_member(ranks_within(attention, member, there), member, there, attention.shape[1])
+
+        share = count[:, None] * weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        quota = grained(share).floor().long()
+        order = ranks(weight, there.any(2))
+        quota = quota + (order < (count - quota.sum(1))[:, None])
+
+        run = _by_member(torch.arange(self.crops, device=count.device)[None, :, None], member, there, place.shape[1])
+        scores = shared_out(place, quota.gather(1, run), order.gather(1, run), groups.mask)
+        return groups.scatter(scores, tokens)
+
+    def _runs(self, mask: Bool[Tensor, "G M"]) -> tuple[Int[Tensor, "G P R"], Bool[Tensor, "G P R"]]:
+        """The members of every run in packed order, and which of them exist."""
+        size = mask.sum(1, keepdim=True)
+        listed = (~mask).int().argsort(dim=1, stable=True)  # members first
+        run = torch.arange(self.crops, device=mask.device)
+        length = size // self.crops + (run < size % self.crops)
+        start = length.cumsum(1) - length
+        number = torch.arange(int(length.max()), device=mask.device)
+        there = number < length[..., None]
+        index = (start[..., None] + number).masked_fill(~there, 0)
+        return listed.gather(1, index.flatten(1)).view_as(index), there
+
+    def _weights(
+        self,
+        rows: Float[Tensor, "G M C"],
+        attention: Float[Tensor, "G M"],
+        member: Int[Tensor, "G P R"],
+        there: Bool[Tensor, "G P R"],
+    ) -> Float[Tensor, "G P"]:
+        """w of every run, 0 for an empty one."""
+        weights = torch.zeros(there.shape[:2], dtype=attention.dtype, device=attention.device)
+        for p in range(self.crops):  # a run at a time: pairs of its members alone
+            real, index = there[:, p], member[:, p]
+            size = real.sum(1, keepdim=True).to(attention)
+            own = rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2])) * real[..., None]
+            similarity = own @ own.mT
+            similarity.diagonal(dim1=1, dim2=2).zero_()
+
+            mean = similarity.sum(2) / (size - 1).clamp(min=1)
+            spread = (similarity - mean[..., None]).square() * real[:, None]
+            varying = spread.sum(2) / (size - 1).clamp(min=1) * real
+            u = 1000 * attention.gather(1, index) * real
+            u_mean, v_mean = (part.sum(1) / size[:, 0].clamp(min=1) for part in (u, varying))
+            weights[:, p] = u_mean + self.variety * v_mean * u_mean / (v_mean + 1e-6)
+        return grained(weights / weights.amax(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny))
+
+
+def ranks_within(
+    values: Float[Tensor, "G M"], member: Int[Tensor, "G P R"], there: Bool[Tensor, "G P R"]
+) -> Int[Tensor, "G P R"]:
+    """Place of every member of a run within it, 0 for the highest value."""
+    inside = values.gather(1, member.flatten(1)).view(member.shape)
+    return ranks(inside.flatten(0, 1), there.flatten(0, 1)).view(member.shape)
+
+
+def _by_member(
+    values: Tensor, member: Int[Tensor, "G P R"], there: Bool[Tensor, "G P R"], size: int
+) -> Int[Tensor, "G M"]:
+    """Values of runs at their members; 0 for what no run holds."""
+    out = torch.zeros(len(member), size + 1, dtype=torch.long, device=member.device)
+    index = torch.where(there, member, size).flatten(1)  # one column more, for what does not exist
+    return out.scatter(1, index, values.expand_as(member).flatten(1))[:, :-1]

@@ -1,0 +1,118 @@
+"""What is measured of one sample under one row of a comparison: every field, its type, and how a table sums it up.
+
+`Record` is the one place that names them. What measures fills it (`check` refuses a name that is not here), what
+reports reads `FIELDS`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, Required, TypedDict, get_args, get_origin, get_type_hints
+
+Summary = Literal["share", "interval", "mean", "median", "highest", "sum", "text"]
+"""How the samples' values become one figure: ``share`` of True with a Wilson interval, mean with a bootstrap
+``interval``, plain ``mean``, ``median``, ``highest``, ``sum``; ``text`` is not summed up."""
+
+
+class Record(TypedDict, total=False):
+    """One sample under one row. Fields that a row or a task does not have are absent, or None where the type says so.
+
+    Times are milliseconds, sizes bytes, divergences nats.
+    """
+
+    id: Required[Annotated[str, "text"]]
+    index: Required[Annotated[int, "text"]]
+
+    # Visual tokens: those that reached the language model, and those of the unpruned prompt.
+    tokens: Annotated[int, "mean"]
+    full_tokens: Annotated[int, "mean"]
+    saturated: Annotated[bool, "sum"]
+    kept: Annotated[str, "text"]
+    evidence: Annotated[float, "interval"]
+    base_evidence: Annotated[float, "mean"]
+
+    # What was said, and whether it is right; `full_` is of the unpruned model.
+    question: Annotated[str | None, "text"]
+    target: Annotated[str | None, "text"]
+    answer: Annotated[str, "text"]
+    full_answer: Annotated[str, "text"]
+    agrees: Annotated[bool, "share"]
+    correct: Annotated[bool, "share"]
+    full_correct: Annotated[bool, "text"]
+    flip: Annotated[str, "text"]
+    anls: Annotated[float, "interval"]
+    full_anls: Annotated[float, "text"]
+
+    # How far the pruned model is from itself.
+    nll_shift: Annotated[float, "interval"]
+    first_token_kl: Annotated[float, "interval"]
+    first_token_js: Annotated[float, "interval"]
+    forced_kl: Annotated[float, "interval"]
+    forced_js: Annotated[float, "interval"]
+    ipr: Annotated[float, "mean"]
+    effective_rank: Annotated[float, "mean"]
+    ipr_shift: Annotated[float, "interval"]
+    rank_shift: Annotated[float, "interval"]
+    energy_shift: Annotated[float, "interval"]
+
+    # What it took.
+    prompt_tokens: Annotated[int, "mean"]
+    kv_bytes: Annotated[int, "mean"]
+    tower_flops: Annotated[int, "mean"]
+    selector_flops: Annotated[int, "mean"]
+    prefill_flops: Annotated[int, "mean"]
+    decode_flops: Annotated[int, "mean"]
+    encode_ms: Annotated[float, "median"]
+    selection_ms: Annotated[float, "median"]
+    prefill_ms: Annotated[float, "median"]
+    decode_ms: Annotated[float | None, "median"]
+    peak_bytes: Annotated[int | None, "highest"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """How a field is checked and summed up.
+
+    Attributes:
+        kinds: types that a value may have; a float may be written as an int.
+        summary: see `Summary`.
+    """
+
+    kinds: tuple[type, ...]
+    summary: Summary
+
+
+def _field(annotation: Any) -> Field:
+    if get_origin(annotation) is Required:
+        (annotation,) = get_args(annotation)
+    kind, summary = get_args(annotation)
+    kinds = get_args(kind) or (kind,)
+    return Field((*kinds, int) if float in kinds else kinds, summary)
+
+
+FIELDS: dict[str, Field] = {name: _field(kind) for name, kind in get_type_hints(Record, include_extras=True).items()}
+
+
+def summed_by(*summaries: Summary) -> list[str]:
+    """Names of the fields that are summed up in one of these ways, in the order of `Record`."""
+    return [name for name, field in FIELDS.items() if field.summary in summaries]
+
+
+def check(record: Mapping[str, Any]) -> None:
+    """Refuses a record that a report could not read, or would read wrongly.
+
+    Raises:
+        ValueError: a name that `Record` lacks, or a value of another type, with both.
+    """
+    for name in Record.__required_keys__ - record.keys():
+        raise ValueError(f"a record must have {name}")
+    for name, value in record.items():
+        if name not in FIELDS:
+            raise ValueError(f"a record must have none but the fields of selector.record.Record, got {name!r}")
+        kinds = FIELDS[name].kinds
+        # A bool is an int to Python, and a number below zero is no count.
+        if type(value) not in kinds or (type(value) is int and float not in kinds and value < 0):
+            wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"a record must have {name} as {wanted}, got {value!r:.80}")
