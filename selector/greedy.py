@@ -333,7 +333,7 @@ def _pivots(
     largest = length.amax(1, keepdim=True)
     length = length / largest.masked_fill(largest == 0, 1)
     scale = length * products.inverse_lengths
-    whole = grained(length.square())
+    whole = length.square()
     floor = whole * 2.0 ** (-32 if rows.dtype == torch.float64 else -17)
     residual, taken = whole.clone(), ~mask
     trusted = torch.ones_like(mask[:, 0])
@@ -362,6 +362,6 @@ def _pivots(
         trusted = trusted & ~spent[:, 0]
         first = torch.where(spent, filled, first)
         residual = torch.where(spent, whole, residual)
-        return torch.where(spent, whole, value)
+        return torch.where(spent, grained(whole), value)
 
-    return greedy(whole, mask, steps, update), trusted
+    return greedy(grained(whole), mask, steps, update), trusted
