@@ -20,6 +20,13 @@ class PivotedQR(GreedySelector):
 
     Args:
         center: subtract the mean token first.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, PivotedQR, VisualTokens
+        >>> tokens = VisualTokens.from_features(torch.tensor([[[3.0, 0.0], [2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]))
+        >>> PivotedQR(center=False)(tokens, Budget(2)).tolist()
+        [[True, False, True, False]]
     """
 
     paper = "baseline (Businger & Golub 1965)"
