@@ -60,6 +60,7 @@ class CDPruner(GreedySelector):
         self.needs = frozenset({"projected"} | ({relevance} - {"none"}))
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """Pivots of the unit rows scaled by relevance: greedy MAP of the kernel diag(r) S diag(r)."""
         rows = unit(groups.gather(tokens.read("projected", self)))
         if self.relevance != "none":
             value = precise(groups.gather(tokens.read(self.relevance, self)))

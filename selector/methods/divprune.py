@@ -37,6 +37,7 @@ class DivPrune(GreedySelector):
     needs = frozenset({"projected"})
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """First the token farthest from its nearest other, then farthest points; all-zero tokens last."""
         rows = unit(groups.gather(tokens.read("projected", self)))
         directed = groups.mask & (rows != 0).any(-1)
 

@@ -31,6 +31,7 @@ class FarthestPoint(GreedySelector):
     cost = "N D K"
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """Squared distances serve: only their order counts."""
         rows = precise(groups.gather(tokens.read("features", self)))
         mean = rows.sum(1, keepdim=True) / groups.size.clamp(min=1)[:, None, None]
         rows = within_unit((rows - mean) * groups.mask[..., None])  # centred, squares do not cancel

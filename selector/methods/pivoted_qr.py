@@ -37,6 +37,7 @@ class PivotedQR(GreedySelector):
         self.center = center
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """The order of the pivots; one mean per group is subtracted, if any."""
         rows = precise(groups.gather(tokens.read("features", self)))
         if self.center:
             rows = rows - rows.sum(1, keepdim=True) / groups.size.clamp(min=1)[:, None, None]

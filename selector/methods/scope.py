@@ -47,6 +47,7 @@ class SCOPE(GreedySelector):
         self.alpha = alpha
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """By gain in coverage times attention to the power `alpha`, both relative to the group."""
         rows = unit(groups.gather(tokens.read("features", self)))
         attention = precise(groups.gather(tokens.read("cls_attention", self)))
         weight = (attention / attention.amax(1, keepdim=True).clamp(min=1e-30)) ** self.alpha
