@@ -155,9 +155,6 @@ class _Reconstruction(Objective):
         random_share: share of the training, from its start, whose masks are uniformly random, so that the reconstructor
             is right before its errors count; after it the selector draws the masks.
         temperature_start, temperature_end: of the noise, geometric in between.
-        shared_budget: one budget for all tiles of a batch, so that a full tile keeps more than a blank one and the
-            scores of different tiles come to one scale, which ranking an image's tiles together needs. False draws as
-            many tokens from every tile.
     """
 
     reconstructs = True
@@ -170,7 +167,6 @@ class _Reconstruction(Objective):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
-        shared_budget: bool = True,
     ):
         super().__init__(weight)
         check_range("kept_range", kept_range)
@@ -179,7 +175,6 @@ class _Reconstruction(Objective):
         check_temperatures(temperature_start, temperature_end)
         self.kept_range, self.random_share = kept_range, random_share
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
-        self.shared_budget = shared_budget
 
     def at_random(self, step: Step) -> bool:
         return step.progress < self.random_share
@@ -188,24 +183,15 @@ class _Reconstruction(Objective):
         return temperature(step.progress, self.temperature_start, self.temperature_end)
 
     def random(self, step: Step) -> Float[Tensor, "B N"]:
-        """Uniformly random masks of a sampled size. The selector stays in the graph, as DDP wants it.
-
-        With a shared budget each tile has a size of its own: the reconstructor will see full tiles and empty ones.
-        """
+        """A uniformly random mask of a sampled size. The selector stays in the graph, as DDP wants it."""
         batch, patches = step.scores.shape
-        parts = [1] * batch if self.shared_budget else [batch]
-        masks = [
-            random_mask(part, patches, sampled_keep(patches, self.kept_range, step.generator), step.generator)
-            for part in parts
-        ]
-        return torch.cat(masks).to(step.scores) + 0 * step.scores.sum()
+        keep = sampled_keep(patches, self.kept_range, step.generator)
+        return random_mask(batch, patches, keep, step.generator).to(step.scores) + 0 * step.scores.sum()
 
     def drawn(self, step: Step) -> Float[Tensor, "B N"]:
         """A mask of a sampled size by noisy scores, straight-through."""
-        pool = step.scores.reshape(1, -1) if self.shared_budget else step.scores
-        keep = sampled_keep(pool.shape[1], self.kept_range, step.generator)
-        mask = gumbel_top_k(pool, keep, self.temperature(step), step.generator, self.threshold_gradient)
-        return mask.view_as(step.scores)
+        keep = sampled_keep(step.scores.shape[1], self.kept_range, step.generator)
+        return gumbel_top_k(step.scores, keep, self.temperature(step), step.generator, self.threshold_gradient)
 
 
 class SampledBudget(_Reconstruction):
@@ -224,7 +210,7 @@ class StraightThrough(_Reconstruction):
     Args:
         threshold_gradient: keep the threshold of the masks in the graph. False is a trap to look at, not to use: the
             ranking can come out upside down (`configs/ablation/upside-down.yaml`).
-        weight, kept_range, random_share, temperature_start, temperature_end, shared_budget: as of the others.
+        weight, kept_range, random_share, temperature_start, temperature_end: as of the others.
     """
 
     def __init__(
@@ -235,9 +221,8 @@ class StraightThrough(_Reconstruction):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
-        shared_budget: bool = True,
     ):
-        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end, shared_budget)
+        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end)
         self.threshold_gradient = threshold_gradient
 
     def __call__(self, step: Step) -> Loss:
@@ -252,8 +237,8 @@ class Paper(_Reconstruction):
     Args:
         proportion: p of the clamp, the wanted share of kept tokens.
         regularizer: weight of the clamp; the paper leaves the norm's scale, and so this weight, open.
-        weight, kept_range, random_share, temperature_start, temperature_end, shared_budget: as of the others; budgets
-            are those of the random masks at the start.
+        weight, kept_range, random_share, temperature_start, temperature_end: as of the others; `kept_range` is that of
+            the random masks at the start.
     """
 
     def __init__(
@@ -265,9 +250,8 @@ class Paper(_Reconstruction):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
-        shared_budget: bool = True,
     ):
-        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end, shared_budget)
+        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end)
         if not 0 < proportion <= 1:
             raise ValueError(f"proportion must be in (0, 1], got {proportion}")
         self.proportion, self.regularizer = proportion, regularizer
