@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from selector.greedy import gram
 
-Method = Literal["exact", "fast"]
 RIDGE_ERROR = 1e-2
 """Bound on the rounding of ridge leverage scores from which on they are computed in the next larger type."""
 
@@ -59,7 +58,7 @@ def leverage_scores(
     center: bool = True,
     normalize_rows: bool = False,
     mask: Bool[Tensor, "*B N"] | None = None,
-    method: Method = "exact",
+    method: str = "exact",
     seed: int = 0,
 ) -> Leverage:
     """Rank-k statistical leverage of the rows of each matrix.
@@ -98,7 +97,7 @@ def leverage_scores(
 
 
 def _by_matrix(
-    matrix: Float[Tensor, "*B N D"], rank: int | None, energy: float | None, method: Method, seed: int
+    matrix: Float[Tensor, "*B N D"], rank: int | None, energy: float | None, method: str, seed: int
 ) -> tuple[Int[Tensor, "*B"], Int[Tensor, "*B"], Float[Tensor, "*B N"]]:
     """The rank asked for and the rank used of each matrix, and its scores."""
     batch = matrix.shape[:-2]
@@ -122,7 +121,7 @@ def _by_matrix(
 
 
 def _leading(
-    matrix: Float[Tensor, "N D"], rank: int | None, energy: float | None, method: Method, seed: int
+    matrix: Float[Tensor, "N D"], rank: int | None, energy: float | None, method: str, seed: int
 ) -> tuple[Float[Tensor, "1 N R"], Float[Tensor, "1 R"]]:
     """Leading left singular vectors and squared values of one matrix, as many as the cut needs, or all."""
     if method == "fast" and rank is not None and rank + 32 < min(matrix.shape):
@@ -173,7 +172,7 @@ def ridge_leverage_scores(
     center: bool = True,
     normalize_rows: bool = False,
     mask: Bool[Tensor, "*B N"] | None = None,
-    method: Method = "exact",
+    method: str = "exact",
     seed: int = 0,
 ) -> Float[Tensor, "*B N"]:
     """Ridge leverage of the rows of each matrix: x_i (XᵀX + λI)⁻¹ x_iᵀ, λ = alpha · ‖X‖² / D.

@@ -317,6 +317,12 @@ def test_large_ridges(n, d):
     matrix = decaying(n, d, power=0.7, mean=1.0)
     want = references.ridge_leverage(matrix)
     np.testing.assert_allclose(ridge_leverage_scores(matrix).numpy(), want, atol=2e-4)
+
+
+@pytest.mark.parametrize(("n", "d"), [(600, 900), (900, 600)])
+def test_fast_ridges_find_the_same_rows(n, d):
+    matrix = decaying(n, d, mean=1.0)
+    want = references.ridge_leverage(matrix)
     fast = ridge_leverage_scores(matrix, method="fast", seed=3)
     assert torch.equal(fast, ridge_leverage_scores(matrix, method="fast", seed=3))
     same = set(fast.topk(64).indices.tolist()) & set(np.argsort(-want)[:64].tolist())

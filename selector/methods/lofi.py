@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
-from selector.spectrum import Method, check_rank, check_seed, leverage_scores
+from selector.spectrum import check_rank, check_seed, leverage_scores
 from selector.tokens import VisualTokens
 
 
@@ -41,14 +41,14 @@ class LoFi(ScoreSelector):
         energy: float = 0.9,
         rank: int | None = None,
         center: bool = True,
-        method: Method = "exact",
+        method: str = "exact",
         seed: int = 0,
     ):
         super().__init__()
         check_rank(rank, energy if rank is None else None, method)
         check_seed(seed)
         self.energy, self.rank, self.center, self.seed = energy, rank, center, seed
-        self.method: Method = method
+        self.method = method
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         """Leverage in [0, 1], of each token in the matrix of its image; a token's score depends on all others."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from selector.base import ScoreSelector
 from selector.budget import Scope
 from selector.groups import Groups
-from selector.spectrum import Method, check_method, check_seed, ridge_leverage_scores
+from selector.spectrum import check_method, check_seed, ridge_leverage_scores
 from selector.tokens import VisualTokens
 
 Field = Literal["projected", "features"]
@@ -51,7 +51,7 @@ class RidgeLeverage(ScoreSelector):
         field: Field = "projected",
         center: bool = True,
         matrix: Scope = "image",
-        method: Method = "exact",
+        method: str = "exact",
         seed: int = 0,
     ):
         super().__init__()
@@ -64,7 +64,7 @@ class RidgeLeverage(ScoreSelector):
         check_method(method)
         check_seed(seed)
         self.alpha, self.center, self.seed = alpha, center, seed
-        self.method: Method = method
+        self.method = method
         self.field: Field = field
         self.matrix: Scope = matrix
         self.needs = frozenset({field})

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
-from selector.spectrum import Method, check_rank, check_seed, leverage_scores
+from selector.spectrum import check_rank, check_seed, leverage_scores
 from selector.tokens import VisualTokens
 
 
@@ -48,7 +48,7 @@ class SVDPrune(ScoreSelector):
         center: bool = True,
         normalize_rows: bool = False,
         matrix: Literal["image", "tile"] = "image",
-        method: Method = "exact",
+        method: str = "exact",
         seed: int = 0,
     ):
         super().__init__()
@@ -58,7 +58,7 @@ class SVDPrune(ScoreSelector):
         check_seed(seed)
         self.energy, self.rank, self.center, self.normalize_rows = energy, rank, center, normalize_rows
         self.matrix: Literal["image", "tile"] = matrix
-        self.method: Method = method
+        self.method = method
         self.seed = seed
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
