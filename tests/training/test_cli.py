@@ -46,7 +46,7 @@ def test_fit_logs_compares_the_rankings_and_exports(tmp_path, fit, capsys):
         logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
     wanted = {f"val/rec_{ranker}_{share}" for ranker in RANKERS for share in (50, 25, 10)}
     assert wanted | {"val/rec_learned", "val/cos_learned_25", "val/agreement_25", "val/keep_drawn"} <= logged
-    assert {"train/loss", "rec", "rank", "keep"} <= logged
+    assert {"train/loss", "rec", "keep"} <= logged
     assert list(folder.glob("events.out.tfevents.*"))
     state = torch.load(checkpoint(tmp_path, "best"), weights_only=True)
     assert not [name for name in state["state_dict"] if name.startswith("encoder.")]
