@@ -176,7 +176,7 @@ class AnswerSaliency(Objective):
         patch = step.tokens.is_patch[0]
         looks = step.asked()[1].looks if self.looks else self._gradients(step)
         wanted = torch.stack(looks)[:, patch]
-        wanted = wanted / wanted.sum(1, keepdim=True).clamp(min=1e-12)
+        wanted = wanted / wanted.sum(1, keepdim=True).clamp(min=1e-12)  # all zero: no target rather than NaN
         if not reads_question(step.selector):
             wanted = wanted.mean(0, keepdim=True)
 

@@ -68,6 +68,7 @@ class Reconstructor(nn.Module):
         Returns:
             ``[B, N, D]``, kept tokens included.
         """
+        # Multiplied, not indexed: here a straight-through mask gets its gradient.
         kept = mask.to(features.dtype)[..., None]
         masked = kept * features + (1 - kept) * self.mask_embedding
         return self.head(self.encoder(self.embed(masked) + self.position))

@@ -68,6 +68,8 @@ class RankingComparison(nn.Module):
             *(f"rec_{ranker}" for ranker in RANKERS),
             "keep_drawn",
         ]
+
+        # Weighted means, which Lightning averages over processes; modules, so that they move to the device.
         self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self.names})
         self.rivals = nn.ModuleDict({name: make() for name, make in RIVALS.items()})
 
@@ -170,6 +172,7 @@ class AnswerComparison(nn.Module):
         self.shares = tuple(shares)
         self.names = [f"{what}_{r}_{percent(at)}" for what in ("kl", "same") for r in self.RANKERS for at in shares]
         self.names += [f"{what}_{r}" for what in ("kl", "same") for r in self.RANKERS]
+
         self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self.names})
         self.rivals = nn.ModuleDict({name: make() for name, make in ANSWER_RIVALS.items()})
 

@@ -205,7 +205,7 @@ class ImageModule(LightningDataModule):
             self.cache_dtype,
             device=self.trainer.strategy.root_device,  # where Lightning will move the encoder only later
             workers=self.workers,
-            verify=self.trainer.local_rank == 0,
+            verify=self.trainer.local_rank == 0,  # once per machine
         )
 
     def _contents(self, split: str, tiles: TileDataset) -> dict[str, Any]:
@@ -428,12 +428,12 @@ class _Page:
             self._drawn = self._draw()
         png, turns = self._drawn
         with Image.open(io.BytesIO(png)) as image:
-            return Asked(image.convert("RGB"), turns)
+            return Asked(image.convert("RGB"), turns)  # a copy: the file is closed behind it
 
     def _draw(self) -> tuple[bytes, Turns]:
         page = pages.page(self.kind, "test" if self.split == "test" else "train", self.seed, self.index)
         png = io.BytesIO()
-        page.image.save(png, "PNG", compress_level=1)
+        page.image.save(png, "PNG", compress_level=1)  # lossless and fast; pages are mostly blank anyway
         return png.getvalue(), tuple((turn.question, turn.answer) for turn in page.turns)
 
 

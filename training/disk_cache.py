@@ -150,6 +150,7 @@ class _Build:
 
     def missing(self) -> list[int]:
         """Numbers of the shards still to encode."""
+        # Not reached yet, or deleted by hand because it was damaged.
         shards = self.index["shards"]
         return [
             number

@@ -76,6 +76,7 @@ def export(
 
     written = selector.save_pretrained(folder, card=card, metadata=metadata)
     if config is not None:
+        # Renamed when it is whole, as every file of the folder is.
         partial = written / ".training.yaml.partial"
         shutil.copyfile(config, partial)
         partial.replace(written / "training.yaml")

@@ -52,7 +52,7 @@ def dropped_mean(values: Float[Tensor, "B N"], mask: Float[Tensor, "B N"]) -> Fl
     tensor(3.)
     """
     dropped = 1 - mask
-    return (dropped * values).sum() / dropped.sum().clamp(min=1)
+    return (dropped * values).sum() / dropped.sum().clamp(min=1)  # no NaN where nothing is dropped
 
 
 def drop_error_regression(

@@ -11,9 +11,9 @@ By the answers of the frozen model (`training.answers`): `Answers`, `AnswerSalie
 
 A ranking can come out upside down (blank patches kept, text dropped) where the threshold of the straight-through top-k
 is not part of the graph: then every score is only ever pushed up, all rise together, their spread vanishes, and no
-ranking is left. With the threshold in the graph (`schedules.gumbel_top_k`) the gradient sums to zero over a tile.
-`SampledBudget` loses to leverage for another reason: the tokens that are hardest to rebuild, decorative texture among
-them, are not those from which the rest can be rebuilt.
+ranking is left. With the threshold in the graph (`schedules.gumbel_top_k`) the gradient sums to zero over the tokens
+that share a budget. `SampledBudget` loses to leverage for another reason: the tokens that are hardest to rebuild,
+decorative texture among them, are not those from which the rest can be rebuilt.
 
 Shapes: B tiles, N patches per tile, C channels of the table, R rankings of one image, L packed slots; masks are 1 where
 a token is kept.
@@ -174,15 +174,7 @@ class Objective(ABC):
 
 
 class _Reconstruction(Objective):
-    """What the three have in common: budgets, noise, and random masks at the start.
-
-    Args:
-        weight: factor of this term.
-        kept_range: smallest and largest share of a tile kept in a step, each in (0, 1).
-        random_share: share of the training, from its start, whose masks are uniformly random, so that the reconstructor
-            is good before its errors count; after it the selector draws the masks.
-        temperature_start, temperature_end: temperature of the noise, geometric in between.
-    """
+    """What the three have in common: budgets, noise, and random masks at the start; arguments: see `SampledBudget`."""
 
     reconstructs = True
     threshold_gradient = True
@@ -194,6 +186,7 @@ class _Reconstruction(Objective):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
+        shared_budget: bool = True,
     ):
         super().__init__(weight)
         check_range("kept_range", kept_range)
@@ -202,6 +195,7 @@ class _Reconstruction(Objective):
         check_temperatures(temperature_start, temperature_end)
         self.kept_range, self.random_share = kept_range, random_share
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
+        self.shared_budget = shared_budget
 
     def at_random(self, step: Step) -> bool:
         """Whether this step's masks are uniformly random."""
@@ -212,17 +206,27 @@ class _Reconstruction(Objective):
         return temperature(step.progress, self.temperature_start, self.temperature_end)
 
     def random(self, step: Step) -> Float[Tensor, "B N"]:
-        """A uniformly random mask of a sampled size."""
+        """Uniformly random masks of a sampled size.
+
+        With a shared budget each tile has a size of its own: the reconstructor will see full tiles and empty ones.
+        """
         batch, patches = step.scores.shape
-        keep = sampled_keep(patches, self.kept_range, step.generator)
+        parts = [1] * batch if self.shared_budget else [batch]
+        masks = [
+            random_mask(part, patches, sampled_keep(patches, self.kept_range, step.generator), step.generator)
+            for part in parts
+        ]
 
         # Zero times the scores keeps the selector in the graph: DDP waits for the gradient of every parameter.
-        return random_mask(batch, patches, keep, step.generator).to(step.scores) + 0 * step.scores.sum()
+        return torch.cat(masks).to(step.scores) + 0 * step.scores.sum()
 
     def drawn(self, step: Step) -> Float[Tensor, "B N"]:
         """A mask of a sampled size by noisy scores, straight-through."""
-        keep = sampled_keep(step.scores.shape[1], self.kept_range, step.generator)
-        return gumbel_top_k(step.scores, keep, self.temperature(step), step.generator, self.threshold_gradient)
+        # Under a shared budget the tiles of a batch are drawn from as if they were one large tile.
+        pool = step.scores.reshape(1, -1) if self.shared_budget else step.scores
+        keep = sampled_keep(pool.shape[1], self.kept_range, step.generator)
+        mask = gumbel_top_k(pool, keep, self.temperature(step), step.generator, self.threshold_gradient)
+        return mask.view_as(step.scores)
 
 
 class SampledBudget(_Reconstruction):
@@ -231,14 +235,20 @@ class SampledBudget(_Reconstruction):
     Args:
         weight: factor of this term.
         kept_range: smallest and largest share of a tile kept in a step, each in (0, 1).
-        random_share: share of the training, from its start, whose masks are uniformly random.
+        random_share: share of the training, from its start, whose masks are uniformly random, so that the reconstructor
+            is good before its errors count; after it the selector draws the masks.
         temperature_start, temperature_end: temperature of the noise, geometric in between.
+        shared_budget: one budget for all tiles of a batch, so that a full tile keeps more than a blank one and the
+            scores of different tiles come to one scale, which ranking an image's tiles together needs. False keeps the
+            same number of tokens of every tile.
     """
 
     def __call__(self, step: Step) -> Loss:
         # No gradient through the mask: the score learns from the regression alone.
         mask = (self.random(step) if self.at_random(step) else self.drawn(step)).detach()
         error = step.error(mask)
+
+        # The first term trains the reconstructor, the second the selector.
         rebuild, rank = dropped_mean(error, mask), drop_error_regression(step.scores, error, mask)
         return Loss(rebuild + rank, {"rec": rebuild.detach(), "rank": rank.detach(), "keep": mask.mean()})
 
@@ -249,7 +259,7 @@ class StraightThrough(_Reconstruction):
     Args:
         threshold_gradient: keep the threshold of the masks in the graph. False is there to demonstrate the trap, not to
             be used: the ranking can come out upside down (`configs/ablation/upside-down.yaml`).
-        weight, kept_range, random_share, temperature_start, temperature_end: as for `SampledBudget`.
+        weight, kept_range, random_share, temperature_start, temperature_end, shared_budget: as for `SampledBudget`.
     """
 
     def __init__(
@@ -260,13 +270,16 @@ class StraightThrough(_Reconstruction):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
+        shared_budget: bool = True,
     ):
-        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end)
+        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end, shared_budget)
         self.threshold_gradient = threshold_gradient
 
     def __call__(self, step: Step) -> Loss:
         mask = self.random(step) if self.at_random(step) else self.drawn(step)
         error = step.error(mask)
+
+        # Over all tokens, as in the paper; what is logged is of dropped tokens alone, comparable between objectives.
         return Loss(error.mean(), {"rec": dropped_mean(error, mask).detach(), "keep": mask.detach().mean()})
 
 
@@ -276,8 +289,8 @@ class Paper(_Reconstruction):
     Args:
         proportion: p of the clamp, the wanted share of kept tokens, in (0, 1].
         regularizer: weight of the clamp; the paper leaves the norm's scale, and so this weight, open.
-        weight, kept_range, random_share, temperature_start, temperature_end: as for `SampledBudget`; `kept_range` is
-            that of the random masks at the start only.
+        weight, kept_range, random_share, temperature_start, temperature_end, shared_budget: as for `SampledBudget`;
+            budgets are those of the random masks at the start only.
     """
 
     def __init__(
@@ -289,8 +302,9 @@ class Paper(_Reconstruction):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
+        shared_budget: bool = True,
     ):
-        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end)
+        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end, shared_budget)
         if not 0 < proportion <= 1:
             raise ValueError(f"proportion must be in (0, 1], got {proportion}")
         self.proportion, self.regularizer = proportion, regularizer

@@ -23,8 +23,8 @@ def draft(task: str, rng: Random, size: tuple[int, int] | None = None, count: tu
         size: (width, height) in pixels; None draws one of the task's own.
         count: the fewest and the most fields, objects or lines; None takes the task's own.
 
-    >>> draft("documents", Random(0), size=(336, 336)).size
-    (336, 336)
+    >>> draft("documents", Random(0), size=(192, 96)).size
+    (192, 96)
     """
     return generator(task).draft(rng, size, count, "train", **_rewriting(task))
 

@@ -92,6 +92,8 @@ def gumbel_top_k(
     tensor([3., 3.])
     """
     noisy = (scores + logistic_noise(scores, generator)) / temperature
+
+    # The lowest of the noisy scores that pass is the threshold.
     top = noisy.topk(keep, dim=-1)
     threshold = top.values[:, -1:]
 
