@@ -433,7 +433,7 @@ class _Page:
     def _draw(self) -> tuple[bytes, Turns]:
         page = pages.page(self.kind, "test" if self.split == "test" else "train", self.seed, self.index)
         png = io.BytesIO()
-        page.image.save(png, "PNG", compress_level=1)  # lossless and fast; pages are mostly blank anyway
+        page.image.save(png, "PNG", compress_level=1)  # lossless, and fast to write
         return png.getvalue(), tuple((turn.question, turn.answer) for turn in page.turns)
 
 

@@ -219,7 +219,7 @@ class SelectorModule(LightningModule):
     def _encoded(self, conversation: Conversation) -> Any:
         assert isinstance(self.encoder, LlavaNextModel)  # for the type checker: checked by the constructor
 
-        # Beyond what the selector reads: validation compares it with a method that reads the features.
+        # Beyond what the selector reads: what the leverage that validation compares it with may read.
         return self.encoder.encoded(conversation, self.selector.needs | {"features", "projected"})
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
