@@ -11,9 +11,9 @@ By the answers of the frozen model (`training.answers`): `Answers`, `AnswerSalie
 
 A ranking can come out upside down (blank patches kept, text dropped) where the threshold of the straight-through top-k
 is not part of the graph: then every score is only ever pushed up, all rise together, their spread vanishes, and no
-ranking is left. With the threshold in the graph (`schedules.gumbel_top_k`) the gradient sums to zero over the tokens
-that share a budget. `SampledBudget` loses to leverage for another reason: the tokens that are hardest to rebuild,
-decorative texture among them, are not those from which the rest can be rebuilt.
+ranking is left. With the threshold in the graph (`schedules.gumbel_top_k`) the gradient sums to zero over a tile.
+`SampledBudget` loses to leverage for another reason: the tokens that are hardest to rebuild, decorative texture among
+them, are not those from which the rest can be rebuilt.
 
 Shapes: B tiles, N patches per tile, C channels of the table, R rankings of one image, L packed slots; masks are 1 where
 a token is kept.
@@ -186,7 +186,6 @@ class _Reconstruction(Objective):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
-        shared_budget: bool = True,
     ):
         super().__init__(weight)
         check_range("kept_range", kept_range)
@@ -195,7 +194,6 @@ class _Reconstruction(Objective):
         check_temperatures(temperature_start, temperature_end)
         self.kept_range, self.random_share = kept_range, random_share
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
-        self.shared_budget = shared_budget
 
     def at_random(self, step: Step) -> bool:
         """Whether this step's masks are uniformly random."""
@@ -206,27 +204,17 @@ class _Reconstruction(Objective):
         return temperature(step.progress, self.temperature_start, self.temperature_end)
 
     def random(self, step: Step) -> Float[Tensor, "B N"]:
-        """Uniformly random masks of a sampled size.
-
-        With a shared budget each tile has a size of its own: the reconstructor will see full tiles and empty ones.
-        """
+        """A uniformly random mask of a sampled size."""
         batch, patches = step.scores.shape
-        parts = [1] * batch if self.shared_budget else [batch]
-        masks = [
-            random_mask(part, patches, sampled_keep(patches, self.kept_range, step.generator), step.generator)
-            for part in parts
-        ]
+        keep = sampled_keep(patches, self.kept_range, step.generator)
 
         # Zero times the scores keeps the selector in the graph: DDP waits for the gradient of every parameter.
-        return torch.cat(masks).to(step.scores) + 0 * step.scores.sum()
+        return random_mask(batch, patches, keep, step.generator).to(step.scores) + 0 * step.scores.sum()
 
     def drawn(self, step: Step) -> Float[Tensor, "B N"]:
         """A mask of a sampled size by noisy scores, straight-through."""
-        # Under a shared budget the tiles of a batch are drawn from as if they were one large tile.
-        pool = step.scores.reshape(1, -1) if self.shared_budget else step.scores
-        keep = sampled_keep(pool.shape[1], self.kept_range, step.generator)
-        mask = gumbel_top_k(pool, keep, self.temperature(step), step.generator, self.threshold_gradient)
-        return mask.view_as(step.scores)
+        keep = sampled_keep(step.scores.shape[1], self.kept_range, step.generator)
+        return gumbel_top_k(step.scores, keep, self.temperature(step), step.generator, self.threshold_gradient)
 
 
 class SampledBudget(_Reconstruction):
@@ -238,9 +226,6 @@ class SampledBudget(_Reconstruction):
         random_share: share of the training, from its start, whose masks are uniformly random, so that the reconstructor
             is good before its errors count; after it the selector draws the masks.
         temperature_start, temperature_end: temperature of the noise, geometric in between.
-        shared_budget: one budget for all tiles of a batch, so that a full tile keeps more than a blank one and the
-            scores of different tiles come to one scale, which ranking an image's tiles together needs. False keeps the
-            same number of tokens of every tile.
     """
 
     def __call__(self, step: Step) -> Loss:
@@ -259,7 +244,7 @@ class StraightThrough(_Reconstruction):
     Args:
         threshold_gradient: keep the threshold of the masks in the graph. False is there to demonstrate the trap, not to
             be used: the ranking can come out upside down (`configs/ablation/upside-down.yaml`).
-        weight, kept_range, random_share, temperature_start, temperature_end, shared_budget: as for `SampledBudget`.
+        weight, kept_range, random_share, temperature_start, temperature_end: as for `SampledBudget`.
     """
 
     def __init__(
@@ -270,9 +255,8 @@ class StraightThrough(_Reconstruction):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
-        shared_budget: bool = True,
     ):
-        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end, shared_budget)
+        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end)
         self.threshold_gradient = threshold_gradient
 
     def __call__(self, step: Step) -> Loss:
@@ -289,8 +273,8 @@ class Paper(_Reconstruction):
     Args:
         proportion: p of the clamp, the wanted share of kept tokens, in (0, 1].
         regularizer: weight of the clamp; the paper leaves the norm's scale, and so this weight, open.
-        weight, kept_range, random_share, temperature_start, temperature_end, shared_budget: as for `SampledBudget`;
-            budgets are those of the random masks at the start only.
+        weight, kept_range, random_share, temperature_start, temperature_end: as for `SampledBudget`; `kept_range` is
+            that of the random masks at the start only.
     """
 
     def __init__(
@@ -302,9 +286,8 @@ class Paper(_Reconstruction):
         random_share: float = 0.5,
         temperature_start: float = 1.0,
         temperature_end: float = 0.5,
-        shared_budget: bool = True,
     ):
-        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end, shared_budget)
+        super().__init__(weight, kept_range, random_share, temperature_start, temperature_end)
         if not 0 < proportion <= 1:
             raise ValueError(f"proportion must be in (0, 1], got {proportion}")
         self.proportion, self.regularizer = proportion, regularizer

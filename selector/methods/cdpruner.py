@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import pivots, precise, unit
+from selector.greedy import directions, pivots, precise
 from selector.groups import Groups
 from selector.tokens import VisualTokens
 
@@ -40,7 +40,7 @@ class CDPruner(GreedySelector):
     """
 
     paper = "arXiv 2506.10967"
-    cost = "N D K + D K²"
+    cost = "N² D / 2 + N K²"
     needs = frozenset({"projected", "text"})
 
     def __init__(self, relevance: Relevance = "text"):
@@ -51,11 +51,12 @@ class CDPruner(GreedySelector):
         self.needs = frozenset({"projected"} | ({relevance} - {"none"}))
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
-        rows = unit(groups.gather(tokens.read("projected", self)))
+        rows = directions(groups.gather(tokens.read("projected", self)))
+        weight = torch.ones_like(groups.mask, dtype=precise(rows[:0]).dtype)
         if self.relevance != "none":
             value = precise(groups.gather(tokens.read(self.relevance, self)))
             low = value.masked_fill(~groups.mask, torch.inf).amin(1, keepdim=True)
             high = value.masked_fill(~groups.mask, -torch.inf).amax(1, keepdim=True)
             scaled = (value - low + SMALL) / (high - low).clamp(min=torch.finfo(value.dtype).tiny)
-            rows = rows * torch.where(high > low, scaled, 1)[..., None]  # all alike: no preference
-        return pivots(rows * groups.mask[..., None], groups.mask, steps)
+            weight = torch.where(high > low, scaled, 1)  # all alike: no preference
+        return pivots(rows, groups.mask, steps, weight)

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import farthest, grained, precise, products, take, within_unit
+from selector.greedy import Products, farthest, grained, take, within_unit, working
 from selector.groups import Groups
 from selector.tokens import VisualTokens
 
@@ -23,12 +23,14 @@ class FarthestPoint(GreedySelector):
     cost = "N D K"
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
-        rows = precise(groups.gather(tokens.read("features", self)))
+        rows = working(groups.gather(tokens.read("features", self)))
         mean = rows.sum(1, keepdim=True) / groups.size.clamp(min=1)[:, None, None]
         rows = within_unit((rows - mean) * groups.mask[..., None])  # centred, squares do not cancel
-        square = grained(rows.square().sum(-1))
+        products = Products(rows, groups.mask, steps)
+        square, largest = products.squares, products.squares.amax(1, keepdim=True)
+        scale = 1 / largest.masked_fill(largest == 0, 1)
 
         def distance(pick: Tensor) -> Tensor:
-            return square + take(square, pick)[:, None] - 2 * products(rows, pick)
+            return grained((square + take(square, pick)[:, None] - 2 * products.of(pick)) * scale)
 
-        return farthest(square, distance, groups.mask, steps)
+        return farthest(grained(square * scale), distance, groups.mask, steps)
