@@ -1,9 +1,10 @@
 """DivPrune (arXiv 2503.02175): the subset whose closest pair is farthest apart, greedily.
 
 Max-min diversity by cosine distance on the projected tokens. First the token with the largest distance to its nearest
-other, then again and again the token farthest from all chosen ones. With the official code, all kept sets agree. Where
-we depart: an all-zero token has no direction and counts as nearer than any other, so it comes last (published, its NaN
-ends the choice after two tokens); and newline tokens never compete, as they do in the official run on a LLaVA-NeXT.
+other, then repeatedly the token farthest from all chosen ones. With the official code, all kept sets agree. Where we
+depart: an all-zero token has no direction and counts as nearer than any other, so it comes last (in the official code
+its NaN ends the choice after two tokens); and newline tokens never compete, while in the official run on LLaVA-NeXT
+they do.
 """
 
 from __future__ import annotations
@@ -19,13 +20,22 @@ from selector.tokens import VisualTokens
 
 
 class DivPrune(GreedySelector):
-    """Farthest-point order of the projected tokens by cosine distance."""
+    """Farthest-point order of the projected tokens by cosine distance.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, DivPrune, VisualTokens
+        >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]])  # the first two nearly alike
+        >>> DivPrune()(VisualTokens.from_features(rows, projected=rows), Budget(3)).tolist()
+        [[True, False, True, True]]
+    """
 
     paper = "arXiv 2503.02175"
     cost = "N² D / 2 + N K"
     needs = frozenset({"projected"})
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """First the token farthest from its nearest other, then farthest points; all-zero tokens last."""
         rows = directions(groups.gather(tokens.read("projected", self)))
         products = Products(rows, groups.mask, None)  # the first pick needs all pairs anyway
         directed = groups.mask & (products.squares != 0)

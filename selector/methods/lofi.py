@@ -1,8 +1,8 @@
 """LoFi (arXiv 2503.06794, "Silent Hazards of Token Reduction"): leverage scores of the model's internal representation.
 
 Known from the abstracts: training-free, low-rank SVD of the model's internal representations, pruning by the leverage
-score. The layer, the rank and centring are not fixed by a text we could read. Here the internal representation is the
-projected visual tokens as the language model receives them, where SVD-Prune takes the encoder's features.
+score. No text available to us fixes the layer, the rank or centring. Here the internal representation is the projected
+visual tokens as the language model receives them, where SVD-Prune takes the encoder's features.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ class LoFi(ScoreSelector):
         rank: fixed truncation rank.
         center: subtract the mean token first.
         method: ``"exact"`` or, with a small `rank`, ``"fast"``, see `selector.spectrum`; `seed` is that of sketches.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, LoFi, VisualTokens
+        >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # three alike, and one that is not
+        >>> LoFi()(VisualTokens.from_features(rows, projected=rows), Budget(1)).tolist()
+        [[False, False, False, True]]
     """
 
     paper = "Silent Hazards, arXiv 2503.06794"
@@ -44,7 +51,9 @@ class LoFi(ScoreSelector):
         self.method: Method = method
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """Leverage in [0, 1], of each token in the matrix of its image; a token's score depends on all others."""
         matrix, mask = tokens.by_image(tokens.read("projected", self))
+        # The two ways to truncate exclude each other.
         energy = None if self.rank is not None else self.energy
         return tokens.unpacked(
             leverage_scores(

@@ -20,6 +20,13 @@ class PivotedQR(GreedySelector):
 
     Args:
         center: subtract the mean token first.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, PivotedQR, VisualTokens
+        >>> tokens = VisualTokens.from_features(torch.tensor([[[3.0, 0.0], [2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]))
+        >>> PivotedQR(center=False)(tokens, Budget(2)).tolist()
+        [[True, False, True, False]]
     """
 
     paper = "baseline (Businger & Golub 1965)"
@@ -30,6 +37,7 @@ class PivotedQR(GreedySelector):
         self.center = center
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """The order of the pivots; one mean per group is subtracted, if any."""
         rows = working(groups.gather(tokens.read("features", self)))
         if self.center:
             rows = rows - rows.sum(1, keepdim=True) / groups.size.clamp(min=1)[:, None, None]

@@ -32,6 +32,13 @@ class RidgeLeverage(ScoreSelector):
         center: subtract the mean token first.
         matrix: ``"image"`` takes all packed tokens of an image as one matrix, ``"tile"`` each tile by itself.
         method: ``"exact"``, or ``"fast"``: 128 leading directions by a sketch (seeded with `seed`), the others as one.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, RidgeLeverage, VisualTokens
+        >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # three alike, and one that is not
+        >>> RidgeLeverage()(VisualTokens.from_features(rows, projected=rows), Budget(1)).tolist()
+        [[False, False, False, True]]
     """
 
     paper = "baseline (Alaoui & Mahoney 2015)"
@@ -63,6 +70,7 @@ class RidgeLeverage(ScoreSelector):
         self.needs = frozenset({field})
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """Ridge leverage in [0, 1)."""
         groups = Groups.of(tokens, self.matrix)
         table = groups.gather(tokens.read(self.field, self))
         scores = ridge_leverage_scores(

@@ -3,7 +3,7 @@
 Facility location on the features: the gain of token i is Σ_j max(0, cos(i, j) − cover_j), where cover_j is the highest
 similarity of j to a chosen token; it is multiplied by the CLS attention of i to the power `alpha`, officially 1. With
 the official code, all kept sets agree. Where we depart: an all-zero token is similar to nothing and chosen last. The
-rule needs all pairs: one N × N matrix a group. On a LLaVA-NeXT the official run spends K/5 on each crop by itself,
+rule needs all pairs: one N × N matrix per group. On LLaVA-NeXT the official run spends K/5 on each crop separately,
 which is ``scope="tile"``.
 """
 
@@ -26,6 +26,14 @@ class SCOPE(GreedySelector):
 
     Args:
         alpha: exponent of the attention; 0 leaves it out.
+
+    Example:
+        >>> import torch
+        >>> from selector import SCOPE, Budget, VisualTokens
+        >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+        >>> tokens = VisualTokens.from_features(rows, cls_attention=torch.ones(1, 4))
+        >>> SCOPE()(tokens, Budget(2)).tolist()  # the first covers three, the last covers itself
+        [[True, False, False, True]]
     """
 
     paper = "arXiv 2510.24214"
@@ -39,6 +47,7 @@ class SCOPE(GreedySelector):
         self.alpha = alpha
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
+        """By gain in coverage times attention to the power `alpha`, both relative to the group."""
         rows = directions(groups.gather(tokens.read("features", self)))
         attention = precise(groups.gather(tokens.read("cls_attention", self)))
         weight = (attention / attention.amax(1, keepdim=True).clamp(min=1e-30)) ** self.alpha
