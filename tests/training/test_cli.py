@@ -288,7 +288,7 @@ def test_export_names_what_is_no_checkpoint(tmp_path, capsys):
     assert "was not written by selector-train" in capsys.readouterr().err
     torch.save({"selector": {"encoder": {}, "data": ""}, "state_dict": {}}, tmp_path / "older.ckpt")
     assert main(["export", str(tmp_path / "older.ckpt"), str(tmp_path / "out")]) == 2
-    assert "it does not tell ['class', 'objective', 'steps', 'tokens_per_s', 'validation']" in capsys.readouterr().err
+    assert "it lacks ['class', 'objective', 'steps', 'tokens_per_s', 'validation']" in capsys.readouterr().err
     torch.save({"selector": Path("a")}, tmp_path / "pickled.ckpt")
     assert main(["export", str(tmp_path / "pickled.ckpt"), str(tmp_path / "out")]) == 2
     assert "cannot be read safely" in capsys.readouterr().err
