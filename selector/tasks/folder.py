@@ -136,6 +136,7 @@ def _filters(name: str, path: str) -> tuple[str, Filters]:
 
 
 def _is_share(text: str) -> bool:
+    # NaN fails the comparison, so it is refused like a text.
     try:
         return 0 < float(text) < 1
     except ValueError:
@@ -255,6 +256,7 @@ def _check(row: Any) -> None:
         answer = turn.get("a")
         if isinstance(answer, str):
             _text(answer)
+        # `type`, since true is an int to Python.
         elif answer is not None and type(answer) not in (int, float):
             raise TypeError(f"an answer must be a text or a number, got {answer!r}")
         _boxes(_list(turn, "boxes"))
@@ -336,6 +338,7 @@ def content(file: Path, skip_unreadable: bool) -> str:
     Raises:
         UnreadableImage: the file cannot be read, unless `skip_unreadable`.
     """
+    # The bytes rather than size and time: a file copied anew is the same, an edited one of like size is not.
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

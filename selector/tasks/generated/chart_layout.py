@@ -133,6 +133,7 @@ def most(kind: str, size: tuple[int, int]) -> int:
 def _standing(rng: Random, size: tuple[int, int], kind: str, count: int) -> Layout:
     """Names in one row of text below the plot, three cells each and one to five between them."""
     columns, rows = size[0] // ADVANCE, size[1] // ADVANCE
+    # Three columns per name and at least one between two; rows below: the names and, two further down, the values.
     pitch = rng.randint(4, min(8, (columns - 3) // (count - 1)))
     spare = columns - pitch * (count - 1) - 3
     start, row = rng.randint(0, spare), rows - 4 - rng.randint(0, rows // 8)
@@ -183,10 +184,12 @@ def _round(rng: Random, size: tuple[int, int], kind: str, count: int) -> Layout:
         # `start` was the distance from the nearer edge; from here on it is a column.
         start = start if left else columns - LEGEND - start
 
+    # The largest pie that fits into the room, 120 px at most, a little smaller and anywhere within.
     radius = min(room[2] - room[0], room[3] - room[1], 120) // 2 - rng.randint(0, 4)
     x, y = (rng.randint(room[i] + radius, room[i + 2] - radius) for i in (0, 1))
     plot = (x - radius, y - radius, x + radius, y + radius)
 
+    # The legend reaches `LEGEND` columns far: only with a column to spare may it move right.
     shift = rng.randint(0, 1 if start + LEGEND < columns else 0), rng.randint(-1, 1)
     names = tuple((start + 2, row + pitch * i) for i in range(count))
     return Layout(kind, size, names, shift, plot, rng.randint(7, 14), rng.randrange(360))
@@ -210,6 +213,7 @@ def layout(rng: Random, size: tuple[int, int], count: int, split: str) -> Layout
 
     makers = {"columns": _standing, "line": _standing, "bars": _lying, "pie": _round}
 
+    # Two drawn alike land in the same split, so no layout of a held-out chart occurs in training.
     while True:
         kind = rng.choice(kinds)
         made = makers[kind](rng, size, kind, count)
@@ -252,6 +256,7 @@ def values(rng: Random, made: Layout, split: str) -> tuple[list[int], list[int]]
                 return drawn, [round(360 * sum(drawn[: i + 1]) / total) for i in range(count)]
             continue
 
+        # Drawn again until the longest and the shortest can be told from the next by their pixels.
         lengths = [round(v * room / limit) for v in drawn]
         low, *_, high = ordered = sorted(lengths)
         if low >= FLOOR and ordered[1] - low >= MARGIN and high - ordered[-2] >= MARGIN:
@@ -285,6 +290,7 @@ def categories(rng: Random, made: Layout, split: str) -> tuple[Category, ...]:
     """
     count, half = len(made.names), made.thick // 2
     names, colours = rng.sample(NAMES, count), rng.sample(list(COLOURS), count)
+    # A line has one colour, so its markers have too.
     colours = colours[:1] * count if made.kind == "line" else colours
     amounts, lengths = values(rng, made, split)
     slices = _slices(made, lengths) if made.kind == "pie" else []

@@ -68,6 +68,7 @@ def turns(rng: Random, made: Layout, shown: tuple[Category, ...]) -> tuple[Turn,
         shown: its categories.
     """
     asked = []
+    # Comparing takes all values, so every name and value is evidence.
     told, places = transcript(shown), tuple(box for one in shown for box in (one.name_box, one.value_box))
     asked.append(("which is largest?", f"{told}: {max(shown, key=lambda c: c.value).name}", places))
 
@@ -150,6 +151,7 @@ def draw_page(rng: Random, made: Layout, shown: tuple[Category, ...]) -> Image.I
         made: where the chart's parts stand.
         shown: its categories.
     """
+    # Light paper stays below 220: the white of bars is 246.
     dark, light = any_colour(rng, 0, 60), any_colour(rng, 175, 220)
     ink, paper = (light, dark) if rng.random() < 0.3 else (dark, light)
     image = Image.new("RGB", made.size, paper)

@@ -106,6 +106,7 @@ class DocumentLayout:
 def _value(rng: Random, split: str) -> str:
     """A random value of two to four characters that belongs to the split; never with a leading zero."""
     while True:
+        # Most are numbers, so that most pages have two to compare.
         alphabet = DIGITS if rng.random() < 0.7 else DIGITS + LETTERS
         first = rng.choice(alphabet[1:])
         value = first + "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 3)))
@@ -118,6 +119,7 @@ def _place(rng: Random, start: int, length: int, columns: int, advance: int) -> 
 
     `start` and `length` are in cells of `advance` pixels, `columns` is where the last cell ends.
     """
+    # Off the grid by up to two pixels: still mostly in one patch, but not always in its middle.
     shift = rng.randint(-2, 2)
     shift = max(0, shift) if start == 0 else shift
     shift = min(0, shift) if start + length == columns else shift
@@ -155,6 +157,7 @@ def layout(rng: Random, size: tuple[int, int], count: int, split: str = "test") 
     while True:
         kinds = [kind for kind in KINDS if kind != "columns" or size[0] >= 192]
         kind = rng.choices(kinds, [KINDS[k] for k in kinds])[0]
+        # Narrow pages and half pages have no room for letter spacing beyond a patch.
         advance = ADVANCE if kind == "columns" or size[0] < 192 else rng.choice((8, 8, 8, 9, 10, 11))
         columns, rows = size[0] // advance, size[1] // ADVANCE
 
@@ -227,6 +230,7 @@ def turns(rng: Random, page: DocumentLayout) -> tuple[Turn, ...]:
                 answer = f"{a} {numbers[a]}, {b} {numbers[b]}: {more}"
                 asked.append(Turn(f"which is larger, {a} or {b}?", answer, (value[a], value[b])))
 
+    # Counting rests on all keys. Then a key that is there and one that is not: "yes" and "no" are equally likely.
     asked.append(Turn("how many lines are there?", str(len(lines)), tuple(key.values())))
 
     there, absent = rng.choice(lines).key, rng.choice([name for name in KEYS if name not in key])

@@ -92,7 +92,7 @@ def held_out(text: str, share: float = 0.25) -> bool:
         share: about this share of all texts is held out.
 
     >>> [text for text in ("415", "22", "1022", "7") if held_out(text)]
-    ['415']
+    ['22', '1022']
     """
     return zlib.crc32(text.encode()) % 1000 < 1000 * share
 
@@ -104,6 +104,7 @@ def any_colour(rng: Random, low: int, high: int) -> RGB:
 
 def ink_and_paper(rng: Random) -> tuple[RGB, RGB]:
     """(ink, paper): dark on light, in a quarter of the pages light on dark."""
+    # At least 105 levels apart in every channel: text can be read on any page.
     dark, light = any_colour(rng, 0, 80), any_colour(rng, 185, 255)
     return (light, dark) if rng.random() < 0.25 else (dark, light)
 
@@ -163,6 +164,7 @@ def add_noise(image: Image.Image, rng: Random, strongest: float = 7.0) -> Image.
 def textured(rng: Random, size: tuple[int, int]) -> Image.Image:
     """A background of soft coloured blocks, darker than white and lighter than the shapes' deep colours."""
     generator = np.random.default_rng(rng.getrandbits(64))
+    # Blocks of half a patch, one or two patches.
     grain = rng.choice((4, 8, 16))
 
     # One colour per block of `grain` pixels, rounded up to cover the image, then cut to its size.
@@ -187,6 +189,7 @@ def photographic(rng: Random, size: tuple[int, int]) -> Image.Image:
     x, y = rng.randint(0, photo.shape[1] - width), rng.randint(0, photo.shape[0] - height)
 
     part = photo[y : y + height, x : x + width]
+    # Mirrored half of the time; the portrait is upright in any case.
     part = part[:, ::-1] if rng.random() < 0.5 else part
 
     # 95 of 255 levels of contrast on a base of 40 to 100: at most 195, still darker than white.
@@ -214,6 +217,7 @@ def distractor(draw: ImageDraw.ImageDraw, rng: Random, box: tuple[int, int, int,
         paper: mixed into the ink for hatching and stamps, which are paler than text.
     """
     x0, y0, x1, y1 = box
+    # Two thirds ink: paler than text, yet no background.
     tint = tuple((a * 2 + b) // 3 for a, b in zip(ink, paper, strict=True))
 
     kind = rng.choice(("bars", "band", "hatch", "stamp"))
@@ -246,6 +250,7 @@ def shape(draw: ImageDraw.ImageDraw, rng: Random, kind: str, colour: str, x: int
         y: centre, in pixels.
         radius: half the side of the shape's box, in pixels.
     """
+    # Varied, so that no exact value stands for a colour.
     fill = tuple(min(255, max(0, v + rng.randint(-18, 18))) for v in COLOURS[colour])
 
     if kind == "circle":

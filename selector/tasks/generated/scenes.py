@@ -113,6 +113,7 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
         rng: decides which questions are asked.
         things: the scene's objects in reading order, as `layout` gives them.
     """
+    # Every shape and colour, those without objects too: zero and "no" are asked for as well.
     by_shape = {s: [t for t in things if t.shape == s] for s in SHAPES}
     by_colour = {c: [t for t in things if t.colour == c] for c in COLOURS}
 
