@@ -64,7 +64,7 @@ class Scrambled:
 
 
 def _room(receipt: Receipt, index: int, place: int) -> np.ndarray:
-    """What is cleared for a character, (x0, y0, x1, y1) in pixels of the scan: a little above and below its room too."""
+    """What is cleared for a character, (x0, y0, x1, y1) in pixels of the scan: a bit above and below its room too."""
     fitted, box = line(receipt, index), receipt.boxes[index]
     # Ink may stand above and below the line's rows too, but within the annotated box it is no other line's.
     more = 0.2 * capital_height(fitted)
