@@ -61,6 +61,7 @@ def pack_symbols(base: np.ndarray | None, full: np.ndarray) -> np.ndarray:
         full: labels of the page [2, rows, columns].
     """
     newline = np.zeros((2, full.shape[1], 1), full.dtype)
+    # Its second channel stays 0: a newline is no object's centre.
     newline[0] = NEWLINE
 
     rows = np.concatenate([full, newline], axis=2).reshape(2, -1)
@@ -106,6 +107,7 @@ def facts(task: str, turns: Sequence[Turn], marks: Marks) -> list[tuple[str, str
         marks: what stands on it.
     """
     if task != "scenes":
+        # Except for scenes, the page's own questions are enough.
         return [(shortened(turn.question), turn.answer) for turn in turns]
     things = [label.split() for label, _ in marks]
     pairs = [(shortened(turn.question), turn.answer) for turn in turns if kind_of(turn.question) == "beside"]
@@ -154,6 +156,7 @@ def lesson(
         hint: see `conversation`.
         draw: with the image too.
     """
+    # One draw decides the form: at its low end everything is told, at its high end it is a drill.
     way = rng.random()
     tells, drills = way < aloud, way > 1 - drill
 
@@ -164,6 +167,7 @@ def lesson(
     symbols = pack_symbols(first if base else None, full)
 
     if drills:
+        # All facts, in random order: that of the page must not help.
         known = facts(task, draft.turns, draft.marks)
         ids, labels = recital(tokenizer, rng.sample(known, len(known)), symbols.shape[1])
     else:
@@ -173,8 +177,10 @@ def lesson(
 
     # Which slots stay: all that show something, and a random share of the rest.
     empty = (symbols[0] == 0) | (symbols[0] == NEWLINE)
+    # Every lesson has a density of its own, so that the reader depends on none.
     share = blanks ** rng.uniform(0.5, 2.0)
     stays = ~empty | (np.random.default_rng(rng.getrandbits(64)).random(symbols.shape[1]) < share)
+    # The slot right behind what is shown: there the end of a word can be seen.
     if rng.random() < 0.5:
         stays[1:] |= ~empty[:-1]
 
@@ -182,6 +188,8 @@ def lesson(
     start = ids.index(IMAGE_ID)
     whole = np.ones(len(ids), bool)
     whole[start : start + len(stays)] = stays
+
+    # Positions keep their gaps: every token stands where it would on the whole page.
     positions, kept = np.flatnonzero(whole).tolist(), np.flatnonzero(stays)
     shorter = [ids[i] for i in positions], [labels[i] for i in positions]
 
@@ -218,12 +226,15 @@ def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence
             comparing = [turn for turn in drawn if turn.question.startswith("which")]
 
         turn = rng.choice(comparing)
+        # The answer "TAX 41, TOTAL 1022: TOTAL" falls into what is told and what is asked.
         told, _, name = turn.answer.partition(": ")
         asked = tokenizer.encode(f"USER: {turn.question} ASSISTANT:{told}: ")
 
         first, *rest = tokenizer.encode(f"{name}</s>")
+        # A single label per comparison: neither what is told nor the rest of the name is learnt here.
         ids, labels = [*ids, *asked, first, *rest], labels + [-100] * len(asked) + [first] + [-100] * len(rest)
 
+    # No page: no visual slots and no tiles.
     nothing = np.zeros((2, 0), np.int64)
     return Lesson(
         "compared",
@@ -250,6 +261,7 @@ def by_length(lessons: Sequence[Lesson], groups: int = 3) -> list[tuple[list[Les
     size = -(-len(ranked) // groups)
     parts = [ranked[start : start + size] for start in range(0, len(ranked), size)]
 
+    # The loss is a mean over answer tokens, so groups count by how many they have.
     asked = [sum(label != -100 for one in part for label in one.labels) for part in parts]
     return [(part, count / sum(asked)) for part, count in zip(parts, asked, strict=True)]
 
@@ -263,6 +275,7 @@ def collate(lessons: list[Lesson]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L
     length = max(len(one.ids) for one in lessons)
     ids = torch.full((len(lessons), length), PAD)
     labels = torch.full((len(lessons), length), -100)
+    # Positions of the padding do not matter: no label is there and no token comes after it.
     positions = torch.arange(length).repeat(len(lessons), 1)
 
     for row, one in enumerate(lessons):

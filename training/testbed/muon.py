@@ -104,6 +104,7 @@ class Muon(torch.optim.AdamW):
             # The root mean square of the update is then about 0.2, as AdamW's usually is.
             scale = 0.2 * max(shape) ** 0.5
             for (parameter, _), update in zip(pairs, orthogonal(torch.stack(ahead)), strict=True):
+                # Weight decay as AdamW's: it shrinks the matrix and does not enter the momentum.
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
 

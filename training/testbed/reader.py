@@ -76,12 +76,14 @@ class Grade:
         Raises:
             ValueError: comparisons are wanted, but no task that compares numbers.
         """
+        # Comparisons need no page, so they come before a task is drawn.
         if rng.random() < self.compared:
             return comparisons(rng, tokenizer, [task for task in self.shares if task in ("documents", "charts")])
 
         task = rng.choices(list(self.shares), list(self.shares.values()))[0]
 
         size, count = None, None
+        # Smaller pages than the task's own, where this stage has some for it.
         if task in self.pages:
             name = rng.choice(list(self.pages[task]))
             count = self.pages[task][name]
@@ -122,6 +124,7 @@ class Reader(nn.Module):
         self.centre = nn.Parameter(torch.randn(width) * 0.02)
 
         self.characters: Tensor
+        # A buffer, so that it is saved and moved with the weights, though it is never trained.
         self.register_buffer("characters", torch.tensor(tokenizer.convert_tokens_to_ids(list(CHARACTERS))))
 
     def table(self) -> Float[Tensor, "C D"]:
@@ -137,6 +140,7 @@ class Reader(nn.Module):
             ids: tokens; every visual slot is an image token.
             symbols: class and centre flag of the slots of all pages in the batch, one page after the other.
         """
+        # Filled in from left to right, row by row: hence the pages one after the other.
         visual = self.table()[symbols[0]] + symbols[1, :, None] * self.centre
         embedded = self.language.embed_tokens(ids)
         return embedded.masked_scatter(ids.eq(IMAGE_ID)[..., None], visual)
@@ -167,6 +171,7 @@ def answer_loss(
 
     # Logits only where something is asked: of most slots they would be wasted.
     hidden = out.last_hidden_state[:, :-1]
+    # Each token predicts the one after it.
     target = labels[:, 1:]
     asked = target != -100
     logits = hidden[asked] @ language.embed_tokens.weight.T
@@ -250,6 +255,7 @@ def train_reader(
 
         # Only questions count towards the end of a grade: reading everything aloud is learnt sooner.
         step, within = step + 1, within + 1
+        # Over about twenty steps; a step without a question leaves it as it is.
         running = 0.95 * running + 0.05 * (sum(asked) / len(asked) if asked else running)
 
         if step % every == 0:
@@ -260,6 +266,7 @@ def train_reader(
             grade, within, running = grade + 1, 0, 0.0
 
         if done or step % 50 == 0:
+            # Where in the curriculum the run stands belongs to the state, or a resumed one would begin the grade anew.
             parts = {"step": step, "grade": grade, "within": within, "running": running}
             save_state(path, model=reader.state_dict(), optimizer=optimizer.state_dict(), **parts)
     return reader

@@ -51,6 +51,7 @@ class Log:
     def __init__(self, path: Path, stage: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._stage = path, stage
+        # The clock goes on where the stage's last line left it, so wall times add up over resumed runs.
         self._start = time.monotonic() - stage_seconds(path).get(stage, 0.0)
         self._tokens, self._last = 0, time.monotonic()
 
@@ -129,6 +130,7 @@ def process_rank() -> tuple[int, int]:
         return 0, 1
 
     if not distributed.is_initialized():
+        # gloo runs on CPUs.
         distributed.init_process_group("gloo")
     return distributed.get_rank(), distributed.get_world_size()
 

@@ -24,6 +24,7 @@ GRID = TILE // PATCH
 PINPOINTS = [[96, 192], [192, 96], [192, 192]]
 """Page sizes (height, width), as LLaVA-NeXT writes them."""
 
+# Documents have letters, digits and the colon, charts letters and digits; the other signs occur on receipts.
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:.,-/()$%#&*@+'=!"
 OBJECTS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 AREAS = tuple(f"{colour} bar" for colour in COLOURS)
@@ -49,12 +50,17 @@ def label_grid(marks: Marks, size: tuple[int, int], grid: tuple[int, int]) -> np
     [[0, 0, 0], [0, 1, 0]]
     """
     labels = np.zeros((2, *grid), np.int64)
+
+    # Height and width of a patch in pixels of the image, and the centres of the patches.
     dy, dx = size[1] / grid[0], size[0] / grid[1]
     centre_y, centre_x = (np.arange(grid[0]) + 0.5) * dy, (np.arange(grid[1]) + 0.5) * dx
+
+    # The base tile shrinks the page, so its patches are larger than a glyph.
     native = dy == dx == PATCH
 
     # Long names first, so glyphs come last: they stand on areas.
     for name, (x0, y0, x1, y1) in sorted(marks, key=lambda mark: -len(mark[0])):
+        # The patch with the box's centre; the last one where that lies on the very edge.
         middle = min(int((y0 + y1) / 2 / dy), grid[0] - 1), min(int((x0 + x1) / 2 / dx), grid[1] - 1)
         if len(name) == 1:
             # Scaled down, a glyph is smaller than a patch and cannot be told: the patch stays background.
@@ -63,6 +69,7 @@ def label_grid(marks: Marks, size: tuple[int, int], grid: tuple[int, int]) -> np
             continue
 
         if name in AREAS:
+            # An area fills its box: all patches whose centres are in it.
             inside = (y0 <= centre_y) & (centre_y <= y1)
             labels[0][inside[:, None] & (x0 <= centre_x) & (centre_x <= x1)] = INDEX[name]
             continue
@@ -118,6 +125,10 @@ def cut(image: Image.Image) -> np.ndarray:
         )
 
     pixels = np.asarray(image)
+
+    # Bicubic, as the processor resizes the base tile.
     parts = [np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC))]
     parts += [pixels[r * TILE : (r + 1) * TILE, c * TILE : (c + 1) * TILE] for r in range(rows) for c in range(columns)]
+
+    # Mean and standard deviation of 0.5, as in `build_processor`.
     return (np.stack(parts).astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)

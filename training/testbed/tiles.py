@@ -35,6 +35,7 @@ def text_tile(rng: Random) -> Labelled:
     draw = ImageDraw.Draw(image)
 
     marks = []
+    # Some tiles are full of text, others have words between blanks.
     blank = rng.choice((0.1, 0.3))
     signs = rng.random() < 0.5
 
@@ -51,6 +52,7 @@ def text_tile(rng: Random) -> Labelled:
         shown = text.lower() if rng.random() < 0.2 else text
         write(draw, shown, x, y, font_of(any_face(rng), advance, rng), ink, advance)
 
+        # Some lines are ruled, as on documents: a rule is no character.
         if rng.random() < 0.2:
             line = (0, y + advance - 1, TILE, y + advance - 1)
             draw.line(line, fill=tuple((a + b) // 2 for a, b in zip(ink, paper, strict=True)))
@@ -73,6 +75,7 @@ def page_tiles(rng: Random, task: str) -> list[Labelled]:
         task: a name of `selector.tasks.GENERATED`.
     """
     size, count = None, None
+    # Scenes of the stream leave most cells empty; crowded ones carry more signal.
     if task == "scenes" and rng.random() < 0.7:
         size = rng.choice(list(scenes.SIZES))
         cells = size[0] * size[1] // scenes.CELL**2

@@ -52,6 +52,7 @@ def feature_layer(tower: CLIPVisionModel, pixels: Float[Tensor, "B 3 H W"]) -> F
     Returns:
         [B, 1 + patches, D], the CLS token first.
     """
+    # "layrnorm" is how transformers spells it.
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
 
     *layers, _ = tower.encoder.layers
@@ -77,6 +78,7 @@ class DenseTower(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.tower = CLIPVisionModel(config)
+        # A norm of its own: the features that are taken come before the tower's last one.
         self.norm = nn.LayerNorm(width)
         self.classes = nn.Linear(width, len(CLASSES))
         self.centre = nn.Linear(width, 1)
@@ -142,6 +144,7 @@ def dense_loss(
 
     # Centres are told within objects: elsewhere the class says already that there is none.
     in_objects = (target > len(CHARACTERS)).float()
+    # Patches outside of objects count too, but little.
     where = F.binary_cross_entropy_with_logits(
         centre, middle.float(), weight=0.1 + in_objects, pos_weight=torch.tensor(centres)
     )
@@ -180,6 +183,7 @@ def losses(
     loss, scores = dense_loss(classes, centre, labels, objects, centres)
 
     if present is not None:
+        # 1 for every class that occurs in the tile, background too.
         seen = torch.zeros_like(present).scatter_(1, labels[:, 0].flatten(1), 1.0)
         loss = loss + 0.2 * F.binary_cross_entropy_with_logits(present, seen)
 
@@ -228,10 +232,12 @@ def sine_table(width: int, side: int, longest: float = 30.0) -> Float[Tensor, "N
     >>> sine_table(width=8, side=3).shape
     torch.Size([10, 8])
     """
+    # Wavelengths from 2 pi patches upwards, in equal ratios.
     frequency = longest ** (-torch.arange(width // 4) / (width // 4))
     place = torch.arange(side)[:, None] * frequency
     waves = torch.cat([place.sin(), place.cos()], dim=1)
 
+    # The first half of the width tells the row, the second the column.
     rows = waves[:, None].expand(side, side, -1)
     columns = waves[None].expand(side, side, -1)
 
@@ -280,6 +286,7 @@ def train_tower(
             raise ValueError(f"parts must be a multiple of the number of processes, {world}, got {phase}")
 
         if within == 0 and phase.positions:
+            # Once, as the phase begins; from then on the table is trained like any weight.
             table = model.tower.embeddings.position_embedding.weight
             with torch.no_grad():
                 table += phase.positions * sine_table(table.shape[1], TILE // PATCH)

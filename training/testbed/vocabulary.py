@@ -122,6 +122,7 @@ def conversation(
         # chr(10) is a newline: no backslash may stand in an f-string's braces before Python 3.12.
         prompt = tokenizer.encode(f"USER: {IMAGE + chr(10) if index == 0 else ''}{question} ASSISTANT:")
         if index == 0:
+            # One image token per visual slot, as the processor expands the placeholder.
             place = prompt.index(IMAGE_ID)
             prompt[place : place + 1] = [prompt[place]] * slots
 
@@ -153,6 +154,7 @@ def recital(
     labels = [-100] * len(ids)
 
     for question, answer in exchanges:
+        # A comma closes an answer instead of </s>: the sequence goes on.
         asked, reply = tokenizer.encode(question), tokenizer.encode(f"{answer},")
         ids += asked + reply
         labels += [-100] * len(asked) + reply
