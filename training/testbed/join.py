@@ -101,11 +101,11 @@ def fit_projector(
         model: with both halves in place; its projector is changed.
         reader: whose embeddings are aimed at.
         work: folder of the log.
-        shares: of every task among the tiles (see `tiles.batch`).
-        steps: how many.
+        shares: share of every task among the tiles (see `tiles.batch`).
+        steps: number of steps.
         batch: tiles per step.
         rate: highest learning rate.
-        seed: of the tiles.
+        seed: seed of the tiles.
     """
     projector, log = model.model.multi_modal_projector, Log(work / "log.jsonl", "projector")
 
@@ -229,7 +229,7 @@ def optimizer_of(model: LlavaNextForConditionalGeneration, dense: DenseTower, ra
     Args:
         model: the whole model.
         dense: the tower's training heads.
-        rate: of projector and language model.
+        rate: learning rate of projector and language model.
         tower: the tower's rate as a share of that; 0 freezes it.
     """
     eyes = [(f"tower.{name}", p) for name, p in model.model.vision_tower.named_parameters()]
@@ -265,7 +265,7 @@ def tune(
         work: folder of the state, the log and the tower's heads; training goes on from there.
         rounds: one after the other.
         warmup: steps in which the rate rises, in every round.
-        seed: of the lessons.
+        seed: seed of the lessons.
         every: steps from one line of the log to the next.
 
     Raises:

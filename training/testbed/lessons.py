@@ -143,7 +143,7 @@ def lesson(
     Args:
         rng: decides what is asked and which slots are left out.
         tokenizer: the testbed's.
-        task: that of the page.
+        task: the page's task.
         draft: the page.
         turns: questions per lesson, if the page has so many.
         aloud: the share of lessons that tell everything on the page.
@@ -208,7 +208,7 @@ def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence
     Args:
         rng: decides the pages whose questions are taken.
         tokenizer: the testbed's.
-        tasks: of those that compare numbers, documents and charts.
+        tasks: which of those that compare numbers, documents and charts.
         count: comparisons, each from another draft.
 
     Raises:

@@ -35,7 +35,7 @@ class TowerPlan:
         batch: tiles per part of a step.
         warmup: steps in which the rate rises.
         phases: what is learnt when.
-        seed: of weights and tiles.
+        seed: seed of weights and tiles.
     """
 
     width: int
@@ -58,7 +58,7 @@ class ReaderPlan:
         inner: features within the MLP.
         warmup: steps in which the rate rises.
         grades: the curriculum.
-        seed: of weights and lessons.
+        seed: seed of weights and lessons.
     """
 
     width: int
@@ -75,13 +75,13 @@ class JoinPlan:
     """The projector's fit and the joint tuning on pixels.
 
     Attributes:
-        projector_shares: of every task among the tiles (see `tiles.batch`).
-        projector_steps: how many.
+        projector_shares: share of every task among the tiles (see `tiles.batch`).
+        projector_steps: number of steps.
         projector_batch: tiles per step.
         projector_rate: highest learning rate.
         warmup: steps of each round in which the rate rises.
         rounds: the joint tuning.
-        seed: of tiles and lessons.
+        seed: seed of tiles and lessons.
     """
 
     projector_shares: dict[str, float]

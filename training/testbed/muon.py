@@ -49,7 +49,7 @@ class Muon(torch.optim.AdamW):
     Args:
         groups: parameter groups, as `matrices_apart` gives them.
         lr: the rate of both.
-        weight_decay: of both, decoupled from the gradient.
+        weight_decay: the decay of both, decoupled from the gradient.
         betas: AdamW's, for the other groups.
         momentum: Muon's, for the matrices; applied as Nesterov's.
 

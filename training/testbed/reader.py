@@ -109,7 +109,7 @@ class Reader(nn.Module):
     """The language model with the table of symbols that stands in for the tower and the projector.
 
     Args:
-        config: that of the language model.
+        config: the language model's configuration.
         tokenizer: the testbed's; it says which tokens the characters are.
     """
 
@@ -206,12 +206,12 @@ def train_reader(
     """Goes through the grades, going on from the state under `work`, and returns the reader.
 
     Args:
-        config: that of the language model.
+        config: the language model's configuration.
         tokenizer: the testbed's.
         work: folder of the state and the log.
         grades: one after the other; the optimizer goes on.
         warmup: steps in which the rate rises at the very beginning.
-        seed: of weights and lessons.
+        seed: seed of weights and lessons.
         every: steps from one line of the log to the next.
     """
     torch.manual_seed(seed)

@@ -66,7 +66,7 @@ class DenseTower(nn.Module):
     """The tower with its training heads.
 
     Args:
-        config: that of the tower.
+        config: the tower's configuration.
 
     >>> model = DenseTower(tower_config(width=16, layers=2, heads=2))
     >>> classes, centre, present = model(torch.zeros(1, 3, 96, 96))
@@ -109,7 +109,7 @@ class DenseTower(nn.Module):
         """What the two heads say of the patches' features: logits of the classes and of being a centre.
 
         Args:
-            features: of patches alone, without CLS.
+            features: those of patches alone, without CLS.
         """
         patches = self.norm(features)
         return self.classes(patches), self.centre(patches)[..., 0]
@@ -195,10 +195,10 @@ class Phase:
     """Steps at a rate going linearly from `rate` to `last`, on one mixture of tiles.
 
     Attributes:
-        steps: how many.
-        rate: at their beginning.
-        last: at their end.
-        shares: of every task; the other tiles are random text (see `tiles.batch`).
+        steps: number of steps.
+        rate: learning rate at their beginning.
+        last: learning rate at their end.
+        shares: share of every task; the other tiles are random text (see `tiles.batch`).
         objects: see `dense_loss`.
         centres: see `dense_loss`.
         positions: the amplitude of a 2-D sine table added to the position embeddings as the phase begins. CLIP's own
@@ -250,12 +250,12 @@ def train_tower(
     """Goes through the phases, going on from the state under `work`, and saves `work`/tower.
 
     Args:
-        config: that of the tower.
+        config: the tower's configuration.
         work: folder of the state, the log and the finished tower.
         phases: one after the other; optimizer and heads go on.
         batch: tiles per part of a step.
         warmup: steps of the first phase in which the rate rises.
-        seed: of weights and tiles.
+        seed: seed of weights and tiles.
         every: steps from one saved state to the next.
 
     Returns:

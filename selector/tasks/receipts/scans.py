@@ -72,7 +72,7 @@ class Receipt:
         file: the image.
         texts: its lines in capitals, in the order of the annotations.
         shape: width and height (2,).
-        boxes: of the lines (lines, 4).
+        boxes: boxes of the lines (lines, 4).
         advances: mean width of a character, per line (lines,).
         pairs: lines that stand side by side (left, right).
         questions: all that may be asked of it.

@@ -74,8 +74,8 @@ class Window:
 
     Attributes:
         receipt: the scan with its annotations.
-        left: of the part, in pixels of the scan.
-        top: of the part, in pixels of the scan.
+        left: left edge of the part, in pixels of the scan.
+        top: upper edge of the part, in pixels of the scan.
         scale: pixels of the page per pixel of the scan.
         size: (width, height) of the page.
         rewritten: what the receipt reads there, if not what was scanned.
