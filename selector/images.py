@@ -25,6 +25,8 @@ from selector.errors import UnreadableImage
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: a model sees some hundred thousand pixels of them, after minutes of decoding."""
+DARK = 96
+"""Of 255: where the median pixel is darker, the image is."""
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 
@@ -102,3 +104,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
             raise ValueError(f"its integer pixels must be within 0 to 65535, they reach from {low} to {high}")
         scaled = values / 257.0
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def is_dark(image: Image.Image) -> bool:
+    """Whether most of an image is so dark that a dark veil would not show on it."""
+    small = image.reduce(max(1, min(image.size) // 200))
+    return float(np.median(np.asarray(small.convert("L")))) < DARK

@@ -480,3 +480,16 @@ def test_a_mistake_of_ours_is_no_mistake_of_the_user(monkeypatch):
 def test_there_are_as_many_cases_as_promised():
     tables = (FLAGS, OTHERS, CONFIGS, ANNOTATIONS, IMAGES, CHECKPOINTS, PLANS, LINES, ENVIRONMENT, TRAINING)
     assert sum(map(len, tables)) > 300
+
+
+def test_a_hub_that_cannot_be_reached(capsys, monkeypatch):
+    """Its library lets the errors of its HTTP client through, which are no OSErrors (and of httpx or httpx2)."""
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    def unreachable(*args, **more):
+        raise HTTPError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    error = refused(capsys, cli.main, compare("--model", "owner/name"))
+    assert "no folder 'owner/name', and the hub gave none: Name or service not known" in error

@@ -111,3 +111,9 @@ def test_the_first_table_is_the_committed_data():
             for task in ("documents", "charts", "scenes", "receipts")
         ]
         assert f"| {label} | {' | '.join(cells)} |" in FRONT
+
+
+def test_the_first_number_is_that_of_the_largest_image():
+    """Base view, the 2 x 2 tiles of a square image of full size, and a newline for each of its rows of patches."""
+    side = 336 // 14
+    assert f"turns one image into up to {side**2 + (2 * side) ** 2 + 2 * side:,} visual tokens" in FRONT

@@ -11,7 +11,7 @@ import torch
 
 from selector import Budget, Random, SVDPrune, TokenSelector, prune_inputs, select_tokens
 from selector.measure.answering import prepare
-from selector.measure.evidence import evidence, model_rectangles
+from selector.measure.evidence import evidence, model_canvas
 from selector.models import encode
 from selector.spectrum import leverage_scores
 from selector.tasks.generated import documents
@@ -71,7 +71,7 @@ def test_the_learned_selector_keeps_the_answers(model, encoded):
     learned = TokenSelector.from_pretrained(CHECKPOINTS / "selector-llava-next-tiny")
     shares: dict[str, list[float]] = {"learned": [], "random": []}
     for (inputs, each), page in zip(encoded, PAGES, strict=True):
-        where = model_rectangles(model.config, (page.image.height, page.image.width), each.tokens.grid)
+        where = model_canvas(model.config, (page.image.height, page.image.width), each.tokens.grid).rectangles()
         for name, selector in (("learned", learned), ("random", Random())):
             pruned = prune_inputs(model, inputs, selector, Budget(0.25), encoded=each)
             found = evidence(pruned.tokens.tiles_of(pruned.keep), where, page.turns[0].boxes)

@@ -15,7 +15,7 @@ from selector import calibration
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
 from selector.errors import UsageError
-from selector.measure.bench import BLIND, FULL
+from selector.measure.harness import BLIND, FULL
 from selector.measure.identity import identity
 from selector.plug import Positions
 from selector.registry import load_selector
@@ -82,15 +82,17 @@ def choose_model(name: str, dtype: str) -> Path | None:
 
 def _ask_hub(name: str) -> None:
     """Fails at once where the hub has no such model, or cannot be reached: loading would try for minutes."""
-    import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # The error of the HTTP client that the hub's library uses: httpx, or httpx2 of late.
+    from huggingface_hub.errors import HTTPError as ClientError  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
         HfApi().model_info(name, timeout=10)
-    except (OSError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
+    except (OSError, HfHubHTTPError, HFValidationError, ClientError) as error:
         raise UsageError(
             f"model must be a folder with a checkpoint or a hub name (owner/name); there is no folder {name!r}, "
             f"and the hub gave none: {_one_line(error)}"

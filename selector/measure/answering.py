@@ -5,7 +5,7 @@ Greedy decoding, one row at a time, so that every time measured is one sample's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,21 +92,26 @@ class Forced:
 
     Attributes:
         logits: ``[A, V]`` each predicts the answer's token of its number.
-        visual: ``[L, d]`` hidden states of the visual tokens at the layer asked for; None if none was.
+        visual: hidden states of the visual tokens, ``[L, d]`` for each layer asked for.
     """
 
     logits: Float[Tensor, "A V"]
-    visual: Float[Tensor, "L d"] | None
+    visual: Mapping[int, Float[Tensor, "L d"]]
 
 
 def forced(
-    model: Any, inputs: Mapping[str, Any], target: Int[Tensor, "A"], layer: int = 0, image_token_id: int | None = None
+    model: Any,
+    inputs: Mapping[str, Any],
+    target: Int[Tensor, "A"],
+    layers: Sequence[int] = (),
+    image_token_id: int | None = None,
 ) -> Forced:
     """The model reads a given answer after prepared inputs.
 
     Args:
-        layer: 0 for no hidden states, k for those that leave the k-th block of the language model (the last: normed).
-        image_token_id: what marks the visual tokens; needed with a layer.
+        layers: whose hidden states to return: 0 is what enters the language model, k what leaves its k-th block (the
+            last: normed).
+        image_token_id: what marks the visual tokens; needed with layers.
     """
     new = _fresh(inputs)
     target = target.to(new["input_ids"].device)
@@ -117,10 +122,9 @@ def forced(
         more = torch.arange(1, len(target) + 1, device=target.device)
         new["position_ids"] = torch.cat([new["position_ids"], new["position_ids"][:, -1:] + more], 1)
     with torch.no_grad():
-        output = model(**new, use_cache=False, logits_to_keep=len(target) + 1, output_hidden_states=layer > 0)
-    visual = None
-    if layer > 0:
-        visual = output.hidden_states[layer][0, : prompt.shape[1]][prompt[0] == image_token_id]
+        output = model(**new, use_cache=False, logits_to_keep=len(target) + 1, output_hidden_states=bool(layers))
+    seen = prompt[0] == image_token_id
+    visual = {k: output.hidden_states[k][0, : prompt.shape[1]][seen] for k in layers}
     return Forced(output.logits[0, :-1], visual)
 
 

@@ -90,13 +90,6 @@ def model_canvas(model_config: object, image_size: tuple[int, int], grid: tuple[
     return canvas_of(image_size, pinpoints, model_config.vision_config.image_size, grid)  # type: ignore[attr-defined]
 
 
-def model_rectangles(
-    model_config: object, image_size: tuple[int, int], grid: tuple[int, int]
-) -> Float[Tensor, "T N 4"]:
-    """Where each patch of a LLaVA-NeXT lies in an image of that (height, width), see `Canvas.rectangles`."""
-    return model_canvas(model_config, image_size, grid).rectangles()
-
-
 def evidence(
     kept: Bool[Tensor, "_ _"], rectangles: Float[Tensor, "T N 4"], boxes: Sequence[Box]
 ) -> tuple[float, float] | None:

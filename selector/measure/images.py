@@ -1,26 +1,30 @@
 """Pictures of a run: small copies of the images that were asked about, and the lines of their patches, for the report.
 
-``RUN/images/<name>.jpg`` and ``<name>.json`` ({size, xs, ys, tiles, grid}: borders of the columns and rows of patches
-in the pixels of the copy, tiles and patches of a tile as rows and columns). They are no part of a record: a run without
-them has the same figures.
+``RUN/images/<name>.jpg`` and ``<name>.json`` ({size, xs, ys, tiles, grid, boxes, dark}: borders of the columns and rows
+of patches and the boxes of the answer's evidence in the pixels of the copy, tiles and patches of a tile as rows and
+columns, and whether a dark veil would not show on it). They are no part of a record: a run without them has the same
+figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from selector.files import atomic, output, write_json
+from selector.images import is_dark
 from selector.measure.evidence import Canvas
 from selector.records import IMAGES
+from selector.tasks.sample import Box
 
 LONGEST = 640
 FIRST = 200
 """Of each task, the images of so many samples are kept."""
 
 
-def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas) -> None:
+def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas, boxes: Sequence[Box] = ()) -> None:
     """Writes both files, each whole or not at all; what is there already stays."""
     folder = run / IMAGES
     if (folder / f"{name}.json").is_file():
@@ -31,6 +35,8 @@ def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas) -> Non
     scale = small.width / image.width
     xs, ys = ([round(v * scale, 1) for v in edges.tolist()] for edges in canvas.edges())
     lines = {"size": list(small.size), "xs": xs, "ys": ys, "tiles": list(canvas.tiles), "grid": list(canvas.grid)}
+    evidence = [[round(scale * v, 1) for v in box] for box in boxes]
+    lines |= {"boxes": evidence, "dark": is_dark(small)}
 
     # The JSON last: where it is, the picture is whole.
     with output(folder):

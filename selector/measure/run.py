@@ -20,7 +20,7 @@ from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.errors import UsageError
 from selector.files import output, write_json
-from selector.measure.bench import BLIND, FULL, Bench, Measured, Row
+from selector.measure.harness import BLIND, FULL, Harness, Measured, Row
 from selector.measure.images import FIRST, store_image
 from selector.measure.protocol import Protocol
 from selector.measure.settings import common_settings, environment, row_settings, written
@@ -121,7 +121,7 @@ def compare(
     }
     _write_plan(out, plan)
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
-    bench = Bench(model, processor, needs, protocol)
+    harness = Harness(model, processor, needs, protocol)
 
     def steps() -> Iterator[Step]:
         with held:
@@ -131,10 +131,10 @@ def compare(
                 index = -1
                 for index, sample in enumerate(task.samples(total, protocol.seed)):
                     if index % shard[1] == shard[0]:
-                        for row, record, opened in _records(bench, index, sample, rows, files[task.name]):
+                        for row, record, opened in _records(harness, index, sample, rows, files[task.name]):
                             if opened is not None and opened.canvas is not None and index < FIRST:
                                 name = records.image_name(task.fingerprint, protocol.seed, sample.id)
-                                store_image(out, name, sample.image, opened.canvas)
+                                store_image(out, name, sample.image, opened.canvas, sample.boxes)
                             yield Step(task.name, index, share, row, record, opened is not None)
                 if task.unreadable and index < 0:
                     raise UsageError(f"task {task.name!r}: none of its {len(task.unreadable)} images can be read")
@@ -192,7 +192,7 @@ def _row(label: str, selector: TokenSelector, budget: Budget) -> Row:
 
 
 def _records(
-    bench: Bench, index: int, sample: Sample, rows: Sequence[Row], files: Sequence[records.Records]
+    harness: Harness, index: int, sample: Sample, rows: Sequence[Row], files: Sequence[records.Records]
 ) -> Iterator[tuple[Row, Record, Measured | None]]:
     """Every row's record of a sample, with what it was measured on; None for one that was there."""
     measured = None
@@ -201,7 +201,7 @@ def _records(
             yield row, file.done[sample.id], None
             continue
         if measured is None:
-            measured = bench.open(sample)
+            measured = harness.open(sample)
         record = Record(id=sample.id, index=index, **measured.record(row))
         check(record)
         file.append(record)

@@ -9,7 +9,7 @@ import torch
 
 from selector import records
 from selector.budget import Budget
-from selector.measure.bench import Row
+from selector.measure.harness import Row
 from selector.measure.identity import code, fingerprint, identity
 from selector.tasks import Task
 

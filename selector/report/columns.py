@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Row = dict[str, Any]
+Figures = dict[str, Any]
 Summary = dict[str, Any]
 MARK = "†"
 LEGEND = f"{MARK} sees the question: what is kept of an image differs per question."
@@ -21,7 +21,7 @@ def share_of(keep: str | None) -> str | None:
     return None if keep is None else keep.removeprefix("auto:")
 
 
-def is_auto(row: Row) -> bool:
+def is_auto(row: Figures) -> bool:
     return share_of(row["keep"]) != row["keep"]
 
 
@@ -30,8 +30,8 @@ class Column:
     """A column: how a row is written, what it is sorted by, and what the header means."""
 
     header: str
-    text: Callable[[Row], str]
-    value: Callable[[Row], Any]
+    text: Callable[[Figures], str]
+    value: Callable[[Figures], Any]
     note: str
 
 
@@ -40,7 +40,7 @@ def marked(label: str, sees_question: bool) -> str:
     return label + MARK if sees_question else label
 
 
-def selector_name(row: Row) -> str:
+def selector_name(row: Figures) -> str:
     return marked(row["selector"], row["sees_question"])
 
 
@@ -50,7 +50,7 @@ def legend(summary: Summary) -> list[str]:
 
 
 def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) -> Column:
-    def value(row: Row) -> Any:
+    def value(row: Figures) -> Any:
         return None if row[field] is None else scale * row[field]
 
     return Column(header, lambda r: _number(value(r), digits), value, note)
@@ -59,7 +59,7 @@ def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) 
 def _shift(header: str, field: str, digits: int, note: str) -> Column:
     """A mean with its interval."""
 
-    def text(row: Row) -> str:
+    def text(row: Figures) -> str:
         if row[field] is None:
             return "–"
         low, high = row[f"{field}_interval"]
@@ -78,7 +78,7 @@ def _flips(header: str, name: str, note: str) -> Column:
 
 
 def _versus(header: str, field: str, note: str) -> Column:
-    def text(row: Row) -> str:
+    def text(row: Figures) -> str:
         if row[field] is None:
             return "" if row["keep"] is None else "–"
         low, high = row[field]["interval"]
@@ -103,7 +103,7 @@ SAME = Column(
     "same %", lambda r: _percent(r["agreement"]), lambda r: r["agreement"], "answers identical to the unpruned model's"
 )
 BROKEN = _flips("r→w", "right_to_wrong", "answers that selection broke")
-MENDED = _flips("w→r", "wrong_to_right", "answers that selection mended")
+FIXED = _flips("w→r", "wrong_to_right", "answers that selection fixed")
 
 
 def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
@@ -121,8 +121,6 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         # Who, and what stayed.
         KEEP,
         SELECTOR,
-        SAMPLES,
-        TOKENS,
         # Right or wrong, and against what.
         Column("right % [95%]", _accuracy, lambda r: r["accuracy"], "exact match, with its Wilson interval"),
         *(anls if any(each["anls"] for each in wanted) else []),
@@ -131,8 +129,10 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         _versus("vs fixed", "versus_fixed", "a share on average against the same share of every image, same selector"),
         # What changed, whether right or not, and whether the evidence was still in sight.
         SAME,
+        TOKENS,
+        SAMPLES,
         BROKEN,
-        MENDED,
+        FIXED,
         _plain("ΔNLL", "nll_shift", 2, "nats a token that the unpruned model's own answer loses"),
         Column(
             "evidence % (base)", _evidence, lambda r: r["evidence"], "share of the answer's boxes under kept tokens"
@@ -147,10 +147,10 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
 def consistency_columns(summary: Summary) -> list[Column]:
     """How far a pruned model moves from itself."""
 
-    def needed(row: Row) -> Any:
+    def needed(row: Figures) -> Any:
         return None if row["versus_full"] is None else row["versus_full"]["samples_for_a_point"]
 
-    def chance(row: Row) -> str:
+    def chance(row: Figures) -> str:
         versus = row["versus_full"]
         return "–" if versus is None else f"{versus['p']:.3g} ({versus['p_holm']:.3g})"
 
@@ -160,7 +160,7 @@ def consistency_columns(summary: Summary) -> list[Column]:
         Column("same % [95%]", _agreement, lambda r: r["agreement"], SAME.note),
         Column("evidence % [95%]", _kept, lambda r: r["evidence"], "share of the boxes kept, bootstrap interval"),
         BROKEN,
-        MENDED,
+        FIXED,
         _flips("w→w", "wrong_to_wrong", "wrong before and after, in other words"),
         Column("p (Holm)", chance, lambda r: r["versus_full"] and r["versus_full"]["p"], "exact McNemar against full"),
         Column("n for 1 pt", lambda r: f"{needed(r):,}" if needed(r) else "–", needed, "samples to see 1 point"),
@@ -201,37 +201,37 @@ def _with_figures(columns: Sequence[Column], summary: Summary) -> list[Column]:
     return [c for c in columns if any(c.value(row) is not None for row in summary["rows"])]
 
 
-def _tokens(row: Row) -> str:
+def _tokens(row: Figures) -> str:
     if row["tokens"] is None:
         return "–"
     share = f" ({100 * row['tokens'] / row['full_tokens']:.0f}%)" if row["full_tokens"] else ""
     return f"{row['tokens']:.0f}{share}"
 
 
-def _share(row: Row, field: str) -> str:
+def _share(row: Figures, field: str) -> str:
     if row[field] is None:
         return "–"
     low, high = row[f"{field}_interval"]
     return f"{100 * row[field]:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def _accuracy(row: Row) -> str:
+def _accuracy(row: Figures) -> str:
     return _share(row, "accuracy")
 
 
-def _agreement(row: Row) -> str:
+def _agreement(row: Figures) -> str:
     return _share(row, "agreement")
 
 
-def _kept(row: Row) -> str:
+def _kept(row: Figures) -> str:
     return _share(row, "evidence")
 
 
-def _selection(row: Row) -> str:
+def _selection(row: Figures) -> str:
     return _number(row["selection_ms"] if row["keep"] else None, 1)
 
 
-def _evidence(row: Row) -> str:
+def _evidence(row: Figures) -> str:
     if row["evidence"] is None:
         return "–"
     text = f"{100 * row['evidence']:.0f} ({100 * row['base_evidence']:.0f})"

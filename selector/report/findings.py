@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from selector.report.columns import selector_name
-
-Row = dict[str, Any]
+from selector.report.columns import Figures, selector_name
 
 
-def sentences(rows: list[Row]) -> list[str]:
+def sentences(rows: list[Figures]) -> list[str]:
     """What the rows of one task say in words; nothing where nothing was answered."""
     full = next((r for r in rows if r["selector"] == "full" and not r["keep"]), None)
     if full is None or full["accuracy"] is None:
@@ -32,7 +28,7 @@ def sentences(rows: list[Row]) -> list[str]:
         lines.append(
             f"Silent change: {selector_name(silent)} at keep {silent['keep']} has the unpruned accuracy to within 2 "
             f"points ({gap:+.0f}), and yet {100 * (1 - silent['agreement']):.0f}% of its answers are others "
-            f"({flips['right_to_wrong']} broken, {flips['wrong_to_right']} mended, "
+            f"({flips['right_to_wrong']} broken, {flips['wrong_to_right']} fixed, "
             f"{flips['wrong_to_wrong']} wrong in other words)."
         )
     needed = [r["versus_full"]["samples_for_a_point"] for r in rows if r["versus_full"]]

@@ -1,6 +1,9 @@
 """Intervals, tests and correlations behind the tables; plain Python and NumPy, seeded, no global state.
 
 Samples are the unit: an interval says what other samples of the same task would give, not what other tasks would.
+
+SciPy has Wilson's interval, the exact binomial test and Spearman's coefficient too. Neither this package nor anything
+that it needs requires SciPy: a large dependency for thirty lines, which the tests hold against other definitions.
 """
 
 from __future__ import annotations
@@ -50,11 +53,11 @@ def paired_bootstrap(ours: Numbers, theirs: Numbers, seed: int = 0) -> tuple[flo
     return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], seed)
 
 
-def mcnemar(broken: int, mended: int) -> float:
-    """Exact two-sided p value that answers broken and mended are equally likely; 1 where none changed."""
-    if broken < 0 or mended < 0:
-        raise ValueError(f"need counts >= 0, got {broken} and {mended}")
-    total, tail = broken + mended, min(broken, mended)
+def mcnemar(broken: int, fixed: int) -> float:
+    """Exact two-sided p value that answers broken and fixed are equally likely; 1 where none changed."""
+    if broken < 0 or fixed < 0:
+        raise ValueError(f"need counts >= 0, got {broken} and {fixed}")
+    total, tail = broken + fixed, min(broken, fixed)
     return min(1.0, 2 * sum(math.comb(total, k) for k in range(tail + 1)) / 2**total)
 
 

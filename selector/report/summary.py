@@ -200,9 +200,9 @@ def _difference(found: Sequence[Record], against: Sequence[Record]) -> dict[str,
         return None
     gap, low, high = paired_bootstrap([a for a, _ in answered], [b for _, b in answered])
     broken = sum(b and not a for a, b in answered)
-    mended = sum(a and not b for a, b in answered)
+    fixed = sum(a and not b for a, b in answered)
     result: dict[str, Any] = {"difference": gap, "interval": [low, high], "pairs": len(answered)}
-    result |= {"broken": broken, "mended": mended, "p": mcnemar(broken, mended)}
+    result |= {"broken": broken, "fixed": fixed, "p": mcnemar(broken, fixed)}
     result["samples_for_a_point"] = samples_to_see([float(a) - float(b) for a, b in answered])
     for name in ("anls", "agrees", "evidence", "nll_shift"):
         both = [(a[name], b[name]) for a, b in pairs if a.get(name) is not None and b.get(name) is not None]

@@ -17,7 +17,7 @@ from selector.report.columns import (
     SAMPLES,
     SELECTOR,
     Column,
-    Row,
+    Figures,
     Summary,
     consistency_columns,
     cost_columns,
@@ -175,11 +175,11 @@ def tables_of(summary: Summary) -> list[str]:
     return [*summary["tasks"], *([POOLED] if summary["pooled"] else [])]
 
 
-def rows_of(summary: Summary, task: str) -> list[Row]:
+def rows_of(summary: Summary, task: str) -> list[Figures]:
     return [row for row in (*summary["rows"], *summary["pooled"]) if row["task"] == task]
 
 
-def best_rows(rows: Sequence[Row]) -> set[int]:
+def best_rows(rows: Sequence[Figures]) -> set[int]:
     """The most accurate rows of each budget (evidence where nothing was answered); ties too, but not if all tie.
 
     A share on average competes with the fixed share over all tasks only: task by task it keeps more or less.

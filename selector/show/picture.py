@@ -1,9 +1,10 @@
 """The drawing behind `selector show`: what every selector keeps, painted where it lies in the image.
 
 One row an image and budget, one panel a selector. A panel is the canvas of the processor: the image as it lies on its
-tiles. Kept patches stay clear, dropped ones are dimmed; dashed lines are borders of tiles, hatching is padding, and a
-cross-hatched patch is one that unpadding took away before any selector saw it. The small picture below is the base
-view (the whole image, squeezed into one tile) with its own kept patches. Boxes of the answer's evidence are outlined
+tiles. Kept patches stay clear, dropped ones lie under a veil (dark, but light on a dark image); dashed lines are
+borders of tiles, hatching is padding, and a cross-hatched patch is one that unpadding took away before any selector
+saw it. The small picture below is the base view (the whole image, squeezed into one tile) with its own kept patches.
+Boxes of the answer's evidence are outlined
 where they are known. With scores a panel is a heat map: the rank of every patch among those of its image.
 """
 
@@ -17,14 +18,15 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from selector.images import is_dark
 from selector.measure.evidence import Canvas
 from selector.tasks.sample import Box
 
 PANEL, INSET, MARGIN = 340, 96, 14
 PAPER, INK, FAINT, MARK = (255, 255, 255), (25, 25, 30), (110, 110, 120), (235, 60, 40)
 GOOD, BORDER = (20, 130, 60), (90, 150, 255)
-VEIL = np.array([40.0, 46.0, 66.0])
-"""Colour that dropped patches fade into."""
+VEIL, LIGHT_VEIL = np.array([40.0, 46.0, 66.0]), np.array([226.0, 229.0, 238.0])
+"""Colours that dropped patches fade into: the second on a dark image, where the first looks like what is kept."""
 STRENGTH, HEAT = 0.74, 0.72
 
 Pixels = np.ndarray
@@ -51,7 +53,8 @@ class Panel:
 
 def draw(image: Image.Image, canvas: Canvas, panels: Sequence[Panel], boxes: Sequence[Box] = ()) -> Image.Image:
     """A strip of panels for one image; `boxes` are outlined in every one."""
-    drawn = [_panel(image.convert("RGB"), canvas, panel, boxes) for panel in panels]
+    views = _views(image.convert("RGB"), canvas)
+    drawn = [_panel(views, image.size, canvas, panel, boxes) for panel in panels]
     strip = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)), PAPER)
     x = 0
     for panel in drawn:
@@ -73,21 +76,42 @@ def stack(strips: Sequence[Image.Image], heading: str = "") -> Image.Image:
     return page
 
 
-def _panel(image: Image.Image, canvas: Canvas, panel: Panel, boxes: Sequence[Box]) -> Image.Image:
+@dataclass(frozen=True)
+class _Views:
+    """What all panels of an image share: it is large, and resized once."""
+
+    scale: float
+    main: Pixels
+    padding: Pixels
+    base: Pixels
+    veil: Pixels
+
+
+def _views(image: Image.Image, canvas: Canvas) -> _Views:
     scale = PANEL / max(canvas.size)
     size = (max(1, round(canvas.size[0] * scale)), max(1, round(canvas.size[1] * scale)))
-    base = image.resize((INSET, INSET), Image.Resampling.LANCZOS)
-    rows, columns = canvas.tiles
-    one, whole = _shown(panel, (1, 1), canvas.grid, 0), _shown(panel, (rows, columns), canvas.grid, 1)
-    main = Image.fromarray(_painted(_laid_out(image, canvas, size, scale), *whole, _padding(canvas, size, scale)))
+    base = image.resize((INSET, INSET), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return _Views(
+        scale,
+        _laid_out(image, canvas, size, scale),
+        _padding(canvas, size, scale),
+        np.asarray(base),
+        LIGHT_VEIL if is_dark(image) else VEIL,
+    )
+
+
+def _panel(views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, boxes: Sequence[Box]) -> Image.Image:
+    """A panel; `size` is the (width, height) of the image, in whose pixels the boxes are."""
+    one, whole = _shown(panel, (1, 1), canvas.grid, 0), _shown(panel, canvas.tiles, canvas.grid, 1)
+    main = Image.fromarray(_painted(views.main, *whole, views.padding, views.veil))
     _borders(main, canvas.tiles)
     frame = ImageDraw.Draw(main)
-    left, top, inner_w, inner_h = (v * scale for v in canvas.inner)
-    across, down = inner_w / image.width, inner_h / image.height
+    left, top, inner_w, inner_h = (v * views.scale for v in canvas.inner)
+    across, down = inner_w / size[0], inner_h / size[1]
     for x0, y0, x1, y1 in boxes:
         corners = (left + x0 * across - 1, top + y0 * down - 1, left + x1 * across, top + y1 * down)
         frame.rectangle(corners, outline=MARK, width=2)
-    small = Image.fromarray(_painted(np.asarray(base), *one, np.zeros((INSET, INSET), bool)))
+    small = Image.fromarray(_painted(views.base, *one, np.zeros((INSET, INSET), bool), views.veil))
     return _framed(main, small, panel)
 
 
@@ -113,9 +137,8 @@ def _framed(main: Image.Image, base: Image.Image, panel: Panel) -> Image.Image:
 def _laid_out(image: Image.Image, canvas: Canvas, size: tuple[int, int], scale: float) -> Pixels:
     """The image where it lies on the canvas, the padding paper."""
     left, top, width, height = (round(v * scale) for v in canvas.inner)
-    large = image.resize(
-        (max(1, width), max(1, height)), Image.Resampling.LANCZOS if image.width > width else Image.Resampling.NEAREST
-    )
+    filter = Image.Resampling.LANCZOS if image.width > width else Image.Resampling.NEAREST
+    large = image.resize((max(1, width), max(1, height)), filter, reducing_gap=3.0)
     page = Image.new("RGB", size, PAPER)
     page.paste(large, (left, top))
     return np.asarray(page)
@@ -154,8 +177,10 @@ def _ranks(scores: Float[Tensor, "T N"], valid: Bool[Tensor, "T N"] | None) -> F
     return flat.new_zeros(flat.shape).masked_scatter(there, order / max(1, len(order) - 1))
 
 
-def _painted(pixels: Pixels, kept: Pixels, valid: Pixels, heat: Pixels | None, padding: Pixels) -> Pixels:
-    """Pixels with dropped patches dimmed (or the heat map on), padding hatched, patches that are gone cross-hatched."""
+def _painted(
+    pixels: Pixels, kept: Pixels, valid: Pixels, heat: Pixels | None, padding: Pixels, veil: Pixels = VEIL
+) -> Pixels:
+    """Pixels with dropped patches veiled (or the heat map on), padding hatched, patches that are gone cross-hatched."""
     height, width = pixels.shape[:2]
     rows = (np.arange(height) * kept.shape[0]) // height
     columns = (np.arange(width) * kept.shape[1]) // width
@@ -166,7 +191,7 @@ def _painted(pixels: Pixels, kept: Pixels, valid: Pixels, heat: Pixels | None, p
     plain = pixels.astype(np.float64)
     grey = plain.mean(-1, keepdims=True)
     if heat is None:
-        shown = np.where(spread(kept)[..., None], plain, (1 - STRENGTH) * grey + STRENGTH * VEIL)
+        shown = np.where(spread(kept)[..., None], plain, (1 - STRENGTH) * grey + STRENGTH * veil)
     else:
         from matplotlib import colormaps
 

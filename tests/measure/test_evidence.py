@@ -8,13 +8,13 @@ import torch
 from PIL import Image, ImageDraw
 from transformers.image_processing_utils import get_patch_output_size
 
-from selector.measure.evidence import canvas_of, evidence, model_rectangles
+from selector.measure.evidence import canvas_of, evidence, model_canvas
 
 SIZES = [(64, 64), (50, 97), (97, 50), (200, 130), (33, 180), (400, 60)]
 
 
 def rectangles_of(model, image):
-    return model_rectangles(model.config, (image.height, image.width), (4, 4))
+    return model_canvas(model.config, (image.height, image.width), (4, 4)).rectangles()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -43,7 +43,7 @@ def test_patches_see_what_the_processor_shows_them(tiny_model, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_patches_cover_the_image_once(tiny_model, size):
     model, _ = tiny_model()
-    rectangles = model_rectangles(model.config, size, (4, 4))
+    rectangles = model_canvas(model.config, size, (4, 4)).rectangles()
     areas = (rectangles[..., 2] - rectangles[..., 0]) * (rectangles[..., 3] - rectangles[..., 1])
     assert (areas >= 0).all()
     assert areas[0].sum().item() == pytest.approx(size[0] * size[1])
@@ -96,4 +96,4 @@ def test_wrong_shape_and_wrong_model():
     with pytest.raises(ValueError, match=r"kept is \(2, 16\)"):
         evidence(torch.ones(2, 16, dtype=torch.bool), rectangles, [])
     with pytest.raises(ValueError, match="image_grid_pinpoints"):
-        model_rectangles(object(), (8, 8), (4, 4))
+        model_canvas(object(), (8, 8), (4, 4))

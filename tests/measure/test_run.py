@@ -14,7 +14,7 @@ import torch
 
 from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, records, select_tokens
 from selector.errors import UsageError
-from selector.measure import bench as measure
+from selector.measure import harness as measure
 from selector.measure.answering import answer, forced, prepare, without_image
 from selector.measure.protocol import Protocol
 from selector.measure.run import compare
@@ -340,7 +340,7 @@ def test_teacher_forcing_repeats_what_generation_computed(tiny_model, make_image
     assert len(said.ids) == len(said.logits) == 8
     assert torch.equal(said.logits.argmax(-1), said.ids)
     read = forced(model, pruned.inputs, said.ids)
-    assert read.visual is None
+    assert read.visual == {}
     torch.testing.assert_close(read.logits, said.logits, atol=1e-4, rtol=1e-4)
     assert answer(model, processor, pruned.inputs, 8).text == said.text  # the inputs can be used again
     assert said.prefill_seconds > 0
@@ -407,11 +407,11 @@ def test_the_first_selection_warms_up_and_its_time_is_not_counted(tiny_model, ma
     inputs = prepare(processor, make_image(64, 64), "what?", model.device)
     seconds = iter([100.0, 2.0, 1.0, 3.0, 5.0, 4.0, 6.0, 100.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(measure, "prune_inputs", lambda *_, **__: Pruned({}, selection_seconds=next(seconds)))
-    bench = measure.Bench(model, processor, frozenset(), False, TOKENS, repeats=3)
+    harness = measure.Harness(model, processor, frozenset(), Protocol(answers=False, max_new_tokens=TOKENS, repeats=3))
     encoded = encode(model, inputs)
 
     def timed(label):
-        return bench.prune(inputs, measure.Row(label, Random(), Budget(9)), encoded).selection_seconds
+        return harness.prune(inputs, measure.Row(label, Random(), Budget(9)), encoded).selection_seconds
 
     assert timed("random") == 2  # of 2, 1, 3, after a first of 100
     assert timed("random") == 5  # warm: all three count
@@ -423,13 +423,13 @@ def test_the_first_sample_is_measured_twice_and_the_first_time_thrown_away(tiny_
     opened = []
 
     class Counted(measure.Measured):
-        def __init__(self, bench, sample):
+        def __init__(self, harness, sample):
             opened.append(sample.id)
 
     monkeypatch.setattr(measure, "Measured", Counted)
-    bench = measure.Bench(*tiny_model(), frozenset(), False, TOKENS)
+    harness = measure.Harness(*tiny_model(), frozenset(), Protocol(answers=False, max_new_tokens=TOKENS))
     for sample in task.samples(2, 0):
-        bench.open(sample)
+        harness.open(sample)
     assert opened == ["s0", "s0", "s1"]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from PIL import Image
 
 from selector import records
 from selector.errors import UsageError
-from selector.measure.bench import pack
 from selector.measure.evidence import canvas_of
+from selector.measure.harness import pack
 from selector.measure.images import store_image
 from selector.report.columns import LEGEND
-from selector.report.page.overview import _smallest
-from selector.report.page.plots import Point, Series, axis, plot
+from selector.report.page.explorer import explorer
+from selector.report.page.overview import overview
+from selector.report.page.plots import Line, Point, Series, axis, plot
 from selector.report.summary import read_run, run_names, write_report
 
 RIGHT = {"ours": ["1101", "1000"], "theirs": ["0110", "0000"]}
@@ -65,7 +68,11 @@ def make_run(folder, model="m", tasks=("toy", "more")):
                 file.append(record)
         for i in range(3):  # the image of the last sample is missing
             store_image(
-                folder, records.image_name(task, 0, f"s{i}"), Image.new("RGB", (64, 64), (250, 9 * i, 9)), canvas
+                folder,
+                records.image_name(task, 0, f"s{i}"),
+                Image.new("RGB", (64, 64), (250, 240, 9) if i else (9, 9, 40)),
+                canvas,
+                [(8.0, 16.0, 24.0, 32.0)] if i else (),
             )
     settings = {
         "model": model,
@@ -115,37 +122,6 @@ class Tags(HTMLParser):
 
 def data_of(page):
     return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
-
-
-def smallest(*intervals):
-    """The cells of the table of fewest tokens, for a selector measured at 40, 20, 10, ... tokens."""
-    rows = [
-        {
-            "task": "toy",
-            "selector": "ours",
-            "sees_question": False,
-            "keep": str(40 >> i),
-            "tokens": 40 >> i,
-            "full_tokens": 80,
-            "agreement": 0.9,
-            "versus_full": {"difference": sum(pair) / 2, "interval": pair, "broken": 3, "mended": 1, "pairs": 50},
-        }
-        for i, pair in enumerate(intervals)
-    ]
-    return re.findall(r"<td>(.*?)</td>", _smallest("run", {"tasks": {"toy": {}}, "rows": rows[::-1]}))
-
-
-@pytest.mark.parametrize(
-    ("intervals", "cell"),
-    [
-        # The upper end decides: a loss is measurable where all of the interval lies below 0.
-        ([(-0.1, 0.02), (-0.2, 0.0), (-0.3, -0.01)], "20 tokens (25%): -10 [-20, +0] points, 90% same answers"),
-        ([(0.02, 0.1), (-0.04, -0.01)], "40 tokens (50%): +6 [+2, +10] points, 90% same answers"),
-        ([(-0.2, -0.1), (-0.1, 0.1)], "none of those tried"),  # what recovers below a loss is chance
-    ],
-)
-def test_the_fewest_tokens_without_measurable_loss(intervals, cell):
-    assert smallest(*intervals) == [cell]
 
 
 def test_every_tag_is_closed_and_nothing_is_fetched(page):
@@ -204,10 +180,80 @@ def test_the_explorer_holds_answers_masks_and_images(page):
     assert (len(bits), bits[2], bits[3]) == (10, 255, 0)  # the first tile after the base view: 8 of 16 patches
     assert "image" not in next(s for s in data["samples"] if s["id"] == "s3")
 
+    first = data["images"][next(s for s in data["samples"] if s["id"] == "s0")["image"]]
+    assert (image["boxes"], first["boxes"]) == ([[8.0, 16.0, 24.0, 32.0]], [])
+    assert (image["dark"], first["dark"]) == (False, True)  # the veil over what was dropped is light on a dark image
+
 
 def test_samples_that_tell_selectors_apart_come_first(page):
     order = [s["id"] for s in data_of(page)["samples"] if s["task"] == "toy"]
     assert order == ["s0", "s2", "s3", "s1"]
+
+
+def told(**answers):
+    """What the explorer shows of one task with samples a, b, ...: per selector and budget (right, same) each."""
+    settings = {"tasks": {"t": {"fingerprint": "f"}}, "seed": 0, "rows": []}
+
+    def records_of(hits):
+        base = {"question": "?", "tokens": 1, "full_tokens": 9}
+        return [base | {"id": "abc"[i], "answer": "x", "correct": r, "agrees": s} for i, (r, s) in enumerate(hits)]
+
+    tables = {("t", *name.split("__")): records_of(hits) for name, hits in answers.items()}
+    count = len(next(iter(answers.values())))
+    tables["t", "full", None] = records_of([(True, True)] * count)
+    return explorer({"run": (Path("nowhere"), settings, tables)})["samples"]
+
+
+def test_the_explorer_opens_where_selectors_differ_in_being_right():
+    # a: wrong everywhere, in words that are the unpruned model's or not; b: right under one at 64 tokens; c: all right
+    wrong, other, right = (False, True), (False, False), (True, True)
+    shown = told(one__128=[wrong, right, right], two__128=[other, right, right], one__64=[wrong, right, right],
+                 two__64=[other, other, right])  # fmt: skip
+    assert [(s["id"], s["tells_at"]) for s in shown] == [("b", "64"), ("a", "128"), ("c", None)]
+
+
+def row_of(keep, interval, broken, pairs, fixed=0):
+    versus = {"interval": interval, "difference": sum(interval) / 2, "broken": broken, "fixed": fixed, "pairs": pairs}
+    return {"task": "t", "selector": "s", "sees_question": False, "keep": str(keep), "tokens": keep, "full_tokens": 512,
+            "agreement": 0.9, "versus_full": versus | {"samples_for_a_point": None}}  # fmt: skip
+
+
+def smallest(*rows):
+    """The cell of the table of fewest tokens."""
+    text = overview({"run": {"tasks": ["t"], "rows": list(rows)}})
+    assert "Fewest tokens shown to lose less than 5 points of accuracy" in text
+    assert "lower end is above −5 points" in text
+    assert "fewer than 59 show nothing" in text
+    return re.search(r"<td>(.*?)</td>", text)[1]
+
+
+def test_fewest_tokens_are_those_shown_to_lose_less_than_the_margin():
+    good, wide = row_of(128, (-0.04, 0.02), 3, 200), row_of(64, (-0.13, 0.03), 9, 40)
+    assert smallest(good, wide).startswith("128 tokens (25%): -1 [-4, +2] points")  # 0 inside is not enough
+    assert smallest(wide) == "not shown for any tried"
+    assert smallest(row_of(128, (-0.05, 0.02), 3, 200)) == "not shown for any tried"
+    # a smaller budget counts only where every larger one passed
+    assert smallest(wide, row_of(32, (-0.01, 0.01), 1, 200)) == "not shown for any tried"
+
+
+@pytest.mark.parametrize("fixed", [0, 2])
+def test_few_questions_show_no_small_loss_though_none_broke(fixed):
+    """The bootstrap of questions none of which broke has its lower end at 0 or above, however few they are."""
+    assert smallest(row_of(128, (0.0, 0.1 * fixed), 0, 58, fixed)) == "not shown for any tried"
+    assert smallest(row_of(128, (0.0, 0.1 * fixed), 0, 59, fixed)).startswith("128 tokens")
+
+
+def test_accuracy_is_the_first_figure_of_the_head_to_head_and_the_rest_is_announced(page):
+    table = page.split('id="task-toy"')[1].split("<table")[1].split("</table>")[0]
+    headers = re.findall(r"<button[^>]*>(.*?)</button>", table)
+    assert headers[:3] == ["keep", "selector", "right % [95%]"]
+    assert headers.index("tokens") > headers.index("vs full")
+    assert re.search(r'<caption>[^<]*<span class="hint">[^<]*swipe for more columns', table)
+    style = page.split("<style>")[1].split("</style>")[0]
+    wide, narrow = style.split("@media (max-width: 620px)")
+    assert ".hint { display: none; }" in wide
+    assert ".hint { display: inline; }" in narrow
+    assert "tbody th { position: sticky" in wide
 
 
 def test_findings_name_what_n_allows(page):
@@ -273,8 +319,6 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 
 def test_the_page_has_room_for_so_much(tmp_path):
-    from selector.report.page.explorer import explorer
-
     run = make_run(tmp_path / "run")
     small = explorer({"run": (run, *read_run(run))}, room=9000)
     assert 0 < len(small["samples"]) < 8
@@ -290,7 +334,33 @@ def test_plots_put_points_where_they_belong():
     assert "a &amp; b: half" in svg
     circle = re.search(r'cx="([\d.]+)" cy="([\d.]+)"', svg)
     assert float(circle[1]) == pytest.approx(50 + 0.5 * (460 - 62), abs=0.1)
-    assert float(circle[2]) == pytest.approx(300 - 42 - 0.5 * (300 - 54), abs=0.1)
+    assert float(circle[2]) == pytest.approx(300 - 42 - 0.5 * (300 - 72), abs=0.1)
+
+
+@pytest.mark.parametrize("levels", [(0.92, 0.07), (1.0, 0.98), (0.0, 0.01), (0.5, 0.5, 0.51)])
+def test_names_of_reference_lines_meet_no_point_and_no_other_name(levels):
+    lines = [Line(f"a model of long name {100 * level:.0f}%", level) for level in levels]
+    points = [Point(16, 0.07, "first"), Point(256, 0.92, "last")]
+    svg = plot("t", axis("x", [16, 256], log=True), axis("share", [], percent=True), [Series("s", 0, points)], lines)
+    ends = {float(x) for x in re.findall(r'<line class="reference" x1="50" x2="([\d.]+)"', svg)}
+    names = [(float(x), float(y)) for x, y in re.findall(r'<text class="reference" x="([\d.]+)" y="([\d.]+)"', svg)]
+    (end,) = ends
+    assert max(float(x) for x in re.findall(r'<circle[^>]* cx="([\d.]+)"', svg)) + 5 < end
+    assert all(x > end for x, _ in names)
+    written = re.findall(r'<text class="reference"[^>]*>([^<]*…)<title>', svg)  # shortened; whole in the tooltip
+    assert all(x + 8 * len(name) <= 460 for (x, _), name in zip(names, written, strict=True))
+    heights = sorted(y for _, y in names)
+    assert all(b - a >= 16 for a, b in itertools.pairwise(heights))
+    assert 15 <= heights[0] <= heights[-1] <= 300 - 36
+    assert svg.count("<title>a model of long name") == len(levels)
+
+
+def test_the_title_of_the_y_axis_is_above_its_ticks():
+    svg = plot("t", axis("x", [1, 2]), axis("same answers", [], percent=True), [])
+    assert "rotate" not in svg
+    title = float(re.search(r'<text class="label y" x="4" y="([\d.]+)">same answers', svg)[1])
+    highest = min(float(y) for y in re.findall(r'<text class="tick y"[^>]* y="([\d.]+)"', svg))
+    assert highest - title >= 15  # the height of a letter on a phone
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [0.0, 0.0], [5.0], [1e-9, 2e-9], [-3.0, 4.0], [16, 1464]])

@@ -98,14 +98,14 @@ def test_bootstrap_of_a_mean():
         bootstrap_mean([])
 
 
-@pytest.mark.parametrize(("broken", "mended"), [(0, 0), (1, 0), (5, 0), (7, 2), (4, 4), (30, 12)])
-def test_mcnemar_against_a_count_of_all_coin_tosses(broken, mended):
+@pytest.mark.parametrize(("broken", "fixed"), [(0, 0), (1, 0), (5, 0), (7, 2), (4, 4), (30, 12)])
+def test_mcnemar_against_a_count_of_all_coin_tosses(broken, fixed):
     """Under the null every changed answer is a fair coin: outcomes at most as likely as this one."""
-    total = broken + mended
+    total = broken + fixed
     chances = [math.comb(total, k) / 2**total for k in range(total + 1)]
     expected = sum(c for c in chances if c <= chances[broken] * (1 + 1e-9))
-    assert mcnemar(broken, mended) == pytest.approx(expected)
-    assert mcnemar(mended, broken) == mcnemar(broken, mended)
+    assert mcnemar(broken, fixed) == pytest.approx(expected)
+    assert mcnemar(fixed, broken) == mcnemar(broken, fixed)
 
 
 def test_mcnemar_published_value():

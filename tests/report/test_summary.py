@@ -101,7 +101,7 @@ def test_difference_is_paired_and_only_at_the_same_budget(run):
 def test_difference_to_the_unpruned_model(run):
     summary = summarize(run)
     ours, theirs = (row(summary, label)["versus_full"] for label in ("ours", "theirs"))
-    assert (ours["difference"], ours["broken"], ours["mended"], ours["pairs"]) == (-0.25, 1, 0, 4)
+    assert (ours["difference"], ours["broken"], ours["fixed"], ours["pairs"]) == (-0.25, 1, 0, 4)
     assert (ours["p"], theirs["p"]) == (1.0, 0.5)  # one change: 2/2; two, both broken: 2/4
     assert (theirs["p_holm"], theirs["tests"]) == (1.0, 2)
     assert ours["anls"]["difference"] == -0.25
@@ -111,7 +111,7 @@ def test_difference_to_the_unpruned_model(run):
 
 def test_versus_baseline_has_what_both_measured(run):
     versus = row(summarize(run), "ours")["versus_baseline"]
-    assert (versus["broken"], versus["mended"]) == (1, 2)
+    assert (versus["broken"], versus["fixed"]) == (1, 2)
     assert versus["agrees"]["difference"] == 0.25
     assert versus["evidence"]["difference"] == pytest.approx(0.375 / 2)
     assert versus["nll_shift"]["difference"] == -0.5
@@ -185,7 +185,7 @@ def test_pure_function_of_the_files(run):
 
 def test_markdown(run):
     text = markdown({"toy-run": summarize(run)})
-    assert "| 16 | theirs | 4 | 16 (40%) | 50 [15, 85] |" in text
+    assert "| 16 | theirs | 50 [15, 85] | -50 [-100, +0] | – | 50 | 16 (40%) | 4 |" in text
     assert "| **16** | **ours** |" in text  # the best at its budget
     assert "vs theirs" in text
 
@@ -335,7 +335,7 @@ def test_columns_without_figures_are_left_out(run):
         ]
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
     names = [column.header for column in main_columns(summarize(run))]
-    assert names == ["keep", "selector", "n", "tokens", "evidence % (base)"]
+    assert names == ["keep", "selector", "tokens", "n", "evidence % (base)"]
     assert "**ours**" in markdown({"r": summarize(run)})  # without answers, evidence says which is best
 
 

@@ -38,6 +38,18 @@ def test_kept_patches_are_clear_where_they_lie():
     assert seen[:, xs.min() + 1 :].sum() == (xs.max() - xs.min()) * (ys.max() + 1)  # the border of the tile is dashed
 
 
+@pytest.mark.parametrize("colour", [(18, 24, 60), (60, 70, 90), (128, 128, 128), (250, 240, 10), (255, 255, 255)])
+def test_what_is_kept_and_what_is_dropped_look_different_on_any_page(colour):
+    kept = torch.zeros(5, 16, dtype=torch.bool)
+    kept[1] = True  # the upper left tile
+    canvas = canvas_of((64, 64), [[64, 64]], 32, (4, 4))
+    pixels = np.asarray(draw(Image.new("RGB", (64, 64), colour), canvas, [Panel("name", (), kept)])).astype(float)
+    half = PANEL // 2
+    here, there = pixels[TOP + half // 2, MARGIN + half // 2], pixels[TOP + 3 * half // 2, MARGIN + 3 * half // 2]
+    assert here.tolist() == list(colour)
+    assert abs(here.mean() - there.mean()) > 45
+
+
 def test_everything_and_nothing():
     seen = clear(panel_of(torch.ones(5, 16, dtype=torch.bool)))
     middle = PANEL // 2  # borders of tiles are dashed
@@ -59,6 +71,21 @@ def test_the_base_view_is_drawn_apart():
 def test_boxes_are_outlined():
     pixels = panel_of(torch.zeros(5, 16, dtype=torch.bool), boxes=[(16.0, 16.0, 32.0, 32.0)])
     assert (pixels == MARK).all(-1).sum() > 4 * 80
+
+
+def test_a_large_image_is_resized_once_for_all_panels(monkeypatch):
+    resized = []
+    resize = Image.Image.resize
+
+    def counted(image, *args, **more):
+        resized.append(image.size)
+        return resize(image, *args, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    panels = [Panel("name", (), torch.ones(5, 16, dtype=torch.bool))] * 6
+    canvas = canvas_of((900, 900), [[64, 64]], 32, (4, 4))
+    assert draw(Image.new("RGB", (900, 900)), canvas, panels).width == 6 * (PANEL + 2 * MARGIN)
+    assert resized == [(900, 900)] * 2  # the panels' image and the base view
 
 
 def test_stack_is_as_wide_as_the_widest():

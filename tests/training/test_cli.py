@@ -243,6 +243,7 @@ def _distance(module, tokens):
         (["--data.images=NOWHERE"], "data.images must be a folder of images"),
         (["--data.generated=pages"], "data.generated must be 'mixed' or one or more of"),
         (["--model.question=true"], "model.question needs architecture image-transformer"),
+        (["--model.architecture=image-transformer"], "Paper, the default, needs architecture gumbel"),
         (["--model.objectives+=training.answers.Answers"], "model.encoder must be a LlavaNextModel for Answers"),
         (["--model.kept_shares=[0.5,1.0]"], "model.kept_shares must be shares in (0, 1)"),
         (["--model.heads=5"], "must be a multiple of heads, got 5"),

@@ -24,10 +24,11 @@ from selector.report.columns import (
     share_of,
 )
 from selector.report.page.figures import correlation_plots, task_plots
-from selector.report.page.overview import differing, overview
+from selector.report.page.overview import HINT, differing, overview
 from selector.report.tables import best_rows, notes, rows_of, settings_line
 
 HERE = Path(__file__).parent
+NAMES, NUMBER = (KEEP, SELECTOR), ' class="number"'
 FORMULAS = """\
 Operations are counted by formula, 2 for a multiply-add, products of matrices alone. With S tokens over a context of C,
 width D, query width q, key width k, MLP width m, vocabulary V: a layer of the language model 4·S·D·(q + k) + 4·S·C·q +
@@ -98,7 +99,8 @@ def _table(caption: str, summary: Summary, task: str, columns: Sequence[Column])
     rows = rows_of(summary, task)
     best = best_rows(rows)
     head = "".join(
-        f'<th scope="col" title="{escape(column.note)}"><button type="button">{escape(column.header)}</button></th>'
+        f'<th scope="col"{"" if column in NAMES else NUMBER} title="{escape(column.note)}">'
+        f'<button type="button">{escape(column.header)}</button></th>'
         for column in columns
     )
     body = []
@@ -108,7 +110,7 @@ def _table(caption: str, summary: Summary, task: str, columns: Sequence[Column])
             value = column.value(row)
             number = isinstance(value, int | float)
             sort = f' data-value="{value:.9g}"' if number else ""
-            kind = "" if column in (KEEP, SELECTOR) else ' class="number"'
+            kind = "" if column in NAMES else NUMBER
             tag, scope = ("th", ' scope="row"') if column == SELECTOR else ("td", "")
             cells.append(f"<{tag}{scope}{kind}{sort}>{escape(column.text(row))}</{tag}>")
         marks = ["reference"] if row["keep"] is None else []
@@ -117,7 +119,7 @@ def _table(caption: str, summary: Summary, task: str, columns: Sequence[Column])
         body.append(f'<tr class="{" ".join(marks)}">{"".join(cells)}</tr>')
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table class="sortable">'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<caption>{escape(caption)}{HINT}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 

@@ -79,18 +79,41 @@ def changed_answers(shown: Mapping[str, Any], most: int = 8) -> str:
 
 
 def _telling(rows: Mapping[tuple[str, str | None], Mapping[str, Record]]) -> list[str]:
-    """Samples in the order of how much they tell: at how many budgets selectors differ, then how many answers flip."""
+    """Samples in the order of how much they tell: on how many answers selectors differ in being right (where that is
+    known), then in being the unpruned model's, then how many are not."""
     order = list(dict.fromkeys(sample for found in rows.values() for sample in found))
 
-    def told(sample: str) -> tuple[int, int]:
-        changes: dict[str, list[bool]] = {}
-        for (_, keep), found in rows.items():
-            if keep and "agrees" in found.get(sample, {}):
-                changes.setdefault(keep, []).append(not found[sample]["agrees"])
-        mixed = sum(min(sum(group), len(group) - sum(group)) for group in changes.values())
-        return -mixed, -sum(map(sum, changes.values()))
+    def told(sample: str) -> tuple[int, int, int]:
+        right, same = (_split(rows, sample, name) for name in ("correct", "agrees"))
+        changed = sum(len(group) - sum(group) for group in _by_budget(rows, sample, "agrees").values())
+        return -sum(right.values()), -sum(same.values()), -changed
 
     return sorted(order, key=told)
+
+
+def _tells_at(rows: Mapping[tuple[str, str | None], Mapping[str, Record]], sample: str) -> str | None:
+    """The budget at which selectors differ most on a sample; None where they differ at none."""
+    for name in ("correct", "agrees"):
+        split = _split(rows, sample, name)
+        if any(split.values()):
+            return max(split, key=lambda keep: split[keep])
+    return None
+
+
+def _split(rows: Mapping[tuple[str, str | None], Mapping[str, Record]], sample: str, name: str) -> dict[str, int]:
+    """By budget, how many selectors are in the minority: 0 where all are right, or all wrong."""
+    return {keep: min(sum(group), len(group) - sum(group)) for keep, group in _by_budget(rows, sample, name).items()}
+
+
+def _by_budget(
+    rows: Mapping[tuple[str, str | None], Mapping[str, Record]], sample: str, name: str
+) -> dict[str, list[bool]]:
+    """What every selector's record of a sample says, by budget."""
+    groups: dict[str, list[bool]] = {}
+    for (_, keep), found in rows.items():
+        if keep and name in found.get(sample, {}):
+            groups.setdefault(keep, []).append(found[sample][name])
+    return groups
 
 
 def _sample(
@@ -114,6 +137,7 @@ def _sample(
         names = ("answer", "correct", "flip", "anls", "tokens", "kept", "evidence")
         answers.append({"selector": label, "keep": keep} | {n: record[n] for n in names if record.get(n) is not None})
     head = {"run": run, "task": task, "id": sample, "full_tokens": full["full_tokens"]}
+    head |= {"tells_at": _tells_at(rows, sample)}
     return (
         head
         | {n: full[n] for n in ("question", "target", "answer", "correct", "kept") if n in full}

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from selector.report.columns import selector_name
+from selector.report.columns import Figures, selector_name
 from selector.report.page.plots import Line, Point, Series, axis, legend, plot
 
 Summary = dict[str, Any]
-Row = dict[str, Any]
 SPECTRA = {
     "ipr_shift": ("|ΔIPR|", "IPR"),
     "rank_shift": ("|Δ effective rank|", "effective rank"),
@@ -43,7 +42,7 @@ def task_plots(task: str, runs: Mapping[str, Summary]) -> str:
             lambda r: _scaled(r["kv_bytes"], 1e-6),
         )
     )
-    kinds: list[tuple[str, str, str, Callable[[Row], Any], bool]] = []
+    kinds: list[tuple[str, str, str, Callable[[Figures], Any], bool]] = []
     field = "accuracy" if answered else "evidence"
     if answered or any(row["evidence"] is not None for row in rows):
         kinds.append((f"{_word(field)} against measured tokens", field, "visual tokens", lambda r: r["tokens"], True))
@@ -58,7 +57,13 @@ def task_plots(task: str, runs: Mapping[str, Summary]) -> str:
 
 
 def _curves(
-    task: str, runs: Mapping[str, Summary], title: str, field: str, label: str, across: Callable[[Row], Any], log: bool
+    task: str,
+    runs: Mapping[str, Summary],
+    title: str,
+    field: str,
+    label: str,
+    across: Callable[[Figures], Any],
+    log: bool,
 ) -> str:
     series, lines, values = [], [], []
     for (run, selector), (name, number) in names_of(runs).items():
@@ -118,7 +123,8 @@ def correlation_plots(runs: Mapping[str, Summary]) -> str:
     claim = (
         "<p>The paper behind LoFi (arXiv 2503.06794) says that the change of the inverse participation ratio of the "
         "singular spectrum goes with consistency. Each mark is one selector at one budget on one task; the interval of "
-        "a rank correlation takes the marks to be independent, which they are not quite: they share samples.</p>"
+        "a rank correlation takes the marks to be independent, which they are not quite: they share samples. Marks of "
+        "several budgets mix two things: fewer tokens change both, whichever selector dropped the others.</p>"
     )
     return f'{claim}{legend(list(numbers.values()))}<div class="plots three">{"".join(drawn)}</div>'
 
@@ -139,7 +145,7 @@ def _described(series: Sequence[Series]) -> str:
     )
 
 
-def _time(row: Row) -> Any:
+def _time(row: Figures) -> Any:
     return None if None in (row["selection_ms"], row["prefill_ms"]) else row["selection_ms"] + row["prefill_ms"]
 
 

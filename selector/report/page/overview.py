@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from selector.report.columns import LEGEND, legend, selector_name
-from selector.report.findings import Row, sentences
+from selector.report.columns import LEGEND, Figures, legend, selector_name
+from selector.report.findings import sentences
 
 Summary = dict[str, Any]
+MARGIN = 0.05
+"""Loss of accuracy, as a share, below which a budget passes."""
+HINT = '<span class="hint"> · swipe for more columns →</span>'
+"""Shown on narrow screens only."""
 
 
 def overview(runs: Mapping[str, Summary]) -> str:
-    """A short list a run and task, and a table of the smallest budgets without measurable loss."""
+    """A short list a run and task, and a table of the smallest budgets shown to lose less than `MARGIN`."""
     parts = []
     for name, summary in runs.items():
         lines = []
@@ -30,7 +35,7 @@ def overview(runs: Mapping[str, Summary]) -> str:
 
 
 def _smallest(name: str, summary: Summary) -> str:
-    """For every selector and task, the fewest tokens at which, and above which, no loss is measurable."""
+    """For every selector and task, the fewest tokens at which, and above which, the loss is shown to be small."""
     tasks = [t for t in summary["tasks"] if any(r["task"] == t and r["versus_full"] for r in summary["rows"])]
     if not tasks:
         return ""
@@ -42,34 +47,51 @@ def _smallest(name: str, summary: Summary) -> str:
         for task in tasks:
             own = [r for r in summary["rows"] if (r["task"], r["selector"]) == (task, selector) and r["versus_full"]]
             row = _last_good(own)
-            cells.append(f"<td>{escape(_cell(row)) if row else 'none of those tried'}</td>")
+            cells.append(f"<td>{escape(_cell(row)) if row else 'not shown for any tried'}</td>")
         body.append(f'<tr><th scope="row">{escape(shown)}</th>{"".join(cells)}</tr>')
+    points = f"{100 * MARGIN:.0f} points"
+    title = f"Fewest tokens shown to lose less than {points} of accuracy"
+    # Without a broken answer 1 − (1 − margin)^n must be above 95%.
+    least = math.ceil(math.log(0.05) / math.log(1 - MARGIN))
     caption = (
-        "Fewest tokens without measurable loss of accuracy (difference to the unpruned model, 95% interval holds 0)"
+        f"{title}: the difference to the unpruned model on the same questions, with its 95% interval, whose lower end "
+        f"is above −{points}, here and at every larger budget tried. Where no answer broke, the lower end is the loss "
+        f"that so many questions can hide: fewer than {least} show nothing."
     )
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}, {escape(name)}"><table>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{title}, {escape(name)}"><table class="words">'
         f'<caption>{caption}</caption><thead><tr><th scope="col">selector</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
-def _last_good(rows: list[Row]) -> Row | None:
+def _last_good(rows: list[Figures]) -> Figures | None:
     good = None
     for row in sorted(rows, key=lambda r: -r["tokens"]):
-        if row["versus_full"]["interval"][1] < 0:
+        if _lower_end(row["versus_full"]) <= -MARGIN:
             break
         good = row
     return good
 
 
-def _cell(row: Row) -> str:
+def _lower_end(versus: dict[str, Any]) -> float:
+    """Of the interval of the difference. A bootstrap of questions none of which broke cannot draw one that did: there
+    the exact bound counts, the share of broken answers that shows none in so many questions in 5% of the cases."""
+    low = versus["interval"][0]
+    return low if versus["broken"] else min(low, -_hidden(versus["pairs"]))
+
+
+def _hidden(pairs: int) -> float:
+    return 1 - 0.05 ** (1 / pairs)
+
+
+def _cell(row: Figures) -> str:
     versus = row["versus_full"]
     low, high = versus["interval"]
     share = f" ({100 * row['tokens'] / row['full_tokens']:.0f}%)" if row["full_tokens"] else ""
     gap = f"{100 * versus['difference']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}] points"
-    if versus["broken"] == versus["mended"] == 0:  # a bootstrap of equal pairs has no width: say what n allows
-        gap = f"none lost (a loss up to {100 * (1 - 0.05 ** (1 / versus['pairs'])):.0f} points may hide)"
+    if versus["broken"] == versus["fixed"] == 0:  # a bootstrap of equal pairs has no width: say what n allows
+        gap = f"none lost (a loss up to {100 * _hidden(versus['pairs']):.0f} points may hide)"
     return f"{row['tokens']:.0f} tokens{share}: {gap}, {100 * row['agreement']:.0f}% same answers"
 
 

@@ -1,18 +1,27 @@
 """Plots as inline SVG: no library, no script, colours from the page's own style (so they follow light and dark).
 
 A plot is drawn in a fixed box of 460 × 300 and scales with the page. Every series has a colour and a marker of its own;
-every point says its figures in a ``<title>``; the whole plot is described for those who cannot see it.
+every point says its figures in a ``<title>``; the whole plot is described for those who cannot see it. Names of
+reference lines stand beside the plot and the title of the y axis above it, where no point and no tick can be.
+
+matplotlib, which this package has, writes SVG too, but its colours are fixed when it is written and its points carry no
+text. Drawn here, a plot follows the reader's light or dark theme, and every point has a tooltip with its figures.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 30, 42
+LETTER, LINE = 8.2, 17
+"""Width and height that a letter of a label may take, on a phone, where letters are larger."""
+LONGEST = 16
+"""Letters of a reference line's name; the rest is in its tooltip."""
 COLOURS, MARKERS = 8, 5
 
 Number = float | int
@@ -82,20 +91,23 @@ def plot(
     title: str, x: Axis, y: Axis, series: Sequence[Series], lines: Sequence[Line] = (), front: bool = False
 ) -> str:
     """The SVG of a plot; `title` describes it where it cannot be seen, `front` shades what nothing beats (Pareto)."""
+    names = {line: _short(line.name) for line in lines}
+    right = WIDTH - max([RIGHT, *(10 + LETTER * len(name) for name in names.values())])
+    across = functools.partial(_x, x, right)
     parts = [
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
-        *_frame(x, y),
+        *_frame(x, y, right),
     ]
-    for line in lines:
-        height = _y(y, line.y)
-        parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        above = height - 5 if height > TOP + 14 else height + 13
-        parts.append(f'<text class="reference" x="{WIDTH - RIGHT - 4}" y="{above:.1f}">{escape(line.name)}</text>')
+    for line, height in zip(lines, _apart([_y(y, line.y) for line in lines]), strict=True):
+        level = f'y1="{_y(y, line.y):.1f}" y2="{_y(y, line.y):.1f}"'
+        parts.append(f'<line class="reference" x1="{LEFT}" x2="{right:.1f}" {level}/>')
+        words = f"{escape(names[line])}<title>{escape(line.name)}</title>"
+        parts.append(f'<text class="reference" x="{right + 5:.1f}" y="{height + 4:.1f}">{words}</text>')
     if front:
-        path = " ".join(f"{_x(x, p.x):.1f},{_y(y, p.y):.1f}" for p in _front(series))
+        path = " ".join(f"{across(p.x):.1f},{_y(y, p.y):.1f}" for p in _front(series))
         parts.append(f'<polyline class="front" points="{path}"/>')
     for place, each in enumerate(series):
-        parts += _drawn(x, y, each, nudge=(place - (len(series) - 1) / 2) * 2.2 if each.joined else 0)
+        parts += _drawn(across, y, each, nudge=(place - (len(series) - 1) / 2) * 2.2 if each.joined else 0)
     return "".join([*parts, "</svg>"])
 
 
@@ -133,9 +145,28 @@ def _front(series: Sequence[Series]) -> list[Point]:
     return best
 
 
-def _drawn(x: Axis, y: Axis, series: Series, nudge: Number) -> list[str]:
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Heights of labels in the same order, moved so far that each has a line of its own inside the plot."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = list(heights)
+    floor = float(TOP)
+    for i in order:  # from the top down: no label above the plot or on the one before
+        placed[i] = max(placed[i], floor)
+        floor = placed[i] + LINE
+    ceiling = float(HEIGHT - BOTTOM)
+    for i in reversed(order):  # and back up: none below it
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - LINE
+    return placed
+
+
+def _drawn(across: Callable[[Number], float], y: Axis, series: Series, nudge: Number) -> list[str]:
     points = series.points
-    places = [(_x(x, p.x) + nudge, _y(y, p.y)) for p in points]
+    places = [(across(p.x) + nudge, _y(y, p.y)) for p in points]
     parts = []
     colour = f"c{series.number % COLOURS}"
     if series.joined and len(points) > 1:
@@ -150,26 +181,25 @@ def _drawn(x: Axis, y: Axis, series: Series, nudge: Number) -> list[str]:
     return parts
 
 
-def _frame(x: Axis, y: Axis) -> list[str]:
+def _frame(x: Axis, y: Axis, right: Number) -> list[str]:
     parts = []
     for tick in y.ticks:
         height = _y(y, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right:.1f}" y1="{height:.1f}" y2="{height:.1f}"/>')
         parts.append(f'<text class="tick y" x="{LEFT - 7}" y="{height + 4:.1f}">{_written(tick, y)}</text>')
     floor = HEIGHT - BOTTOM
     for tick in x.ticks:
-        across = _x(x, tick)
+        across = _x(x, right, tick)
         parts.append(f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{TOP}" y2="{floor}"/>')
         parts.append(f'<text class="tick x" x="{across:.1f}" y="{floor + 16}">{_written(tick, x)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}">{escape(x.label)}</text>')
-    turned = (TOP + floor) / 2
-    parts.append(f'<text class="label" transform="translate(12 {turned}) rotate(-90)">{escape(y.label)}</text>')
+    middle = (LEFT + right) / 2
+    parts.append(f'<text class="label" x="{middle:.1f}" y="{HEIGHT - 6}">{escape(x.label)}</text>')
+    parts.append(f'<text class="label y" x="4" y="13">{escape(y.label)}</text>')
     return parts
 
 
-def _x(x: Axis, value: Number) -> float:
-    return LEFT + x.share(value) * (WIDTH - LEFT - RIGHT)
+def _x(x: Axis, right: Number, value: Number) -> float:
+    return LEFT + x.share(value) * (right - LEFT)
 
 
 def _y(y: Axis, value: Number) -> float:

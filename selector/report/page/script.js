@@ -52,6 +52,8 @@ function explore(data) {
     fill(picks.run, unique(data.samples.map((s) => s.run)));
     fill(picks.task, unique(data.samples.filter((s) => s.run === picks.run.value).map((s) => s.task)));
     fill(picks.keep, unique(inTask().flatMap((s) => s.rows.map((row) => row.keep)).filter(Boolean)));
+    const telling = inTask().map((s) => s.tells_at).find(Boolean); // of the first sample that tells selectors apart
+    if (telling) picks.keep.value = telling;
     place = 0;
     show();
   }
@@ -112,7 +114,8 @@ function panel(row, sample, image, panels) {
     base.width = base.height = 128;
     base.className = "base";
     main.setAttribute("role", "img");
-    main.setAttribute("aria-label", `${name}: ${share}% of the visual tokens kept; kept patches clear, dropped ones dark`);
+    const boxes = (image.boxes || []).length ? ", the answer's evidence in a red box" : "";
+    main.setAttribute("aria-label", `${name}: ${share}% of the visual tokens kept; kept patches clear, dropped ones veiled${boxes}`);
     base.setAttribute("role", "img");
     base.setAttribute("aria-label", `${name}: what is kept of the base view`);
     figure.append(main, base);
@@ -138,12 +141,12 @@ function unpack(text) {
   return (i) => Boolean((bytes[i >> 3] >> (7 - (i & 7))) & 1);
 }
 
-const VEIL = "rgba(34, 38, 54, 0.80)";
+const VEIL = "rgba(34, 38, 54, 0.80)", LIGHT_VEIL = "rgba(226, 229, 238, 0.80)"; // light on a dark image
 
 function drawTiles(canvas, picture, image, kept) {
   const pen = canvas.getContext("2d"), { xs, ys, tiles, grid } = image, patches = grid[0] * grid[1];
   pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  pen.fillStyle = VEIL;
+  pen.fillStyle = image.dark ? LIGHT_VEIL : VEIL;
   for (let y = 0; y + 1 < ys.length; y++) for (let x = 0; x + 1 < xs.length; x++) {
     const tile = 1 + Math.floor(y / grid[0]) * tiles[1] + Math.floor(x / grid[1]);
     const patch = (y % grid[0]) * grid[1] + (x % grid[1]);
@@ -156,12 +159,18 @@ function drawTiles(canvas, picture, image, kept) {
   for (let t = 1; t < tiles[1]; t++) { pen.moveTo(xs[t * grid[1]], 0); pen.lineTo(xs[t * grid[1]], canvas.height); }
   for (let t = 1; t < tiles[0]; t++) { pen.moveTo(0, ys[t * grid[0]]); pen.lineTo(canvas.width, ys[t * grid[0]]); }
   pen.stroke();
+  pen.setLineDash([]);
+  for (const [x0, y0, x1, y1] of image.boxes || []) for (const [width, colour] of [[5, "#ffffff"], [2.5, "#eb3c28"]]) {
+    pen.lineWidth = width;
+    pen.strokeStyle = colour;
+    pen.strokeRect(x0 - 2, y0 - 2, x1 - x0 + 4, y1 - y0 + 4);
+  }
 }
 
 function drawBase(canvas, picture, image, kept) {
   const pen = canvas.getContext("2d"), [rows, columns] = image.grid;
   pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  pen.fillStyle = VEIL;
+  pen.fillStyle = image.dark ? LIGHT_VEIL : VEIL;
   const edge = (i, of) => Math.round((i * canvas.width) / of);
   for (let y = 0; y < rows; y++) for (let x = 0; x < columns; x++) {
     const [left, top] = [edge(x, columns), edge(y, rows)];

@@ -40,7 +40,7 @@ class Row:
     budget: Budget | None = None
 
 
-class Bench:
+class Harness:
     """A model ready to take samples.
 
     Args:
@@ -88,22 +88,22 @@ class Bench:
 class Measured:
     """A sample encoded once, with the unpruned model's answer; gives a record for every row."""
 
-    def __init__(self, bench: Bench, sample: Sample):
-        self.bench, self.sample = bench, sample
-        model = bench.model
-        self.inputs = prepare(bench.processor, sample.image, sample.question, model.device)
+    def __init__(self, harness: Harness, sample: Sample):
+        self.harness, self.sample = harness, sample
+        model = harness.model
+        self.inputs = prepare(harness.processor, sample.image, sample.question, model.device)
         synchronize(model.device)
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                self.encoded: Encoded | None = encode(model, self.inputs, bench.needs)
+                self.encoded: Encoded | None = encode(model, self.inputs, harness.needs)
         except ValueError as error:  # no adapter for this model, or it cannot give what a selector needs
             raise UsageError(f"on sample {sample.id!r}: {error}") from error
         synchronize(model.device)
         self.encode_seconds = time.perf_counter() - start
         self.whole = prune_inputs(model, self.inputs, None, encoded=self.encoded)
-        asked = bench.protocol.answers and sample.question is not None
-        self.full = bench.answer(self.whole.inputs) if asked else None
+        asked = harness.protocol.answers and sample.question is not None
+        self.full = harness.answer(self.whole.inputs) if asked else None
         self.full_spectrum = self._internals(self.whole, None)[0]
         self.canvas: Canvas | None = None
         if self.encoded and (sample.boxes or hasattr(model.config, "image_grid_pinpoints")):
@@ -116,12 +116,12 @@ class Measured:
             inputs = self.inputs
             if self.encoded:
                 inputs = without_image(inputs, self.encoded.image_token_id)
-            said = None if self.full is None else self.bench.answer(inputs)
+            said = None if self.full is None else self.harness.answer(inputs)
             return self._tokens(None) | self._cost(inputs, None, None) | self._answers(inputs, said, None)
         pruned = self.whole if row.selector is None else self._prune(row)
         said = self.full
         if self.full is not None and pruned is not self.whole:
-            said = self.bench.answer(pruned.inputs)
+            said = self.harness.answer(pruned.inputs)
         after, logits = (self.full_spectrum, None) if pruned is self.whole else self._internals(pruned, said)
         return (
             self._tokens(pruned)
@@ -135,7 +135,7 @@ class Measured:
         if self.encoded is None:  # a prompt of text alone passes through
             return self.whole
         try:
-            return self.bench.prune(self.inputs, row, self.encoded)
+            return self.harness.prune(self.inputs, row, self.encoded)
         except ValueError as error:
             raise UsageError(f"{row.label} at keep={row.budget} on sample {self.sample.id!r}: {error}") from error
 
@@ -153,17 +153,18 @@ class Measured:
 
     def _internals(self, pruned: Pruned, said: Answer | None) -> tuple[Spectrum | None, Tensor | None]:
         """(spectrum of the visual tokens at the layer, teacher-forced logits if they had to be computed)."""
-        layer, same = self.bench.protocol.layer, self._same(said)
+        layer, same = self.harness.protocol.layer, self._same(said)
         target = self.full.ids if self.full else pruned.inputs["input_ids"].new_empty(0)
         read = None
         if (layer > 0 and self.encoded) or (said is not None and not same):
             image_token_id = self.encoded.image_token_id if self.encoded else None
-            read = forced(self.bench.model, pruned.inputs, target, layer if self.encoded else 0, image_token_id)
+            wanted = [layer] if layer > 0 and self.encoded else []
+            read = forced(self.harness.model, pruned.inputs, target, wanted, image_token_id)
         logits = read.logits if read is not None and said is not None and not same else None
         if self.encoded is None:
             return None, logits
-        visual = read.visual if layer > 0 and read else torch.cat(_visual(pruned))
-        return (spectrum(visual) if visual is not None and len(visual) else None), logits
+        visual = read.visual[layer] if layer > 0 and read else torch.cat(_visual(pruned))
+        return (spectrum(visual) if len(visual) else None), logits
 
     def _shifts(self, after: Spectrum | None) -> dict[str, Any]:
         if after is None or self.full_spectrum is None:
@@ -171,7 +172,7 @@ class Measured:
         return {"ipr": after.ipr, "effective_rank": after.effective_rank} | spectrum_shift(self.full_spectrum, after)
 
     def _cost(self, inputs: Mapping[str, Any], pruned: Pruned | None, row: Row | None) -> dict[str, Any]:
-        model, prompt = self.bench.model, inputs["input_ids"].shape[1]
+        model, prompt = self.harness.model, inputs["input_ids"].shape[1]
         found: dict[str, Any] = {
             "prompt_tokens": prompt,
             "kv_bytes": cache_bytes(model.config, prompt, model.dtype.itemsize),
@@ -183,11 +184,11 @@ class Measured:
         found["tower_flops"] = tower_flops(model.config, len(self.encoded.tokens.features))
         if row is not None and row.selector is not None and row.budget is not None:
             key = (row.label, row.budget, self.encoded.tokens.features.shape, self.encoded.tokens.slots.shape)
-            if key not in self.bench.flops:  # the same shapes take the same work
-                self.bench.flops[key] = counted_flops(
+            if key not in self.harness.flops:  # the same shapes take the same work
+                self.harness.flops[key] = counted_flops(
                     lambda: prune_inputs(model, self.inputs, row.selector, row.budget, encoded=self.encoded)
                 )
-            found["selector_flops"] = self.bench.flops[key]
+            found["selector_flops"] = self.harness.flops[key]
         return found
 
     def _kept(self, pruned: Pruned) -> dict[str, Any]:
@@ -210,7 +211,7 @@ class Measured:
         if self._same(said):
             read = said.logits
         else:
-            read = logits if logits is not None else forced(self.bench.model, inputs, full.ids).logits
+            read = logits if logits is not None else forced(self.harness.model, inputs, full.ids).logits
         return answer_record(self.sample, said, full, read)
 
 
