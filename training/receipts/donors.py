@@ -76,13 +76,13 @@ class Stock:
     sure: np.ndarray
 
 
-def capital_height(found: Line) -> float:
+def capital_height(fitted: Line) -> float:
     """The height of the capitals and digits of a line, in pixels of the scan.
 
     Args:
-        found: the line as fitted by `glyphs.line`.
+        fitted: the line as fitted by `glyphs.line`.
     """
-    return float(found.cells[0, 3] - found.cells[0, 1])
+    return float(fitted.cells[0, 3] - fitted.cells[0, 1])
 
 
 @cache

@@ -135,7 +135,7 @@ def evaluate_task(model: Any, processor: Any, name: str, count: int, seed: int, 
             "accuracy": round(sum(hits) / len(part), 4),
             "interval_95": [round(low, 4), round(high, 4)],
             "anls": round(sum(anls(text, answer) for text, answer in pairs) / len(part), 4),
-            "by_question": {kind: [sum(found), len(found)] for kind, found in sorted(kinds.items())},
+            "by_question": {kind: [sum(of_kind), len(of_kind)] for kind, of_kind in sorted(kinds.items())},
             "seconds": round(time.monotonic() - begun, 1),
         }
     return results

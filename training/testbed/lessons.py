@@ -36,7 +36,7 @@ class Lesson:
         kind: its task and form, as "charts_asked" or "scenes_drill".
         ids: tokens; every visual slot that is not left out is an image token.
         labels: -100 except for the answers.
-        positions: of all tokens, as on the whole page.
+        positions: those of all tokens, as on the whole page.
         symbols: [2, slots], class and centre flag of the visual slots.
         kept: numbers of these slots in the packed order of the whole page (slots,).
         tiles: [tiles, 2, 12, 12], what lies under every patch.

@@ -159,7 +159,7 @@ def answer_loss(
         language: the language model; its embedding is the output layer too.
         embedded: text and visual slots.
         labels: -100 wherever nothing is asked.
-        positions: of the tokens on the whole page; they have gaps where slots are left out.
+        positions: those of the tokens on the whole page; they have gaps where slots are left out.
         kinds: the kind of each of the B lessons.
 
     Returns:

@@ -119,9 +119,9 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
 
     # Counts: first which numbers occur, then one shape for each, so that rare numbers are asked as often as others.
     counted: dict[int, list[str]] = {}
-    for name, found in by_shape.items():
-        if len(found) <= MOST:
-            counted.setdefault(len(found), []).append(name)
+    for name, alike in by_shape.items():
+        if len(alike) <= MOST:
+            counted.setdefault(len(alike), []).append(name)
     if rng.random() < 0.5:  # else zero would be the best blind guess
         counted.pop(0, None)
 
@@ -131,11 +131,11 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
         chosen.append(Turn(f"how many {plural(name)} are there?", str(number), _boxes(by_shape[name])))
 
     # Colour of a shape, shape of a colour: only where one object fits, or the answer would not be unique.
-    single = [name for name, found in by_shape.items() if len(found) == 1]
+    single = [name for name, alike in by_shape.items() if len(alike) == 1]
     for name in rng.sample(single, min(2, len(single))):
         chosen.append(Turn(f"what color is the {name}?", by_shape[name][0].colour, _boxes(by_shape[name])))
 
-    lone = [colour for colour, found in by_colour.items() if len(found) == 1]
+    lone = [colour for colour, alike in by_colour.items() if len(alike) == 1]
     for colour in rng.sample(lone, min(2, len(lone))):
         chosen.append(Turn(f"what shape is the {colour} thing?", by_colour[colour][0].shape, _boxes(by_colour[colour])))
 
