@@ -48,8 +48,8 @@ class Groups:
     def gather(self, values: Tensor) -> Tensor:
         """``[T, N, ...]`` to ``[G, M, ...]``, zero where there is no member."""
         table = values.flatten(0, 1)[self.index]
-        mask = self.mask if table.ndim == 2 else self.mask[..., None]
-        return torch.where(mask, table, 0)
+        table[~self.mask] = 0  # indexing has copied: these are ours to change
+        return table
 
     def scatter(self, values: Float[Tensor, "G M"], tokens: VisualTokens) -> Float[Tensor, "T N"]:
         """Inverse of `gather`; zero where a token has no slot."""

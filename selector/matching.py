@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selector.greedy import grained, precise, unit
+from selector.greedy import BLOCK, COSINE_GRAIN, cosine_table, directions, grained, precise, unit, working
 from selector.groups import ranks
 
 APART = -4.0
@@ -53,7 +53,8 @@ def eliminate(
         Of every member its place from the end, and the member that it left for.
     """
     size, left, alive = mask.sum(1), mask.sum(1), mask.clone()
-    total = precise(table) * mask[..., None]  # sums: tokens match by cosine, so a sum serves as the mean
+    table = precise(table) if merge else working(table)
+    total = table * mask[..., None]  # sums: tokens match by cosine, so a sum serves as the mean
     place = torch.full_like(mask, 0, dtype=torch.long).masked_fill(~mask, mask.shape[1])
     parent = torch.full_like(place, -1)
 
@@ -61,7 +62,7 @@ def eliminate(
         order = (~alive).int().argsort(dim=1, stable=True)[:, : int(left.max())]  # what is left, in packed order
         number = torch.arange(order.shape[1], device=order.device).expand_as(order)
         there, even, odd = number < left[:, None], order[:, ::2], order[:, 1::2]
-        best, partner = _match(total, there, even, odd, view)
+        best, partner = _match(total, left, even, odd, view)
 
         # The most similar leave. A product that rounding puts a hair above a whole number must not cost one token more.
         quota = torch.minimum((left * drop - 1e-9).ceil().long(), left // 2)
@@ -86,20 +87,44 @@ def eliminate(
 
 def _match(
     total: Float[Tensor, "G M C"],
-    there: Bool[Tensor, "G R"],
+    size: Int[Tensor, "G"],
     even: Int[Tensor, "G E"],
     odd: Int[Tensor, "G O"],
     view: Int[Tensor, "G M"] | None,
 ) -> tuple[Float[Tensor, "G E"], Int[Tensor, "G E"]]:
     """Highest similarity to an odd token, and its place among them. A sum points where the mean does."""
-    left, right = unit(total.gather(1, _wide(even, total))), unit(total.gather(1, _wide(odd, total)))
-    similarity = grained(left @ right.mT)
+    left, right = total.gather(1, _wide(even, total)), total.gather(1, _wide(odd, total))
+    rows, columns = ((size + 1) // 2).tolist(), (size // 2).tolist()
+    similarity = cosine_table(directions(left.float()), directions(right.float()), rows, columns)
 
     # Another view is far, padding farther: a token with nothing left in its own view is still matched with a real one.
     if view is not None:
-        similarity = similarity.masked_fill(view.gather(1, even)[..., None] != view.gather(1, odd)[:, None], APART)
-    best, partner = similarity.masked_fill(~there[:, None, 1::2], 2 * APART).max(-1)
-    return best, partner
+        similarity.masked_fill_(view.gather(1, even)[..., None] != view.gather(1, odd)[:, None], APART)
+    for table, m in zip(similarity, columns, strict=True):
+        table[:, m:] = 2 * APART
+
+    # One token more or less moves all behind it to other places, so what is compared is the cosine in float64, and of
+    # two partners that float32 cannot tell apart the nearer one.
+    rough, partner = similarity.max(-1)
+    second, other = similarity.scatter_(2, partner[..., None], 3 * APART).max(-1)
+    best, close = _exact(left, right, partner), rough - second < 4 / COSINE_GRAIN
+    if bool(close.any()):
+        rival = _exact(left, right, other)
+        better = close & ((rival > best) | ((rival == best) & (other < partner)))
+        best, partner = torch.where(better, rival, best), torch.where(better, other, partner)
+    return torch.where(rough > APART, best, precise(rough)), partner
+
+
+def _exact(
+    left: Float[Tensor, "G E C"], right: Float[Tensor, "G O C"], partner: Int[Tensor, "G E"]
+) -> Float[Tensor, "G E"]:
+    """Cosine of each row on the left with its partner on the right, in float64, some rows at a time."""
+    found = []
+    for own, index in zip(left.split(BLOCK, 1), partner.split(BLOCK, 1), strict=True):
+        one, two = precise(own), precise(right.gather(1, _wide(index, right)))
+        length = torch.linalg.vector_norm(one, dim=-1) * torch.linalg.vector_norm(two, dim=-1)
+        found.append((one * two).sum(-1) / length.masked_fill(length == 0, 1))
+    return grained(torch.cat(found, 1))
 
 
 def _wide(index: Int[Tensor, "G R"], table: Float[Tensor, "G M C"]) -> Int[Tensor, "G R C"]:

@@ -21,7 +21,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selector.greedy import grained, unit
+from selector.greedy import cosine_table, directions, extents
+
+NOWHERE = -2
+"""A view that no slot lies in."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,16 @@ def nearest(
         ``[I, L]`` packed slots, as `Flow.mean` takes them.
     """
     # Targets are few: compared with them alone, not all with all.
-    most = max(1, int(target.sum(1).max()))
+    many = target.sum(1).tolist()
+    most = max(1, *many)
     order = (~target).int().argsort(dim=1, stable=True)[:, :most]  # the targets first
-    rows = unit(table)
+    rows = directions(table)
     chosen = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
-    similarity = grained(rows @ chosen.mT)
+    similarity = cosine_table(rows, chosen, extents(source | target), many)
 
-    fits = target.gather(1, order)[:, None] & (view[:, :, None] == view.gather(1, order)[:, None])
-    best, place = similarity.masked_fill(~fits, -torch.inf).max(-1)
+    other = torch.where(target.gather(1, order), view.gather(1, order), NOWHERE)
+    similarity.masked_fill_(view[:, :, None] != other[:, None], -torch.inf)
+    best, place = similarity.max(-1)
     found = order.gather(1, place).masked_fill(best.isneginf() | ~source, -1)
 
     own = torch.arange(target.shape[1], device=target.device).expand_as(found)

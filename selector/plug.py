@@ -27,7 +27,7 @@ from torch import Tensor
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
 from selector.merging import Selection
-from selector.models import Encoded, Relevance, encode
+from selector.models import Adapter, Encoded, Relevance, adapter_of, encode, has_visuals, model_type_of
 from selector.registry import load_selector
 from selector.tokens import PAD, VisualTokens
 
@@ -46,6 +46,7 @@ class Pruned:
         measured: visual tokens of each image that reach the language model, base view and newlines included.
         full: the same before pruning.
         selection_seconds: wall time of the selector, the budget and the merging (not of the encoder).
+        approximate: whether `keep` traces each packed token to the nearest encoder token only, see `Encoded`.
     """
 
     inputs: dict[str, Any]
@@ -55,6 +56,7 @@ class Pruned:
     measured: list[int] = field(default_factory=list)
     full: list[int] = field(default_factory=list)
     selection_seconds: float = 0.0
+    approximate: bool = False
 
 
 @dataclass
@@ -87,18 +89,21 @@ def prune_inputs(
 
     Args:
         model: a supported model (see `selector.models.encode`).
-        inputs: processor outputs: input_ids, attention_mask, pixel_values, image_sizes, optionally labels and
-            position_ids. Batches (padded on either side), several images and text-only rows are fine.
+        inputs: processor outputs: input_ids, attention_mask, pixel_values and what the model wants beside them
+            (image_sizes, image_grid_thw, ...), optionally labels and position_ids. Batches (padded on either side),
+            several images and text-only rows are fine.
         selector: None keeps every token.
         budget: what may stay; needed with a selector.
         positions: position ids of the shortened prompt: ``"original"`` leaves every token where the full prompt had it,
-            so that distances on the page stay what the language model knows; ``"contiguous"`` closes the gaps.
+            so that distances on the page stay what the language model knows; ``"contiguous"`` closes the gaps, which
+            M-RoPE models refuse: rows and columns of an image have no gaps to close.
         encoded: the same images already encoded, to prune them many times.
         relevance: where a selector needs `text` and the model has no text tower, see `selector.models.encode`.
 
     Raises:
-        ValueError: images without input_ids, placeholders and visual tokens do not match, the selector acts inside the
-            language model, or the selector's or budget's own errors.
+        ValueError: images without input_ids, placeholders and visual tokens do not match, an argument of the prompt's
+            length that the model's adapter does not know, the selector acts inside the language model, or the
+            selector's or budget's own errors.
     """
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions must be 'contiguous' or 'original', got {positions!r}")
@@ -106,21 +111,29 @@ def prune_inputs(
         raise ValueError("give both a selector and a budget, or neither to keep every token")
     if selector is not None and selector.acts != "before":
         raise ValueError(f"{type(selector).__name__} acts inside the language model, and this plug cuts before it")
-    if inputs.get("pixel_values") is not None and inputs.get("input_ids") is None:
+    if has_visuals(inputs) and inputs.get("input_ids") is None:
         raise ValueError("input_ids must be given with pixel_values: inputs_embeds have no placeholders to cut")
     encoded = encoded or encode(model, inputs, selector.needs if selector else (), relevance)
     if encoded is None:
         return Pruned(dict(inputs))
-    keep, packed, seconds = _select(encoded, selector, budget)
+    adapter = adapter_of(model)
+    if adapter.positions is not None and positions == "contiguous":
+        raise ValueError(
+            f"positions='contiguous' has no meaning for a {model_type_of(model)!r} model, whose position ids of an "
+            "image are its rows and columns; use positions='original'"
+        )
+
+    keep, tables, seconds = _select(encoded, selector, budget)
     lengths = encoded.tokens.lengths.tolist()
     masks = [row[:n] for row, n in zip(keep, lengths, strict=True)]
-    kept = [feats[mask.to(feats.device)] for feats, mask in zip(packed, masks, strict=True)]
-    encoder_arguments = inspect.signature(model.base_model.get_image_features).parameters
-    new = {name: value for name, value in inputs.items() if name not in encoder_arguments}
-    new |= _shorten(inputs, torch.cat(masks), encoded.image_token_id, positions, _pad_id(model))
-    # A new object every time, with nothing but what is read: beam search edits pooler_output in place.
-    new["mm_encoder_outputs"] = {"image": type(encoded.output)(pooler_output=list(kept))}
-    return Pruned(new, keep, encoded.tokens, kept, [len(k) for k in kept], lengths, seconds)
+    kept = [[feats[mask.to(feats.device)] for feats, mask in zip(table, masks, strict=True)] for table in tables]
+
+    encoder = getattr(model.base_model, f"get_{encoded.modality}_features")
+    new = {name: value for name, value in inputs.items() if name not in inspect.signature(encoder).parameters}
+    _check_rows(new, adapter, model_type_of(model))
+    new |= _shorten(model, inputs, torch.cat(masks), encoded.image_token_id, positions)
+    new["mm_encoder_outputs"] = {encoded.modality: _encoder_output(encoded, kept)}
+    return Pruned(new, keep, encoded.tokens, kept[0], [len(k) for k in kept[0]], lengths, seconds, encoded.approximate)
 
 
 @contextmanager
@@ -253,7 +266,7 @@ def _pruned_forward(forward: Callable, prune: Callable[[dict[str, Any]], dict[st
     @functools.wraps(forward)
     def pruned_forward(*args: Any, **kwargs: Any) -> Any:
         arguments = _named(forward, args, kwargs)
-        if arguments.get("pixel_values") is None:
+        if not has_visuals(arguments):
             return forward(*args, **kwargs)
         return forward(**prune(arguments))
 
@@ -268,12 +281,13 @@ def _pruned_generate(
         arguments = _named(generate, args, kwargs)
         if arguments.get("inputs") is not None:
             arguments["input_ids"] = arguments.pop("inputs")
-        if arguments.get("pixel_values") is None:
+        if not has_visuals(arguments):
             return generate(*args, **kwargs)
         settings = arguments.get("generation_config") or model.generation_config
         if arguments.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size must be None: chunks are cut by the original prompt's length")
-        if positions == "original" and arguments.get("use_cache", settings.use_cache) is False:
+        gaps = positions == "original" and adapter_of(model).positions is None
+        if gaps and arguments.get("use_cache", settings.use_cache) is False:
             raise ValueError(
                 "positions='original' needs use_cache=True (or use positions='contiguous'): generate() drops a mask of "
                 "ones, and without mask and cache transformers reads gaps in position ids as packed sequences"
@@ -334,22 +348,51 @@ def _shorter(arguments: dict[str, Any], defaults: Any, full: int, start: int) ->
 
 def _select(
     encoded: Encoded, selector: TokenSelector | None, budget: Budget | None
-) -> tuple[Bool[Tensor, "I L"], list[Tensor], float]:
-    """(keep mask, packed tokens with the merged ones in place, seconds)."""
+) -> tuple[Bool[Tensor, "I L"], list[list[Tensor]], float]:
+    """(keep mask, packed tokens and deepstack features with the merged ones in place, seconds)."""
+    tables = [encoded.packed, *encoded.deepstack]
     if selector is None or budget is None:
-        return encoded.tokens.slots != PAD, encoded.packed, 0.0
+        return encoded.tokens.slots != PAD, tables, 0.0
     device = encoded.tokens.features.device
     _synchronize(device)
     start = time.perf_counter()
     with torch.no_grad():
         chosen: Selection = selector.select(encoded.tokens, budget)
-    packed = encoded.packed if chosen.flow is None else chosen.flow.apply(encoded.packed)
+    if chosen.flow is not None:
+        tables = [chosen.flow.apply(table) for table in tables]
     _synchronize(device)
-    return chosen.keep, packed, time.perf_counter() - start
+    return chosen.keep, tables, time.perf_counter() - start
+
+
+def _encoder_output(encoded: Encoded, kept: list[list[Tensor]]) -> Any:
+    """A new object every time, with nothing but what is read: beam search edits its fields in place."""
+    fields: dict[str, Any] = {"pooler_output": list(kept[0])}
+    if isinstance(encoded.output.pooler_output, Tensor):
+        # Where the model wants one tensor, every token stands as an image of its own. Beam search repeats what belongs
+        # to a row and finds the rows by counting tokens: images of unequal length would be too few to be told apart.
+        fields["pooler_output"] = torch.cat(kept[0])[:, None]
+    if len(kept) > 1:
+        fields["deepstack_features"] = [list(layer) for layer in kept[1:]]
+    return type(encoded.output)(**fields)
+
+
+def _check_rows(rest: Mapping[str, Any], adapter: Adapter, kind: str) -> None:
+    """Refuses what has the prompt's length and would go on uncut: models take it without a word, and are wrong."""
+    ids = rest["input_ids"]
+    known = {"input_ids", "attention_mask", "position_ids", "labels", *adapter.rows}
+    for name, value in rest.items():
+        if not isinstance(value, Tensor) or name in known:
+            continue
+        shape = (1, *value.shape)
+        if any(shape[axis] == ids.shape[1] and shape[axis - 1] in (1, len(ids)) for axis in range(1, len(shape))):
+            raise ValueError(
+                f"{name} has the prompt's length (its shape is {tuple(value.shape)}), and the adapter of {kind!r} "
+                "models does not say how to shorten it: leave it out, or add it to the adapter's rows"
+            )
 
 
 def _shorten(
-    inputs: Mapping[str, Any], kept: Bool[Tensor, "V"], image_token_id: int, positions: Positions, pad_id: int
+    model: Any, inputs: Mapping[str, Any], kept: Bool[Tensor, "V"], image_token_id: int, positions: Positions
 ) -> dict[str, Tensor]:
     """Cuts the placeholders of dropped tokens, and re-pads every row on the side the batch was padded."""
     ids = inputs["input_ids"]
@@ -358,20 +401,32 @@ def _shorten(
     visual = ids == image_token_id
     if int(visual.sum()) != len(kept):
         raise ValueError(f"input_ids hold {int(visual.sum())} image placeholders, the images give {len(kept)} tokens")
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must be of the shape of input_ids, {tuple(ids.shape)}, got {tuple(mask.shape)}"
+        )
     keep = mask.bool() & ~visual
     keep[visual] = kept.to(keep.device)
     order, real = _compact(keep, right=bool((mask[:, -1] == 0).any()))
 
     def take(values: Tensor, fill: int) -> Tensor:
-        return values.gather(1, order).masked_fill(~real, fill)
+        return values.gather(-1, order.expand(*values.shape[:-1], -1)).masked_fill(~real, fill)
 
-    new = {"input_ids": take(ids, pad_id), "attention_mask": real.to(mask.dtype)}
+    adapter = adapter_of(model)
+    new = {"input_ids": take(ids, _pad_id(model)), "attention_mask": real.to(mask.dtype)}
+    padding = {"labels": -100} | {name: fill for name, (fill, _) in adapter.rows.items()}
+    for name, fill in padding.items():
+        if inputs.get(name) is not None:
+            new[name] = take(inputs[name], fill)
+
     if inputs.get("position_ids") is not None:
         new["position_ids"] = take(inputs["position_ids"], 0)
+    elif adapter.positions is not None:
+        # The axis in front is for masks alone, and counts what is there: a gap in it would be read as a new sequence.
+        count = (real.long().cumsum(-1) - 1).clamp(min=0)
+        new["position_ids"] = torch.cat([count[None], take(adapter.positions(model, inputs), 0)])
     elif positions == "original" and not bool(kept.all()):  # with nothing cut, the model's own positions hold
         new["position_ids"] = take((mask.long().cumsum(-1) - 1).clamp(min=0), 0)
-    if inputs.get("labels") is not None:
-        new["labels"] = take(inputs["labels"], -100)
     return new
 
 

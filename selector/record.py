@@ -30,6 +30,7 @@ class Record(TypedDict, total=False):
     full_tokens: Annotated[int, "mean"]
     saturated: Annotated[bool, "sum"]
     kept: Annotated[str, "text"]
+    approximate: Annotated[bool, "text"]  # `kept` traces tokens to the nearest patch; no evidence then
     evidence: Annotated[float, "interval"]
     base_evidence: Annotated[float, "mean"]
 

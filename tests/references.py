@@ -315,3 +315,83 @@ def bayer(bits):
     for _ in range(bits):
         matrix = np.block([[4 * matrix + 0, 4 * matrix + 3], [4 * matrix + 2, 4 * matrix + 1]])
     return matrix
+
+
+# Greedy choices at a larger size, in float64 throughout and with rows in place of pairs; values rounded to 2^-32.
+
+
+def _rounded(values):
+    return np.round(values * 2.0**32) / 2.0**32
+
+
+def _directions(rows):
+    rows = np.asarray(rows, dtype=np.float64)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length == 0, 1, length)
+
+
+def farthest_by_rows(start, distance, count):
+    chosen, nearest = [int(np.argmax(start))], np.full(len(start), np.inf)
+    while len(chosen) < count:
+        nearest = np.minimum(nearest, distance(chosen[-1]))
+        chosen.append(int(np.argmax(np.where(np.isin(np.arange(len(start)), chosen), -np.inf, nearest))))
+    return chosen
+
+
+def divprune_by_rows(tokens, count):
+    rows = _directions(tokens)
+    there = (rows != 0).any(1)
+    cosines = _rounded(rows @ rows.T)
+    others = np.where(there[None] & ~np.eye(len(rows), dtype=bool), cosines, -np.inf)
+    start = np.where(there, 1 - np.maximum(others.max(1), -1), -1)
+    return farthest_by_rows(start, lambda i: np.where(there, 1 - cosines[i], -1), count)
+
+
+def farthest_point_by_rows(features, count):
+    rows = np.asarray(features, dtype=np.float64)
+    rows = rows - rows.mean(0)
+    rows = rows / max(np.linalg.norm(rows, axis=1).max(), 1e-300)
+    square = _rounded((rows**2).sum(1))
+    return farthest_by_rows(square, lambda i: square + square[i] - 2 * _rounded(rows @ rows[i]), count)
+
+
+def pivots_by_rows(rows, count):
+    """Gram-Schmidt, twice over, on the rows themselves; a spent layer starts over."""
+    rows = np.asarray(rows, dtype=np.float64)
+    rows = rows / max(np.linalg.norm(rows, axis=1).max(), 1e-300)
+    whole = _rounded((rows**2).sum(1))
+    residual, value, basis, chosen = whole, whole, np.zeros((0, rows.shape[1])), []
+    while True:
+        free = ~np.isin(np.arange(len(rows)), chosen)
+        chosen.append(int(np.argmax(np.where(free, value, -np.inf))))
+        free[chosen[-1]] = False
+        if len(chosen) == count:
+            return chosen
+        row = rows[chosen[-1]]
+        for _ in range(2):
+            row = row - basis.T @ (basis @ row)
+        row = row / max(np.linalg.norm(row), 1e-300)
+        basis = np.vstack([basis, row])
+        residual = np.maximum(residual - (rows @ row) ** 2, 0)
+        value = _rounded(residual)
+        if not value[free].any():
+            basis, residual, value = basis[:0], whole, whole
+
+
+def cdpruner_by_rows(tokens, relevance, count):
+    value = np.asarray(relevance, dtype=np.float64)
+    span = value.max() - value.min()
+    value = (value - value.min() + 1e-6) / span if span > 0 else np.ones_like(value)
+    return pivots_by_rows(_directions(tokens) * value[:, None], count)
+
+
+def scope_by_rows(features, attention, count):
+    rows, weight = _directions(features), np.asarray(attention, dtype=np.float64)
+    similarity, cover, chosen = rows @ rows.T, np.zeros(len(rows)), []
+    weight = weight / weight.max()
+    while len(chosen) < count:
+        gain = _rounded(np.maximum(similarity - cover, 0).sum(1) * weight / len(rows))
+        gain[chosen] = -np.inf
+        chosen.append(int(np.argmax(gain)))
+        cover = np.maximum(cover, similarity[chosen[-1]])
+    return chosen

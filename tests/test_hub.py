@@ -148,7 +148,7 @@ def test_dispatch_checks_the_class_asked_for(checkpoint):
         ("svd-prune:energy=!!python/object/apply:os.system ['true']", "is no value of YAML"),
         ("svd-prune:energy=2.0", r"energy must be in \(0, 1\], got 2"),
         ("svd-prune:rank=0", "rank must be >= 1, got 0"),
-        ("svd-prune:method=fast", "method='fast' needs rank"),
+        ("svd-prune:method=quick", "method must be .exact. or .fast., got .quick."),
         ("lofi:rank=0", "rank must be >= 1, got 0"),
         (f"random:seed={10**30}", r"seed must be in \[-2\^63, 2\^63\), got 1"),
         (f"svd-prune:seed={10**30}", r"seed must be in \[-2\^63, 2\^63\), got 1"),

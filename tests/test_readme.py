@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / name / "README.md"
-    for name in (".", "selector", "selector/methods", "training", "configs/compare", "checkpoints")
+    for name in (".", "selector", "selector/methods", "selector/models", "training", "configs/compare", "checkpoints")
 ]
 FRONT = (ROOT / "README.md").read_text()
 METHODS = (ROOT / "selector" / "methods" / "README.md").read_text()

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selector import spectrum
 from selector.spectrum import (
     FullRankWarning,
     effective_rank,
@@ -140,7 +141,7 @@ def test_non_finite_features_are_refused(bad):
         ({"rank": 2, "energy": 0.5}, "exactly one of rank and energy"),
         ({"rank": 0}, "rank must be >= 1, got 0"),
         ({"energy": 1.5}, r"energy must be in \(0, 1\], got 1.5"),
-        ({"energy": 0.9, "method": "fast"}, "method='fast' needs rank"),
+        ({"energy": 0.9, "method": "quick"}, "method must be 'exact' or 'fast', got 'quick'"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -274,3 +275,55 @@ def test_ridge_leverage_refuses_non_finite_features(bad):
     matrix[2, 1] = bad
     with pytest.raises(ValueError, match="features must be finite"):
         ridge_leverage_scores(matrix)
+
+
+@pytest.mark.parametrize(("n", "d"), [(600, 700), (700, 600)])
+@pytest.mark.parametrize("how", [{"rank": 4}, {"rank": 40}, {"energy": 0.9}, {"energy": 0.9, "method": "fast"}])
+@pytest.mark.parametrize("power", [1.0, 0.0])
+def test_large_matrices_with_falling_and_flat_spectra(n, d, how, power):
+    """Where a sketch is tried: it either stands still at the exact scores or gives way to the whole decomposition."""
+    rng = np.random.default_rng(0)
+    matrix = decaying(n, d, power=power, mean=1.0)
+    if power == 0:
+        matrix = torch.from_numpy(rng.normal(size=(n, d)) * np.linspace(1.1, 1, d)).float()
+        how = {"energy": 0.5} if "energy" in how else how
+    scores, rank = leverage_scores(matrix, **how)
+    exact = {name: value for name, value in how.items() if name != "method"}
+    want, want_rank = references.leverage(matrix, **exact)
+    assert int(rank) == want_rank
+    np.testing.assert_allclose(scores.numpy(), want, atol=3e-4 if power else 5e-2)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.0])
+def test_a_sketch_is_taken_only_where_it_suffices(power, monkeypatch):
+    asked = []
+    whole = spectrum._gram
+    monkeypatch.setattr(spectrum, "_gram", lambda matrix: asked.append(matrix.shape) or whole(matrix))
+    leverage_scores(torch.randn(600, 600) if power == 0 else decaying(600, 600, power), energy=0.9)
+    assert bool(asked) is (power == 0)
+
+
+def test_neighbours_do_not_decide_who_is_sketched():
+    batch = torch.stack([decaying(600, 520, power=1.5), torch.randn(600, 520), decaying(600, 520, power=1.0, seed=1)])
+    scores, rank = leverage_scores(batch, energy=0.8)
+    for i, one in enumerate(batch):
+        alone = leverage_scores(one, energy=0.8)
+        assert torch.equal(scores[i], alone.scores)
+        assert rank[i] == alone.rank
+
+
+@pytest.mark.parametrize(("n", "d"), [(600, 900), (900, 600)])
+def test_large_ridges(n, d):
+    matrix = decaying(n, d, power=0.7, mean=1.0)
+    want = references.ridge_leverage(matrix)
+    np.testing.assert_allclose(ridge_leverage_scores(matrix).numpy(), want, atol=2e-4)
+
+
+@pytest.mark.parametrize(("n", "d"), [(600, 900), (900, 600)])
+def test_fast_ridges_find_the_same_rows(n, d):
+    matrix = decaying(n, d, mean=1.0)
+    want = references.ridge_leverage(matrix)
+    fast = ridge_leverage_scores(matrix, method="fast", seed=3)
+    assert torch.equal(fast, ridge_leverage_scores(matrix, method="fast", seed=3))
+    same = set(fast.topk(64).indices.tolist()) & set(np.argsort(-want)[:64].tolist())
+    assert len(same) >= 0.95 * 64

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selector.measure.consistency import answer_nll
 from selector.measure.cost import GenerationClock, PeakMemory
+from selector.models import adapter_of, available_adapters, model_type_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ def forced(
     new["attention_mask"] = torch.cat([new["attention_mask"], new["attention_mask"].new_ones(1, len(target))], 1)
     if "position_ids" in new:  # gaps stay where tokens were dropped; the answer goes on after the last
         more = torch.arange(1, len(target) + 1, device=target.device)
-        new["position_ids"] = torch.cat([new["position_ids"], new["position_ids"][:, -1:] + more], 1)
+        new["position_ids"] = torch.cat([new["position_ids"], new["position_ids"][..., -1:] + more], -1)
+    rows = adapter_of(model).rows if model_type_of(model) in available_adapters() else {}
+    for name in rows.keys() & new.keys():
+        new[name] = torch.cat([new[name], new[name].new_full((1, len(target)), rows[name][1])], 1)
     with torch.no_grad():
         output = model(**new, use_cache=False, logits_to_keep=len(target) + 1, output_hidden_states=bool(layers))
     seen = prompt[0] == image_token_id
@@ -132,8 +136,5 @@ def _fresh(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with their own encoder output object: what reads it may also edit it."""
     new = dict(inputs)
     if "mm_encoder_outputs" in new:
-        new["mm_encoder_outputs"] = {
-            name: type(output)(pooler_output=list(output.pooler_output))
-            for name, output in new["mm_encoder_outputs"].items()
-        }
+        new["mm_encoder_outputs"] = {name: type(output)(**output) for name, output in new["mm_encoder_outputs"].items()}
     return new

@@ -106,7 +106,8 @@ class Measured:
         self.full = harness.answer(self.whole.inputs) if asked else None
         self.full_spectrum = self._internals(self.whole, None)[0]
         self.canvas: Canvas | None = None
-        if self.encoded and (sample.boxes or hasattr(model.config, "image_grid_pinpoints")):
+        placed = sample.boxes or hasattr(model.config, "image_grid_pinpoints")
+        if placed and self.encoded and not self.encoded.approximate:
             size = (sample.image.height, sample.image.width)
             self.canvas = model_canvas(model.config, size, self.encoded.tokens.grid)
 
@@ -196,6 +197,8 @@ class Measured:
             return {}
         kept = pruned.tokens.tiles_of(pruned.keep)
         found: dict[str, Any] = {"kept": pack(kept)}
+        if pruned.approximate:  # a token stands for more than the patch it is traced to: no evidence is counted
+            found["approximate"] = True
         if self.canvas is not None and self.sample.boxes:
             shares = evidence(kept, self.canvas.rectangles(), self.sample.boxes)
             found |= {} if shares is None else {"evidence": shares[0], "base_evidence": shares[1]}

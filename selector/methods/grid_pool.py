@@ -20,7 +20,16 @@ from selector.tokens import VisualTokens
 
 
 class GridPool(RankSelector):
-    """Average-pooling of the token grid, to exactly the budget."""
+    """Average-pooling of the token grid, to exactly the budget.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, GridPool, VisualTokens
+        >>> tokens = VisualTokens.from_features(torch.arange(16.0).view(1, 16, 1))  # 4 x 4 patches
+        >>> selection = GridPool().select(tokens, Budget(4))  # the means of 2 x 2 cells
+        >>> selection.flow.apply(list(tokens.features))[0][selection.keep[0]].flatten().tolist()
+        [2.5, 4.5, 10.5, 12.5]
+    """
 
     paper = "baseline"
     cost = "N D"
@@ -28,10 +37,12 @@ class GridPool(RankSelector):
     merges = True
 
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        """The middles of the cells first, then all other patches, both in the even order of `uniform`."""
         return self._plan(tokens, budget)[0]
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        """The middles of the cells, and the patches of a cell flowing into its middle."""
         scores, parts = self._plan(tokens, budget)
         keep = budget.select(scores, tokens)
         return Selection(keep, Flow.mean(pooled(parts, keep)))
@@ -39,11 +50,14 @@ class GridPool(RankSelector):
     def shares(
         self, count: Int[Tensor, "I"], size: Int[Tensor, "T"], tokens: VisualTokens, budget: Budget
     ) -> Int[Tensor, "T"]:
-        """Cells of every view: in proportion to its patches, rounded so that they add up to `count`.
+        """Cells per view: in proportion to its patches, rounded so that they add up to `count`.
 
         Args:
-            count: cells of each image.
-            size: patches of each view.
+            count: ``[I]`` cells of each image.
+            size: ``[T]`` patches of each view.
+
+        Returns:
+            ``[T]`` cells of each view, 0 where there is no such view.
         """
         # Rounding the running total at both ends of a view (half up, in integers) leaves no cell over or short.
         before, after, total = _within_image(size, tokens)

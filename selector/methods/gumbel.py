@@ -32,7 +32,8 @@ class GumbelSelector(TableSelector):
         dim: C, channels of the table it reads.
         num_patches: N, patches per tile (learned positions).
         width: width of the Transformer; None takes `dim`.
-        layers, heads, mlp_ratio: of the Transformer.
+        layers, heads: depth of the Transformer, and attention heads per layer.
+        mlp_ratio: width of a layer's MLP, as a multiple of `width`.
         inputs: ``"features"``, ``"projected"`` or ``"both"``, see `TableSelector`.
 
     Example:
@@ -59,6 +60,7 @@ class GumbelSelector(TableSelector):
         super().__init__(dim, inputs)
         self.num_patches, self.width = num_patches, width
         self.layers, self.heads, self.mlp_ratio = layers, heads, mlp_ratio
+
         inner = dim if width is None else width
         sizes = {"dim": dim, "num_patches": num_patches, "width": inner, "layers": layers, "heads": heads}
         for name, size in sizes.items():
@@ -68,8 +70,10 @@ class GumbelSelector(TableSelector):
             raise ValueError(f"mlp_ratio must give at least 1 channel of {inner} and be finite, got {mlp_ratio}")
         if inner % heads:
             raise ValueError(f"width {inner} must be a multiple of heads, got {heads} heads")
+
+        # Nested tensors do not go with pre-norm layers, and torch would warn of it.
         self.embed = nn.Linear(dim, inner)
-        self.position = nn.Parameter(torch.randn(num_patches, inner) * 0.02)
+        self.position = nn.Parameter(torch.randn(num_patches, inner) * 0.02)  # the scale that ViT starts with
         layer = nn.TransformerEncoderLayer(
             inner, heads, round(inner * mlp_ratio), dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -77,7 +81,15 @@ class GumbelSelector(TableSelector):
         self.head = nn.Linear(inner, 2)
 
     def logits(self, table: Float[Tensor, "B N C"]) -> Float[Tensor, "B N 2"]:
-        """Unnormalised log-odds of drop (0) and keep (1), from a normalised table (see `table`)."""
+        """Logits of drop (0) and keep (1) per patch.
+
+        Args:
+            table: normalised features, see `table`.
+
+        Raises:
+            ValueError: a tile has another number of patches than `num_patches`.
+        """
+        # Positions are learned for this number of patches alone.
         if table.shape[-2] != self.num_patches:
             raise ValueError(f"the selector reads {self.num_patches} patches per tile, got {table.shape[-2]}")
         return self.head(self.encoder(self.embed(table) + self.position))
@@ -85,10 +97,16 @@ class GumbelSelector(TableSelector):
     def sample(
         self, table: Float[Tensor, "B N C"], temperature: float = 1.0
     ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N 2"]]:
-        """A straight-through Gumbel-Softmax draw: a 0/1 mask with the gradient of its relaxation, and the logits."""
+        """A straight-through Gumbel-Softmax draw: a 0/1 mask with the gradient of its relaxation, and the logits.
+
+        Args:
+            table: normalised features, see `table`.
+            temperature: of the relaxation, above 0; it shapes the gradient and not the distribution of the mask.
+        """
         logits = self.logits(table)
         return F.gumbel_softmax(logits, tau=temperature, hard=True, dim=-1)[..., 1], logits
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """Log-odds of keep against drop, without noise: the choice is deterministic at inference."""
         logits = self.logits(self.table(tokens))
         return logits[..., 1] - logits[..., 0]

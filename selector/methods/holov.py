@@ -1,15 +1,17 @@
 """HoloV (arXiv 2510.02912): crops of the token sequence share the budget by attention and variety.
 
-The sequence of an image's tokens is cut into `crops` contiguous runs, the first ones a token longer where they do not
-divide it. In a run of m tokens S are the cosines of the projected tokens with a zero diagonal, μ_i = Σ_j S_ij / (m - 1)
-and v_i = Σ_j (S_ij - μ_i)² / (m - 1), the diagonal included. With u = 1000 times the CLS attention at the feature
-layer, the run weighs w = mean(u + variety · v · mean(u) / (mean(v) + 1e-6)), all means over the run. It gets
-floor(K w / Σ w) tokens, those that rounding leaves go to the runs of largest w, and inside a run the highest attention
-stays. Mind that mean(v) cancels: where it is far above 1e-6, as almost everywhere, w is (1 + variety) · mean(u), and
-the shares are those of attention alone.
+The sequence of an image's tokens is cut into `crops` contiguous runs, the first ones one token longer where they do not
+divide it evenly. In a run of m tokens S are the cosines of the projected tokens with a zero diagonal,
+μ_i = Σ_j S_ij / (m - 1) and v_i = Σ_j (S_ij - μ_i)² / (m - 1), the diagonal included. With u = 1000 times the CLS
+attention at the feature layer, the run weighs w = mean(u + variety · v · mean(u) / (mean(v) + 1e-6)), all means over
+the run. It gets floor(K w / Σ w) tokens, those that rounding leaves go to the runs of largest w, and inside a run the
+highest attention stays. Note that mean(v) cancels: where it is far above 1e-6, as almost everywhere, w is
+(1 + variety) · mean(u), and the shares are those of attention alone.
 
-Where we depart: a run never gets more than it has (officially it is filled up with tokens of zeros); what is left over
-goes to the others in the order of w, one each, again and again. Newline tokens cost all runs alike.
+Where we depart: a run never gets more tokens than it has (the official code pads it with zero tokens); what is left
+over goes to the others in the order of w, one each per round. Newline tokens cost all runs alike.
+
+Shapes: G groups, M members (padded), P runs, R members of the longest run, C channels.
 """
 
 from __future__ import annotations
@@ -35,6 +37,14 @@ class HoloV(RankSelector):
         crops: runs that the tokens of an image (of a tile under ``scope="tile"``) are cut into.
         variety: weight of the variance of similarities beside the attention, the paper's λ.
         attention: ``"cls"``, or ``"received"`` for towers without a CLS token, which is not the published method.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, HoloV, VisualTokens
+        >>> rows, attention = torch.eye(4)[None], torch.tensor([[4.0, 2.0, 3.0, 3.0]])
+        >>> tokens = VisualTokens.from_features(rows, projected=rows, cls_attention=attention)
+        >>> HoloV(crops=2)(tokens, Budget(2)).tolist()  # the best of either run
+        [[True, False, True, False]]
     """
 
     paper = "arXiv 2510.02912"
@@ -53,32 +63,38 @@ class HoloV(RankSelector):
 
     @torch.no_grad()
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        """Attention within each run, cut so that every prefix holds the runs in proportion to their quotas."""
         groups = Groups.of(tokens, budget.scope)
         count = groups.patches(tokens, budget)
         attention = precise(groups.gather(tokens.read(attention_field(self.attention), self)))
         rows = unit(groups.gather(tokens.read("projected", self)))
 
-        # Each run as a row of its own: [G, P, R], R members of the longest run.
+        # Each run as a row of its own.
         member, there = self._runs(groups.mask)
         weight = self._weights(rows, attention, member, there)
-        place = _by_member(ranks_within(attention, member, there), member, there, attention.shape[1])
+        rank = _by_member(ranks_within(attention, member, there), member, there, attention.shape[1])
 
+        # Whole tokens in proportion to the weights; the few that rounding leaves go to the heaviest runs.
         share = count[:, None] * weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
         quota = grained(share).floor().long()
         order = ranks(weight, there.any(2))
         quota = quota + (order < (count - quota.sum(1))[:, None])
 
-        run = _by_member(torch.arange(self.crops, device=count.device)[None, :, None], member, there, place.shape[1])
-        scores = shared_out(place, quota.gather(1, run), order.gather(1, run), groups.mask)
+        # Every member then carries the numbers of its run.
+        run = _by_member(torch.arange(self.crops, device=count.device)[None, :, None], member, there, rank.shape[1])
+        scores = shared_out(rank, quota.gather(1, run), order.gather(1, run), groups.mask)
         return groups.scatter(scores, tokens)
 
     def _runs(self, mask: Bool[Tensor, "G M"]) -> tuple[Int[Tensor, "G P R"], Bool[Tensor, "G P R"]]:
         """The members of every run in packed order, and which of them exist."""
         size = mask.sum(1, keepdim=True)
         listed = (~mask).int().argsort(dim=1, stable=True)  # members first
+
+        # The first `size % crops` runs are one longer.
         run = torch.arange(self.crops, device=mask.device)
         length = size // self.crops + (run < size % self.crops)
         start = length.cumsum(1) - length
+
         number = torch.arange(int(length.max()), device=mask.device)
         there = number < length[..., None]
         index = (start[..., None] + number).masked_fill(~there, 0)
@@ -91,7 +107,7 @@ class HoloV(RankSelector):
         member: Int[Tensor, "G P R"],
         there: Bool[Tensor, "G P R"],
     ) -> Float[Tensor, "G P"]:
-        """w of every run, 0 for an empty one."""
+        """w of every run as a share of the largest in its group, 0 for an empty one."""
         weights = torch.zeros(there.shape[:2], dtype=attention.dtype, device=attention.device)
         for p in range(self.crops):  # a run at a time: pairs of its members alone
             real, index = there[:, p], member[:, p]
@@ -100,9 +116,11 @@ class HoloV(RankSelector):
             similarity = own @ own.mT
             similarity.diagonal(dim1=1, dim2=2).zero_()
 
+            # Over m - 1 and the zero diagonal included, both as the official code has it.
             mean = similarity.sum(2) / (size - 1).clamp(min=1)
             spread = (similarity - mean[..., None]).square() * real[:, None]
             varying = spread.sum(2) / (size - 1).clamp(min=1) * real
+
             u = 1000 * attention.gather(1, index) * real
             u_mean, v_mean = (part.sum(1) / size[:, 0].clamp(min=1) for part in (u, varying))
             weights[:, p] = u_mean + self.variety * v_mean * u_mean / (v_mean + 1e-6)
@@ -112,7 +130,7 @@ class HoloV(RankSelector):
 def ranks_within(
     values: Float[Tensor, "G M"], member: Int[Tensor, "G P R"], there: Bool[Tensor, "G P R"]
 ) -> Int[Tensor, "G P R"]:
-    """Place of every member of a run within it, 0 for the highest value."""
+    """Rank of every member of a run within it, 0 for the highest value."""
     inside = values.gather(1, member.flatten(1)).view(member.shape)
     return ranks(inside.flatten(0, 1), there.flatten(0, 1)).view(member.shape)
 
@@ -120,7 +138,7 @@ def ranks_within(
 def _by_member(
     values: Tensor, member: Int[Tensor, "G P R"], there: Bool[Tensor, "G P R"], size: int
 ) -> Int[Tensor, "G M"]:
-    """Values of runs at their members; 0 for what no run holds."""
+    """Values laid out by run, ``[G, P, R]`` or broadcast to it, brought to their members; 0 for what no run holds."""
     out = torch.zeros(len(member), size + 1, dtype=torch.long, device=member.device)
     index = torch.where(there, member, size).flatten(1)  # one column more, for what does not exist
     return out.scatter(1, index, values.expand_as(member).flatten(1))[:, :-1]

@@ -1,16 +1,16 @@
-"""A learned selector that sees a whole image at once, and if asked to, the question.
+"""A learned selector that sees a whole image at once, and optionally the question.
 
 The selector of "When Less is Enough" (`gumbel`) ranks the patches of each tile by themselves. AnyRes shows an image
 twice, as a base view and as tiles, and what one view shows need not be kept from the other; so here the tokens of all
 tiles of an image attend to each other. Two things keep that cheap: keys and values are averaged over cells of
-`pool` x `pool` patches (the tower has already told each patch about its neighbours), and there are few, narrow layers.
+`pool` x `pool` patches (the tower has already told each patch about its neighbours), and the layers are few and narrow.
 
 Positions are rotary in two dimensions, in patches of the page: a token of the base view lies where its middle lies on
-the page, so that what is beside a word is found in the same way everywhere and at any size.
+the page, so that an offset means the same everywhere on the page and at any page size.
 
-With `question_dim` it reads the question, and the same page is cut differently for each question. The layers above see
-the image alone, once per image; then patches are compared with the question's tokens where the language model compares
-them, in its embedding space (`Match`), and `question_layers` more layers attend to both, once per question.
+With `question_dim` it reads the question, and what is kept of a page differs per question. The layers described above
+see only the image, once per image; then patches are compared with the question's tokens where the language model
+compares them, in its embedding space (`Match`), and `question_layers` more layers attend to both, once per question.
 
 The architecture is ours; it is trained by `training.answers`.
 
@@ -42,11 +42,16 @@ class ImageTransformer(TableSelector):
         dim: C, channels of the table it reads.
         inputs: ``"features"``, ``"projected"`` or ``"both"``, see `TableSelector`.
         width: W, width of the Transformer.
-        layers, heads, mlp_ratio: of the Transformer; a head's width must be a multiple of 4.
+        layers: number of layers that see only the image.
+        heads: attention heads per layer; a head's width, `width` / `heads`, must be a multiple of 4.
+        mlp_ratio: width of a layer's MLP, as a multiple of `width`.
         pool: side of the cells, in patches, over which keys and values are averaged; 1 attends to every token.
         question_dim: d, width of the question's embeddings, for a selector that reads the question; None for one that
             does not.
         question_layers: layers behind the others that also attend to the question.
+
+    Raises:
+        ValueError: a width or pool that breaks these rules, or a question without the projected tokens in `inputs`.
 
     Example:
         >>> import torch
@@ -78,23 +83,31 @@ class ImageTransformer(TableSelector):
             raise ValueError(f"pool must be at least 1, got {pool}")
         self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
         self.pool, self.question_dim, self.question_layers = pool, question_dim, question_layers
+
+        # What every image passes through, with a question or without.
         self.embed = nn.Linear(dim, width)
         self.view = nn.Parameter(torch.zeros(2, width))  # high resolution, base view
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
+
+        # What only a selector with a question has; without one these weights are not in the checkpoint.
         if question_dim is not None:
             if inputs == "features":
                 raise ValueError("inputs must hold the projected tokens ('projected' or 'both') for a question")
             self.needs = self.needs | {"question"}
             self.match = Match(question_dim, width)
+
             asked = [Block(width, heads, mlp_ratio, cross=True) for _ in range(question_layers)]
             self.asked_blocks = nn.ModuleList(asked)
+
+            # Embeddings know no context: one layer among the words gives them some before patches read them.
             self.read_words = nn.Sequential(nn.LayerNorm(question_dim), nn.Linear(question_dim, width))
             self.question_block = Block(width, heads, mlp_ratio)
             self.question_norm = nn.LayerNorm(width)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """The head's logit; with `question_dim` it depends on the question that the tokens carry."""
         seen = self._look(tokens)
         if self.question_dim is None:
             return self._heads(seen.x)
@@ -104,15 +117,20 @@ class ImageTransformer(TableSelector):
     def scores_per_question(
         self, tokens: VisualTokens, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]
     ) -> Float[Tensor, "R T N"]:
-        """Scores of one image's tokens for each of several questions; `mask` tells which of their tokens are real.
+        """Scores of one image's tokens for each of several questions. The layers that see only the image run once.
 
-        The image is looked at once.
+        Args:
+            tokens: of a single image.
+            question: the language model's input embeddings of each question.
+            mask: which tokens of each question are real, at least one per question.
 
         Raises:
             ValueError: several images.
         """
         if tokens.num_images != 1:
             raise ValueError(f"tokens must be those of one image, got {tokens.num_images}")
+
+        # Questions and tiles are one batch: question 0 with every tile, then question 1 with every tile, and so on.
         count, tiles = len(question), len(tokens.features)
         number = torch.arange(count, device=question.device).repeat_interleave(tiles)
         asked = self._read(question, mask).of(number)
@@ -120,49 +138,60 @@ class ImageTransformer(TableSelector):
         return scores.view(count, tiles, -1)
 
     def _look(self, tokens: VisualTokens) -> Seen:
-        """What the selector makes of an image before it reads a question."""
+        """The image after the layers that do not read the question."""
         positions, base = page_positions(tokens)
         cells = Cells(tokens.grid, tokens.image, tokens.valid, self.pool)
         table = self.raw_table(tokens)
+
+        # A cell lies where the mean of its patches lies: its key turns by that position.
         rotation = rotations(positions, self.width // self.heads)
         cell_rotation = rotations(cells.mean(positions), self.width // self.heads)
+
+        # Positions of the two views interleave on the page; only this tells a coarse patch from a fine one.
         x = self.embedded(table, self.embed) + self.view[base.long()]
         for block in self.blocks:
             x = block(x, rotation, cell_rotation, cells)
         return Seen(x, table, rotation, cell_rotation, cells)
 
     def _answer(self, seen: Seen, asked: Asked) -> Float[Tensor, "T N W"]:
-        """What it makes of the image given a question."""
+        """The image after the layers that read the question."""
         x = seen.x + self.match(self._projected(seen.table), asked)
         for block in self.asked_blocks:
             x = block(x, seen.rotation, seen.cell_rotation, seen.cells, asked)
         return x
 
     def _heads(self, x: Float[Tensor, "T N W"]) -> Float[Tensor, "T N"]:
+        """One score per patch, from what the last layer leaves."""
         return self.head(self.norm(x))[..., 0]
 
     def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> Asked:
         """The question's tokens: in the units of the table, and as words that know their neighbours."""
         raw = question.to(self.feature_mean.dtype)
+
+        # Text lies on one row: the rotary positions of patches serve it too, with y = 0.
         place = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
         positions = torch.stack([torch.zeros_like(place), place], -1).expand(len(question), -1, -1)
         rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
+
         words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, Words(attend)))
         return Asked(self._projected(raw), words, attend)
 
     def _projected(self, raw: Float[Tensor, "R S C"]) -> Float[Tensor, "R S d"]:
-        """A question, or the projected columns of a table (its last), in units of the training set's spread."""
+        """A question, or the projected columns of a table (its last), in units of the training set's spread.
+
+        Words and patches share one space, so they share the statistics of its channels.
+        """
         width = self.question_dim or 0
         return (raw[..., -width:] - self.feature_mean[-width:]) / self.feature_std[-width:]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions, as the layers read them.
+    """Questions in the form that the layers read.
 
     Attributes:
         embeddings: ``[R, Q, d]`` in the units of the table's projected columns.
-        words: ``[R, Q, W]`` each knowing its neighbours.
+        words: ``[R, Q, W]`` the same after a layer of attention among them, as keys and values.
         mask: ``[R, 1, 1, Q]`` which of them are real.
     """
 
@@ -171,18 +200,22 @@ class Asked:
     mask: Bool[Tensor, "R 1 1 Q"]
 
     def of(self, index: Int[Tensor, "T"]) -> Asked:
-        """The question of each tile."""
+        """The question that belongs to each tile.
+
+        Args:
+            index: ``[T]`` number of the question, in 0..R-1.
+        """
         return Asked(self.embeddings[index], self.words[index], self.mask[index])
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as the layers leave it that do not read the question.
+    """Images after the layers that do not read the question.
 
     Attributes:
-        x: ``[T, N, W]``.
-        table: ``[T, N, C]`` what was read.
-        rotation, cell_rotation: of queries and of keys, see `rotations`.
+        x: ``[T, N, W]`` the tokens.
+        table: ``[T, N, C]`` the raw table that they come from.
+        rotation, cell_rotation: rotary angles of queries and of keys, see `rotations`.
         cells: which keys each tile attends to.
     """
 
@@ -193,7 +226,7 @@ class Seen:
     cells: Cells
 
     def repeated(self, count: int) -> Seen:
-        """The image `count` times, one after the other."""
+        """The image `count` times, one after the other, each an image by itself for the attention."""
         x, table = self.x.repeat(count, 1, 1), self.table.repeat(count, 1, 1)
         rotation, cell_rotation = (each.repeat(count, 1, 1, 1) for each in (self.rotation, self.cell_rotation))
         return Seen(x, table, rotation, cell_rotation, self.cells.repeated(count))
@@ -202,49 +235,78 @@ class Seen:
 class Match(nn.Module):
     """Tells each patch which of the question's tokens it looks like, by cosine in the language model's embedding space.
 
-    A projector moves a patch to where the language model has the words for it, so no map has to be learned before this
-    works; one is learned all the same, from the identity on. A patch that is like none attends to nothing.
+    The projector moves a patch close to the embeddings of the words that it shows, so this works before anything is
+    learned; a linear map, the identity at the start, is learned on top. A patch that resembles no word attends to
+    nothing.
+
+    Args:
+        question_dim: d, width of the language model's embeddings.
+        width: W, width of what comes out.
     """
 
     SHARPNESS = 10.0
-    """Factor on the cosines at the start."""
+    """Factor on the cosines at the start of the training."""
 
     def __init__(self, question_dim: int, width: int):
         super().__init__()
         self.space = nn.Linear(question_dim, question_dim, bias=False)
         nn.init.eye_(self.space.weight)
+
+        # Nothing's logit is that of a cosine of 1/2 at the start: words less like a patch than that get less than it.
         self.sharpness = nn.Parameter(torch.tensor(self.SHARPNESS))
         self.nothing = nn.Parameter(torch.tensor(0.5 * self.SHARPNESS))
         self.value, self.best = nn.Linear(width, width), nn.Linear(1, width)
 
     def forward(self, projected: Float[Tensor, "T N d"], asked: Asked) -> Float[Tensor, "T N W"]:
+        """What each patch takes from the words most like it, and how much its best word is like it.
+
+        Args:
+            projected: patches in units of the training set's spread.
+            asked: the question of each tile, R = T.
+        """
         patches = F.normalize(self.space(projected), dim=-1)
         words = F.normalize(self.space(asked.embeddings), dim=-1)
         alike = self.sharpness * patches @ words.mT
         alike = alike.masked_fill(~asked.mask[:, 0], -torch.inf)
+
+        # One more word, which has no value: its share of the attention is lost, and it may be all of it.
         none = self.nothing.expand(*alike.shape[:2], 1)
         attention = torch.cat([alike, none], -1).softmax(-1)[..., :-1]
+
+        # Attention sums to at most one whatever the words; how good the best match is comes as a channel of its own.
         best = alike.amax(-1, keepdim=True)
         return attention @ self.value(asked.words) + self.best(best)
 
 
 class Words:
-    """Keys and values of a question: its own tokens, those that are real."""
+    """Keys and values of a question attending to itself: its own tokens, where `Cells` has those of an image.
+
+    Attributes:
+        mask: ``[R, 1, 1, Q]`` tokens that may be attended to.
+    """
 
     def __init__(self, mask: Bool[Tensor, "R 1 1 Q"]):
         self.mask: Bool[Tensor, "R 1 1 Q"] | None = mask
 
     def mean(self, x: Float[Tensor, "R Q C"]) -> Float[Tensor, "R Q C"]:
+        """The tokens themselves: words are not pooled."""
         return x
 
     def of_image(self, x: Float[Tensor, "R H Q C"]) -> Float[Tensor, "R H Q C"]:
+        """The tokens themselves: no question sees another."""
         return x
 
 
 class Cells:
     """Keys and values of an image: cells of `pool` x `pool` patches of all its tiles.
 
-    Patches that unpadding removes count in no mean, and cells without any other are attended to by none.
+    Patches that unpadding removes count in no mean, and cells of nothing else are never attended to.
+
+    Args:
+        grid: ``(h, w)`` patches of a tile.
+        image: ``[T]`` index of the image of each tile, ascending.
+        valid: ``[T, N]`` patches that the language model sees.
+        pool: side of a cell, in patches; 1: every patch is a cell.
 
     Attributes:
         mask: ``[T, 1, 1, K]`` cells that may be attended to; None: all.
@@ -254,7 +316,7 @@ class Cells:
         self.grid, self.image, self.valid, self.pool = grid, image, valid, pool
         self.weight = valid[..., None].float()
         self.whole = bool(valid.all())
-        self.count = self._pooled(self.weight)
+        self.count = self._pooled(self.weight)  # share of each cell's patches that are valid
         there = self.count[..., 0] > 0
 
         # [I, most tiles]: which tiles an image has, so that their cells can be laid side by side.
@@ -262,21 +324,25 @@ class Cells:
         first = tiles.cumsum(0) - tiles
         number = torch.arange(int(tiles.max()), device=self.image.device)
         self.tiles = torch.minimum(first[:, None] + number, first[:, None] + tiles[:, None] - 1)
+
+        # An image with fewer tiles repeats its last one; the mask removes the copies. None is faster than a full mask.
         mask = there[self.tiles] & (number < tiles[:, None])[..., None]
         self.alone = len(tiles) == 1
         self.mask = None if bool(mask.all()) else mask.flatten(1)[self.image][:, None, None]
 
     def repeated(self, count: int) -> Cells:
-        """Those of one image, for `count` questions about it."""
+        """The cells of one image, for `count` questions about it: as many images, none of which sees another."""
         image = torch.arange(count, device=self.image.device).repeat_interleave(len(self.image))
         return Cells(self.grid, image, self.valid.repeat(count, 1), self.pool)
 
     def mean(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
-        """Of the valid patches of each cell."""
+        """Mean over the valid patches of each cell; a cell without any is masked, and what it holds means nothing."""
         if self.pool == 1:
             return x
         if self.whole:
             return self._pooled(x)
+
+        # Mean of the valid ones: the mean with zeros for the others, over the share of valid ones.
         return self._pooled(x * self.weight) / self.count.clamp(min=1e-6)
 
     def of_image(self, x: Float[Tensor, "T H P C"]) -> Float[Tensor, "T H K C"]:
@@ -289,17 +355,28 @@ class Cells:
         """Mean over each cell of the grid; cells at the far edges may be smaller."""
         h, w = self.grid
         p = self.pool
-        if h % p == 0 and w % p == 0:  # sums of strided views: several times faster than one mean over two axes
+
+        # Sums of strided views: several times faster than one mean over two axes.
+        if h % p == 0 and w % p == 0:
             rows = x.unflatten(1, (h // p, p, w)).unbind(2)
             columns = sum(rows[1:], rows[0]).unflatten(2, (w // p, p)).unbind(3)
             return (sum(columns[1:], columns[0]) / p**2).flatten(1, 2)
+
+        # Cells that stick out of the grid are means of what is inside.
         table = x.transpose(1, 2).unflatten(-1, self.grid)
         cells = F.avg_pool2d(table, p, ceil_mode=True, count_include_pad=False)
         return cells.flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer layer with rotary positions, and with `cross` an attention to the question."""
+    """A pre-norm Transformer layer with rotary positions, and with `cross` an attention to the question.
+
+    Args:
+        width: W, channels of the tokens.
+        heads: H, attention heads; `width` is a multiple of it.
+        mlp_ratio: width of the MLP, as a multiple of `width`.
+        cross: whether the layer also attends to the question.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, cross: bool = False):
         super().__init__()
@@ -325,6 +402,15 @@ class Block(nn.Module):
         seen: Cells | Words,
         asked: Asked | None = None,
     ) -> Float[Tensor, "T N W"]:
+        """The tokens after attention to what they see, to the question if there is one, and the MLP.
+
+        Args:
+            x: the tokens, patches of T tiles or words of T questions.
+            rotation, key_rotation: rotary angles of the tokens and of `seen`, see `rotations`.
+            seen: what the tokens attend to.
+            asked: the question of each tile, for a layer made with `cross`.
+        """
+        # Keys and values are of pooled tokens, and turned before they are gathered: once, not once per tile.
         normed = self.attention_norm(x)
         keys, values = self.key_value(seen.mean(normed)).chunk(2, -1)
         q = turned(self._split(self.query(normed)), rotation)
@@ -332,6 +418,7 @@ class Block(nn.Module):
         v = seen.of_image(self._split(values))
         x = x + self.out(_merge(F.scaled_dot_product_attention(q, k, v, seen.mask)))
 
+        # Without rotation: positions of words and of patches have no common scale.
         if asked is not None:
             k, v = map(self._split, self.cross_key_value(asked.words).chunk(2, -1))
             q = self._split(self.cross_query(self.cross_norm(x)))
@@ -340,10 +427,12 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
     def _split(self, x: Float[Tensor, "T S W"]) -> Float[Tensor, "T H S C"]:
+        """Channels into heads."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 def _merge(x: Float[Tensor, "T H S C"]) -> Float[Tensor, "T S W"]:
+    """Heads back into channels."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -352,14 +441,21 @@ def page_positions(tokens: VisualTokens) -> tuple[Float[Tensor, "T N 2"], Bool[T
 
     A patch of the base view, which shows the same page smaller, has the position of its middle on the page. Patches
     that have no slot are at 0.
+
+    Returns:
+        ``[T, N, 2]`` rows and columns, fractional in the base view, and ``[T, N]`` True in a base view.
     """
+    # The page is what is packed of the tiles, laid out as one grid; its size is that after unpadding.
     view, y, x = places(tokens)
     base = tokens.base
     page = (view >= 0) & ~base
     position = torch.stack([y, x], -1).clamp(min=0).float()
     extent = torch.where(page[..., None], position + 1, 0).amax(1, keepdim=True)
+
+    # Middles on middles: patch i of h covers the page from i / h to (i + 1) / h.
     grid = position.new_tensor(tokens.grid)
     position = torch.where(base[..., None], (position + 0.5) * extent / grid - 0.5, position)
+
     rows, columns = (tokens.unpacked(part) for part in position.unbind(-1))
     return torch.stack([rows, columns], -1), tokens.unpacked(base.float()).bool()
 
@@ -368,7 +464,12 @@ def rotations(positions: Float[Tensor, "T S 2"], width: int) -> Tensor:
     """Rotary angles (Su et al. 2021) in two dimensions, as unit complex numbers ``[T, 1, S, width / 2]``.
 
     Half of the channel pairs of a head turn with y, half with x.
+
+    Args:
+        positions: rows and columns, in patches.
+        width: channels of a head, a multiple of 4.
     """
+    # Frequencies fall geometrically from one radian per patch, as in one dimension; both axes have the same.
     pairs = width // 4
     steps = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
     angles = (positions[..., None] * WAVELENGTH**-steps).flatten(-2)
@@ -376,6 +477,12 @@ def rotations(positions: Float[Tensor, "T S 2"], width: int) -> Tensor:
 
 
 def turned(x: Float[Tensor, "T H S C"], rotation: Tensor) -> Float[Tensor, "T H S C"]:
-    """Queries or keys turned by their positions' angles; neighbouring channels are a pair."""
+    """Queries or keys turned by their positions' angles; neighbouring channels are a pair.
+
+    Args:
+        x: queries or keys, split into heads.
+        rotation: angles of the same tokens, see `rotations`.
+    """
+    # In float32 whatever the input: bfloat16 has no complex type.
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

@@ -1,8 +1,8 @@
 """LoFi (arXiv 2503.06794, "Silent Hazards of Token Reduction"): leverage scores of the model's internal representation.
 
 Known from the abstracts: training-free, low-rank SVD of the model's internal representations, pruning by the leverage
-score. The layer, the rank and centring are not fixed by a text we could read. Here the internal representation is the
-projected visual tokens as the language model receives them, where SVD-Prune takes the encoder's features.
+score. No text available to us fixes the layer, the rank or centring. Here the internal representation is the projected
+visual tokens as the language model receives them, where SVD-Prune takes the encoder's features.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
-from selector.spectrum import Method, check_rank, check_seed, leverage_scores
+from selector.spectrum import check_rank, check_seed, leverage_scores
 from selector.tokens import VisualTokens
 
 
@@ -22,7 +22,14 @@ class LoFi(ScoreSelector):
         energy: share of the variance that the truncation keeps, in (0, 1]; ignored when `rank` is given.
         rank: fixed truncation rank.
         center: subtract the mean token first.
-        method: ``"exact"`` or, with a small `rank`, ``"fast"`` (seeded with `seed`).
+        method: ``"exact"`` or, with a small `rank`, ``"fast"``, see `selector.spectrum`; `seed` is that of sketches.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, LoFi, VisualTokens
+        >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # three alike, and one that is not
+        >>> LoFi()(VisualTokens.from_features(rows, projected=rows), Budget(1)).tolist()
+        [[False, False, False, True]]
     """
 
     paper = "Silent Hazards, arXiv 2503.06794"
@@ -34,17 +41,19 @@ class LoFi(ScoreSelector):
         energy: float = 0.9,
         rank: int | None = None,
         center: bool = True,
-        method: Method = "exact",
+        method: str = "exact",
         seed: int = 0,
     ):
         super().__init__()
         check_rank(rank, energy if rank is None else None, method)
         check_seed(seed)
         self.energy, self.rank, self.center, self.seed = energy, rank, center, seed
-        self.method: Method = method
+        self.method = method
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """Leverage in [0, 1], of each token in the matrix of its image; a token's score depends on all others."""
         matrix, mask = tokens.by_image(tokens.read("projected", self))
+        # The two ways to truncate exclude each other.
         energy = None if self.rank is not None else self.energy
         return tokens.unpacked(
             leverage_scores(

@@ -1,7 +1,7 @@
 """LRCP (arXiv 2605.15621): what the leading principal components do not explain is worth keeping.
 
 The opposite sign of leverage: tokens are ranked by the norm of their residual to the rank-4 PCA subspace of their
-image. Not fixed by a text we could read, hence an argument: one matrix an image (default) or a tile.
+image. No text available to us fixes whether there is one matrix per image (our default) or per tile, hence an argument.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ class LRCP(ScoreSelector):
     Args:
         rank: components that are taken out.
         matrix: ``"image"`` takes all packed tokens of an image as one matrix, ``"tile"`` each tile by itself.
+
+    Example:
+        >>> import torch
+        >>> from selector import LRCP, Budget, VisualTokens
+        >>> rows = torch.tensor([[[-3.0, 0.0], [-1.0, 0.0], [4.0, 0.0], [0.0, 1.0]]])  # only the last is off the line
+        >>> LRCP(rank=1)(VisualTokens.from_features(rows), Budget(1)).tolist()
+        [[False, False, False, True]]
     """
 
     paper = "arXiv 2605.15621"
@@ -39,8 +46,10 @@ class LRCP(ScoreSelector):
         self.matrix: Scope = matrix
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """Norm of the residual, in the features' units."""
         groups = Groups.of(tokens, self.matrix)
         table = groups.gather(tokens.read("features", self))
+        # At full rank every residual is rounding.
         if self.rank >= table.shape[2]:
             raise ValueError(f"rank must be below the width of the features, {table.shape[2]}, got {self.rank}")
         return groups.scatter(residual_norms(table, self.rank, mask=groups.mask), tokens)

@@ -25,6 +25,14 @@ class Merge(TokenSelector):
     Args:
         selector: any; in a spec or a YAML, its spec.
         how: ``"nearest"``, the most similar kept token.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, Merge, Norm, VisualTokens
+        >>> tokens = VisualTokens.from_features(torch.tensor([[[3.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 1.0]]]))
+        >>> selection = Merge(Norm()).select(tokens, Budget(2))
+        >>> selection.flow.apply(list(tokens.features))[0][selection.keep[0]].tolist()
+        [[2.0, 0.0], [0.0, 1.5]]
     """
 
     paper = "composition"
@@ -36,19 +44,24 @@ class Merge(TokenSelector):
         if how != "nearest":
             raise ValueError(f"merge must be 'nearest', got {how!r}")
         self.selector, self.how = selector, how
+        # Its dropped tokens have flowed somewhere already.
         if self.selector.merges:
             raise ValueError(f"merge: {type(self.selector).__name__} merges by itself")
         self.needs = self.selector.needs | {"features"}
 
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
+        """The other selector's keep mask, unchanged: merging drops no token and keeps none."""
         return self.selector(tokens, budget)
 
     def resolved(self, budget: Budget) -> Budget:
+        """By the other selector's calibration."""
         return self.selector.resolved(budget)
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        """The same mask, and every dropped token flowing whole into the kept one most like it."""
         keep = self(tokens, budget)
         table, patch = tokens.by_image(tokens.read("features", self))
+        # Newline tokens take no part: they are learned, not of the image.
         into = nearest(table, patch & ~keep, patch & keep, places(tokens, budget.scope).view)
         return Selection(keep, Flow.mean(into))

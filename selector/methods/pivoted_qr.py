@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import pivots, precise
+from selector.greedy import pivots, working
 from selector.groups import Groups
 from selector.tokens import VisualTokens
 
@@ -20,17 +20,25 @@ class PivotedQR(GreedySelector):
 
     Args:
         center: subtract the mean token first.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, PivotedQR, VisualTokens
+        >>> tokens = VisualTokens.from_features(torch.tensor([[[3.0, 0.0], [2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]))
+        >>> PivotedQR(center=False)(tokens, Budget(2)).tolist()
+        [[True, False, True, False]]
     """
 
     paper = "baseline (Businger & Golub 1965)"
-    cost = "N D K + D K²"
+    cost = "N² D / 2 + N K²"
 
     def __init__(self, center: bool = True):
         super().__init__()
         self.center = center
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
-        rows = precise(groups.gather(tokens.read("features", self)))
+        """The order of the pivots; one mean per group is subtracted, if any."""
+        rows = working(groups.gather(tokens.read("features", self)))
         if self.center:
             rows = rows - rows.sum(1, keepdim=True) / groups.size.clamp(min=1)[:, None, None]
         return pivots(rows * groups.mask[..., None], groups.mask, steps)

@@ -26,11 +26,22 @@ class PruMergePlus(PruMerge):
 
     Args:
         absorb, fences, weights, attention: as in `PruMerge`.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, PruMergePlus, VisualTokens
+        >>> attention = {"joint_cls_attention@-1": torch.eye(16)[2:3]}  # one outlier: every fifth token comes with it
+        >>> tokens = VisualTokens.from_features(torch.zeros(1, 16, 1), layers=attention)
+        >>> PruMergePlus()(tokens, Budget("threshold:0")).nonzero()[:, 1].tolist()
+        [0, 2, 5, 10]
     """
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """Above 1 for outliers, in (0, 1) for spread tokens, at most 0 for all others."""
         outlier = outlier_score(self._attention(tokens), tokens.valid) - self.fences
         outlying = (outlier > 0) & tokens.valid
+
+        # Every s-th token in raster order, up to but without the last, as officially; none in a tile without outliers.
         count = outlying.sum(1, keepdim=True)
         step = (tokens.valid.sum(1, keepdim=True) // count.clamp(min=1) // 3).clamp(min=1)
         number = torch.arange(outlier.shape[1], device=outlier.device)

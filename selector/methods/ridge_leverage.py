@@ -15,7 +15,7 @@ from torch import Tensor
 from selector.base import ScoreSelector
 from selector.budget import Scope
 from selector.groups import Groups
-from selector.spectrum import ridge_leverage_scores
+from selector.spectrum import check_method, check_seed, ridge_leverage_scores
 from selector.tokens import VisualTokens
 
 Field = Literal["projected", "features"]
@@ -31,13 +31,29 @@ class RidgeLeverage(ScoreSelector):
             ``"features"`` of the encoder.
         center: subtract the mean token first.
         matrix: ``"image"`` takes all packed tokens of an image as one matrix, ``"tile"`` each tile by itself.
+        method: ``"exact"``, or ``"fast"``: 128 leading directions by a sketch (seeded with `seed`), the others as one.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, RidgeLeverage, VisualTokens
+        >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # three alike, and one that is not
+        >>> RidgeLeverage()(VisualTokens.from_features(rows, projected=rows), Budget(1)).tolist()
+        [[False, False, False, True]]
     """
 
     paper = "baseline (Alaoui & Mahoney 2015)"
     cost = "N D min(N, D)"
     needs = frozenset({"projected"})
 
-    def __init__(self, alpha: float = 1.0, field: Field = "projected", center: bool = True, matrix: Scope = "image"):
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        field: Field = "projected",
+        center: bool = True,
+        matrix: Scope = "image",
+        method: str = "exact",
+        seed: int = 0,
+    ):
         super().__init__()
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha must be finite and above 0, got {alpha}")
@@ -45,13 +61,19 @@ class RidgeLeverage(ScoreSelector):
             raise ValueError(f"field must be 'projected' or 'features', got {field!r}")
         if matrix not in get_args(Scope):
             raise ValueError(f"matrix must be 'image' or 'tile', got {matrix!r}")
-        self.alpha, self.center = alpha, center
+        check_method(method)
+        check_seed(seed)
+        self.alpha, self.center, self.seed = alpha, center, seed
+        self.method = method
         self.field: Field = field
         self.matrix: Scope = matrix
         self.needs = frozenset({field})
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """Ridge leverage in [0, 1)."""
         groups = Groups.of(tokens, self.matrix)
         table = groups.gather(tokens.read(self.field, self))
-        scores = ridge_leverage_scores(table, alpha=self.alpha, center=self.center, mask=groups.mask)
+        scores = ridge_leverage_scores(
+            table, alpha=self.alpha, center=self.center, mask=groups.mask, method=self.method, seed=self.seed
+        )
         return groups.scatter(scores, tokens)

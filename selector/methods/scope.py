@@ -3,7 +3,7 @@
 Facility location on the features: the gain of token i is Σ_j max(0, cos(i, j) − cover_j), where cover_j is the highest
 similarity of j to a chosen token; it is multiplied by the CLS attention of i to the power `alpha`, officially 1. With
 the official code, all kept sets agree. Where we depart: an all-zero token is similar to nothing and chosen last. The
-rule needs all pairs: one N × N matrix a group. On a LLaVA-NeXT the official run spends K/5 on each crop by itself,
+rule needs all pairs: one N × N matrix per group. On LLaVA-NeXT the official run spends K/5 on each crop separately,
 which is ``scope="tile"``.
 """
 
@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import grained, greedy, precise, take, unit
+from selector.greedy import BLOCK, directions, extents, grained, gram, lazily, precise, take
 from selector.groups import Groups
 from selector.tokens import VisualTokens
 
@@ -26,10 +26,18 @@ class SCOPE(GreedySelector):
 
     Args:
         alpha: exponent of the attention; 0 leaves it out.
+
+    Example:
+        >>> import torch
+        >>> from selector import SCOPE, Budget, VisualTokens
+        >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+        >>> tokens = VisualTokens.from_features(rows, cls_attention=torch.ones(1, 4))
+        >>> SCOPE()(tokens, Budget(2)).tolist()  # the first covers three, the last covers itself
+        [[True, False, False, True]]
     """
 
     paper = "arXiv 2510.24214"
-    cost = "N² (D + K)"
+    cost = "N² D / 2 + N K"
     needs = frozenset({"features", "cls_attention"})
 
     def __init__(self, alpha: float = 1.0):
@@ -39,20 +47,24 @@ class SCOPE(GreedySelector):
         self.alpha = alpha
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
-        rows = unit(groups.gather(tokens.read("features", self)))
+        """By gain in coverage times attention to the power `alpha`, both relative to the group."""
+        rows = directions(groups.gather(tokens.read("features", self)))
         attention = precise(groups.gather(tokens.read("cls_attention", self)))
         weight = (attention / attention.amax(1, keepdim=True).clamp(min=1e-30)) ** self.alpha
-        similarity = grained(rows @ rows.mT)
-        cover = torch.zeros_like(weight)
+        weight = weight / groups.size.clamp(min=1)[:, None]
+        similarity = gram(rows, extents(groups.mask))
+        cover = torch.zeros_like(similarity[:, 0])
+        group = torch.arange(len(rows), device=rows.device)
 
-        def gain() -> Tensor:
-            return grained(
-                (similarity - cover[:, None]).clamp(min=0).sum(-1) * weight / groups.size.clamp(min=1)[:, None]
-            )
+        def gain(members: Tensor) -> Tensor:
+            more = similarity[group[:, None], members].sub_(cover[:, None]).clamp_(min=0)
+            # Summed in float64: padding would otherwise reach the rounding.
+            return grained(more.sum(-1, dtype=weight.dtype) * weight.gather(1, members))
 
-        def update(pick: Tensor) -> Tensor:
+        def chosen(pick: Tensor, sure: Tensor) -> None:
             nonlocal cover
-            cover = torch.maximum(cover, take(similarity, pick))
-            return gain()
+            cover = torch.where(sure[:, None], torch.maximum(cover, take(similarity, pick)), cover)
 
-        return greedy(gain(), groups.mask, steps, update)
+        everyone = torch.arange(rows.shape[1], device=rows.device).expand_as(groups.mask)
+        start = torch.cat([gain(part) for part in everyone.split(BLOCK, 1)], 1)
+        return lazily(start, gain, chosen, groups.mask, steps)

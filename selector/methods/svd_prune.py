@@ -2,9 +2,9 @@
 
 Known from the paper: SVD of the vision-token feature matrix; tokens by statistical leverage; truncation keeps a target
 share of the variance; an adaptive variant keeps the smallest set whose cumulative leverage reaches a target (here:
-``Budget("energy:0.9")``). Not fixed by a text we could read, hence arguments: centring, the share, row normalisation,
-and with several tiles an image whether a tile or the image is the matrix. Our defaults: centred, 0.9, no row
-normalisation, one matrix an image, so that the scores of all its tiles are comparable.
+``Budget("energy:0.9")``). No text available to us fixes centring, the share, row normalisation and, with several tiles
+per image, whether a tile or the image is the matrix, hence arguments. Our defaults: centred, 0.9, no row normalisation,
+and one matrix per image, so that the scores of all its tiles are comparable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
-from selector.spectrum import Method, check_rank, check_seed, leverage_scores
+from selector.spectrum import check_rank, check_seed, leverage_scores
 from selector.tokens import VisualTokens
 
 
@@ -28,7 +28,14 @@ class SVDPrune(ScoreSelector):
         center: subtract the mean token first. Uncentred, a strong common mean hides everything else.
         normalize_rows: unit-length tokens after centring, against outlier ("register-like") tokens.
         matrix: ``"image"`` takes all packed tokens of an image as one matrix, ``"tile"`` each tile by itself.
-        method: ``"exact"`` or, with a small `rank`, ``"fast"`` (seeded with `seed`).
+        method: ``"exact"`` or, with a small `rank`, ``"fast"``, see `selector.spectrum`; `seed` is that of sketches.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, SVDPrune, VisualTokens
+        >>> rows = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # three alike, and one that is not
+        >>> SVDPrune()(VisualTokens.from_features(rows), Budget(1)).tolist()
+        [[False, False, False, True]]
     """
 
     paper = "arXiv 2604.11530"
@@ -41,7 +48,7 @@ class SVDPrune(ScoreSelector):
         center: bool = True,
         normalize_rows: bool = False,
         matrix: Literal["image", "tile"] = "image",
-        method: Method = "exact",
+        method: str = "exact",
         seed: int = 0,
     ):
         super().__init__()
@@ -51,13 +58,15 @@ class SVDPrune(ScoreSelector):
         check_seed(seed)
         self.energy, self.rank, self.center, self.normalize_rows = energy, rank, center, normalize_rows
         self.matrix: Literal["image", "tile"] = matrix
-        self.method: Method = method
+        self.method = method
         self.seed = seed
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
+        """Leverage in [0, 1] of each token in the matrix of its image, or of its tile."""
         if self.matrix == "tile":
             table, mask = tokens.features, tokens.valid
         else:
+            # Every token once: what unpadding removes is in no row.
             table, mask = tokens.by_image(tokens.features)
         scores = leverage_scores(
             table,

@@ -1,13 +1,13 @@
 """ToMe (arXiv 2210.09461): merge the most similar pairs, again and again, until K tokens are left.
 
-Bipartite matching of tokens at even and odd places by cosine of their keys; the most similar pairs merge into a
-size-weighted mean. Published between the layers of a vision transformer, with a fixed number of merges a layer; here
-on the encoder's output, an `drop` share of what is left a round. Merging goes on to the last token, so the order of
-merges is a ranking and every budget is a point on the way; a token that was merged flows, with all it had taken in,
-into the kept one it ended up in. One round is the official one exactly. Where we depart: between rounds tokens stay in
-packed order (the official code puts those at even places that did not merge first, by falling similarity, and the
-others behind them, so its later rounds pair other tokens); and tokens of the base view and of tiles do not merge with
-one another.
+Bipartite matching of tokens at even and odd positions by cosine of their keys; the most similar pairs merge into a
+size-weighted mean. Published between the layers of a vision transformer, with a fixed number of merges per layer; here
+on the encoder's output, where each round merges the share `drop` of what is left. Merging goes on to the last token, so
+the order of merges is a ranking and every budget is a point on the way; a token that was merged flows, with all it had
+taken in, into the kept one it ended up in. One round is exactly the official one. Where we depart: between rounds
+tokens stay in packed order (the official code puts those at even positions that did not merge first, by falling
+similarity, and the others behind them, so its later rounds pair other tokens); and tokens of the base view and of tiles
+do not merge with one another.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ class ToMe(RankSelector):
     Args:
         metric: what similarity is taken of, ``"keys"`` or ``"features"``.
         drop: share of the remaining tokens that one round merges away, in (0, 0.5].
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, ToMe, VisualTokens
+        >>> values, keys = torch.tensor([[[1.0], [3.0], [5.0], [7.0]]]), torch.eye(2).repeat_interleave(2, 0)[None]
+        >>> selection = ToMe().select(VisualTokens.from_features(values, keys=keys), Budget(2))
+        >>> selection.flow.apply(list(values))[0][selection.keep[0]].flatten().tolist()
+        [2.0, 6.0]
     """
 
     paper = "arXiv 2210.09461"
@@ -50,10 +58,12 @@ class ToMe(RankSelector):
         self.drop, self.needs = drop, frozenset({metric})
 
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        """Minus the position in the order of merges, counted from its end: who merges last survives longest."""
         return self._plan(tokens, budget)[0]
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        """The tokens that are left, and every other one flowing into the one it ended up in."""
         budget = self.resolved(budget)
         scores, parent = self._plan(tokens, budget)
         keep = budget.select(scores, tokens)
@@ -63,18 +73,26 @@ class ToMe(RankSelector):
     def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Int[Tensor, "T N"]]:
         """The ranking, and the encoder token that each one merged into (-1: none)."""
         groups = Groups.of(tokens, budget.scope)
+        # A number per member: the base view and the tiles must not match with each other.
         view = tokens.unpacked(places(tokens, budget.scope).view.float(), -1.0)
         members = groups.gather(view).long()
         place, parent = eliminate(
             groups.gather(tokens.read(self.metric, self)), groups.mask, self.drop, members, merge=True
         )
+        # In double, which holds every index; + 1 and - 1, since `scatter` leaves zero where a token has no slot.
         token = groups.index.gather(1, parent.clamp(min=0)).masked_fill(parent < 0, -1)
         into = groups.scatter((token + 1).double(), tokens).long() - 1
         return groups.scatter(-place.float(), tokens), into
 
 
 def ancestors(parent: Int[Tensor, "T N"], keep: Bool[Tensor, "I L"], tokens: VisualTokens) -> Int[Tensor, "I L"]:
-    """The kept slot in which each packed patch ended up (-1: none), following parents by doubling."""
+    """The kept slot in which each packed patch ended up (-1: none), following parents by doubling.
+
+    Args:
+        parent: encoder token (``t * N + n``) that each one merged into, -1: none.
+        keep: what the budget has left.
+    """
+    # Kept tokens are roots: what they merged into later, had the budget been smaller, does not count.
     itself = torch.arange(parent.numel(), device=parent.device)
     kept = tokens.tiles_of(keep).flatten()
     into = torch.where(kept | (parent.flatten() < 0), itself, parent.flatten())

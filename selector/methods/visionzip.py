@@ -7,7 +7,7 @@ members. From the same attention the official code takes the same dominant token
 
 Where we depart: the official K counts the CLS token, which it keeps too (its 54 + 10 are 53 patches, CLS and 10); here
 all K are patches. Tokens merge after the projector, not before, and within a view; and when newline tokens leave room
-for fewer patches than K, both parts shrink alike. On a LLaVA-NeXT the official run spends K/5 on each crop by itself,
+for fewer patches than K, both parts shrink alike. On LLaVA-NeXT the official run spends K/5 on each crop separately,
 which is ``scope="tile"``.
 """
 
@@ -34,6 +34,14 @@ class VisionZip(RankSelector):
         add: target + mean of its members, as published; False: the average of the two, which has the norm of a token,
             while a sum of two that agree has twice that.
         attention: ``"cls"``, or ``"received"`` for towers without a CLS token, which is not the published method.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, VisionZip, VisualTokens
+        >>> rows, attention = torch.ones(1, 4, 1), torch.tensor([[0.7, 0.1, 0.1, 0.1]])
+        >>> tokens = VisualTokens.from_features(rows, keys=rows, cls_attention=attention)
+        >>> VisionZip(contextual=0.5)(tokens, Budget(2)).tolist()  # one dominant, one that takes in the others
+        [[True, True, False, False]]
     """
 
     paper = "arXiv 2412.04467"
@@ -50,10 +58,12 @@ class VisionZip(RankSelector):
         self.needs = frozenset({attention_field(attention), "keys"})
 
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        """Dominant tokens and targets interleaved, so that every prefix holds both in proportion; then all others."""
         return self._plan(tokens, budget)[0]
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
+        """The keep mask, and every token that is not kept flowing into the target most like it."""
         scores, targets = self._plan(tokens, budget)
         keep = budget.select(scores, tokens)
 
@@ -67,7 +77,7 @@ class VisionZip(RankSelector):
         """The ranking, and which tokens are contextual targets."""
         groups = Groups.of(tokens, budget.scope)
         attention = groups.gather(tokens.read(attention_field(self.attention), self)).float()
-        place = ranks(attention, groups.mask)
+        rank = ranks(attention, groups.mask)
 
         # With contextual=1 no token is dominant; otherwise one is at least.
         count = groups.patches(tokens, budget)
@@ -75,7 +85,7 @@ class VisionZip(RankSelector):
         dominant = count - other
 
         # The first of each stride through the rest, in packed order; the tail behind the last stride has no target.
-        rest = groups.mask & (place >= dominant[:, None])
+        rest = groups.mask & (rank >= dominant[:, None])
         number = rest.cumsum(1) - 1
         step = (rest.sum(1) // other.clamp(min=1)).clamp(min=1)[:, None]
         stride = number // step
@@ -85,11 +95,16 @@ class VisionZip(RankSelector):
         bits = max(1, int(stride.max()).bit_length())
         spread = bayer(stride.clamp(min=0), torch.zeros_like(stride), bits)
         second = ranks(-spread.float(), target).masked_fill(~target, rest.shape[1])
-        scores = interleave(place, dominant, second, other)
+        scores = interleave(rank, dominant, second, other)
         return groups.scatter(scores, tokens), groups.scatter(target.float(), tokens) > 0
 
     def _averages(self, into: Tensor, target: Bool[Tensor, "I L"]) -> Flow:
-        """Each target and the mean of its members: their average, or with `add` their sum."""
+        """Each target and the mean of its members: their average, or with `add` their sum.
+
+        Args:
+            into: packed slot of the target that each token joins, -1: none, see `selector.merging.nearest`.
+            target: the targets that are kept.
+        """
         flow = Flow.mean(into.masked_fill(target, -1))  # the members' mean
 
         # The target's own edge; a target that nothing joined stays as it is.

@@ -1,12 +1,12 @@
 """VisPruner (arXiv 2412.01818): important tokens by CLS attention, diverse ones by removing duplicates from the rest.
 
 Of K tokens the share `important` (officially a half, rounded down) is that of the highest CLS attention. The rest, in
-the order of their attention, is matched again and again: those at even places with their most similar one at an odd
-place (cosine of the features). The `drop` = 8 with the most similar match leave; the others at even places then come
-first, by falling similarity, and behind them those at odd places; so until the diverse share remains. With these rules
-and the same inputs, the official code keeps the same set. Where we depart: any K works (the official code raises where
-the number that remains is odd), and when newline tokens leave room for fewer patches than K, both parts shrink alike.
-On a LLaVA-NeXT the official run spends K/5 on each crop by itself, which is ``scope="tile"``.
+the order of their attention, is matched in rounds: each token of even rank with the most similar one of odd rank
+(cosine of the features). The `drop` = 8 with the most similar match leave; the others of even rank then come first, by
+falling similarity, and behind them those of odd rank; and so on until the diverse share remains. With these rules and
+the same inputs, the official code keeps the same set. Where we depart: any K works (the official code raises where the
+number that remains is odd), and when newline tokens leave room for fewer patches than K, both parts shrink alike. On
+LLaVA-NeXT the official run spends K/5 on each crop separately, which is ``scope="tile"``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ class VisPruner(RankSelector):
         important: share of the kept tokens that attention chooses.
         drop: tokens that one matching drops.
         attention: ``"cls"``, or ``"received"`` for towers without a CLS token, which is not the published method.
+
+    Example:
+        >>> import torch
+        >>> from selector import Budget, VisPruner, VisualTokens
+        >>> rows, attention = torch.tensor([[[1.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]), [[0.4, 0.3, 0.2, 0.1]]
+        >>> tokens = VisualTokens.from_features(rows, cls_attention=torch.tensor(attention))
+        >>> VisPruner(drop=1)(tokens, Budget(3)).tolist()  # of the two alike one leaves
+        [[True, False, True, True]]
     """
 
     paper = "arXiv 2412.01818"
@@ -48,13 +56,16 @@ class VisPruner(RankSelector):
 
     @torch.no_grad()
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        """Important and diverse tokens interleaved, so that every prefix holds both in proportion; then all others."""
         groups = Groups.of(tokens, budget.scope)
         attention = groups.gather(tokens.read(attention_field(self.attention), self)).float()
-        place, count = ranks(attention, groups.mask), groups.patches(tokens, budget)
+        rank, count = ranks(attention, groups.mask), groups.patches(tokens, budget)
 
         # A product that rounding puts a hair below a whole number must not cost one token.
         chosen = (count.double() * self.important + 1e-9).floor().long()
-        rest = groups.mask & (place >= chosen[:, None])
+        rest = groups.mask & (rank >= chosen[:, None])
+
+        # Duplicates leave until exactly the diverse share is left; rounds below that rank what stays.
         table = groups.gather(tokens.read("features", self))
-        second = thin(table, place, rest, self.drop, count - chosen)
-        return groups.scatter(interleave(place, chosen, second, count - chosen), tokens)
+        second = thin(table, rank, rest, self.drop, count - chosen)
+        return groups.scatter(interleave(rank, chosen, second, count - chosen), tokens)

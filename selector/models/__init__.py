@@ -1,12 +1,21 @@
-"""Adapters: what differs between vision-language models, one file a model type, and nothing else."""
+"""Adapters: what differs between vision-language models, one file per model type, and nothing else.
+
+A file is its own registration: ``qwen2_vl.py``, with an `ADAPTER` in it, serves models whose ``config.model_type`` is
+``qwen2_vl`` (files that begin with an underscore are shared by several). Other packages add adapters by
+`register_adapter`, or by an entry point of the group ``visual_token_selector.adapters`` whose name is the model type
+and whose object is the `Adapter`.
+"""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 
 from selector.tokens import VisualTokens
@@ -14,7 +23,7 @@ from selector.tokens import VisualTokens
 Relevance = Callable[[VisualTokens, Mapping[str, Any]], Tensor]
 """(tokens, processor outputs) -> ``[T, N]``, how relevant each token is to the prompt; higher is more."""
 
-_ADAPTERS = {"llava_next": "selector.models.llava_next"}
+ENTRY_POINTS = "visual_token_selector.adapters"
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,101 @@ class Encoded:
         packed: per image ``[L_i, d]``, the projected tokens in the order in which the language model sees them.
         output: the encoder output object as the model returned it.
         image_token_id: placeholder in ``input_ids`` that each packed token replaces.
+        approximate: whether packed tokens are mixtures of the encoder's, each traced to the nearest of them.
+        modality: ``"image"``, or ``"video"`` where each video counts as an image whose frames are its tiles.
     """
 
     tokens: VisualTokens
     packed: list[Tensor]
     output: Any
     image_token_id: int
+    approximate: bool = False
+    modality: str = "image"
+
+    @property
+    def deepstack(self) -> list[list[Tensor]]:
+        """Features that layers of the language model add at the visual tokens: per layer and image ``[L_i, d]``.
+
+        None for most models; what becomes of a packed token becomes of these too.
+        """
+        return [list(layer) for layer in getattr(self.output, "deepstack_features", None) or ()]
+
+
+Encode = Callable[[Any, Mapping[str, Any], frozenset[str], Relevance | None], Encoded]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What differs between model types.
+
+    Attributes:
+        encode: (model, processor outputs, fields of `VisualTokens` that are read, relevance) -> `Encoded`. It must
+            work without ``input_ids``, where only the images are asked for.
+        positions: where a position id has several axes (M-RoPE): (model, processor outputs) -> ``[3, B, S]``, those of
+            the unpruned prompt. None: one axis, which the plug counts.
+        rows: arguments of the prompt's own shape ``[B, S]`` beside ids, mask, positions and labels, which the plug
+            shortens with the prompt; and of each, the value at padding and the value at the tokens of an answer.
+        videos: whether `encode` takes ``pixel_values_videos``.
+    """
+
+    encode: Encode
+    positions: Callable[[Any, Mapping[str, Any]], Int[Tensor, "3 B S"]] | None = None
+    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    videos: bool = False
+
+
+_REGISTERED: dict[str, Adapter] = {}
+
+
+def register_adapter(model_type: str, adapter: Adapter) -> None:
+    """Adds an adapter for models whose ``config.model_type`` is `model_type`, or replaces a registered one.
+
+    Raises:
+        TypeError: no adapter.
+        ValueError: a type that this package has an adapter for.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
+    if model_type in _shipped():
+        raise ValueError(f"model_type must be new, {model_type!r} has its adapter in selector/models/{model_type}.py")
+    _REGISTERED[model_type] = adapter
+
+
+def available_adapters() -> list[str]:
+    """The model types with an adapter: shipped, registered, or an entry point of an installed package."""
+    return sorted({*_shipped(), *_REGISTERED, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+
+def adapter_of(model: Any) -> Adapter:
+    """The adapter of a model, by its ``config.model_type``.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: an entry point that is no adapter.
+    """
+    kind = model_type_of(model)
+    if kind in _shipped():
+        return importlib.import_module(f"selector.models.{kind}").ADAPTER
+    if kind in _REGISTERED:
+        return _REGISTERED[kind]
+
+    for point in entry_points(group=ENTRY_POINTS, name=kind):
+        adapter = point.load()
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"entry point {point.value} of {ENTRY_POINTS} must be an Adapter, got {adapter!r}")
+        return adapter
+    raise ValueError(f"no adapter for models of type {kind!r}; there is one for {', '.join(available_adapters())}")
+
+
+def model_type_of(model: Any) -> str:
+    """The type by which a model finds its adapter."""
+    return str(getattr(model.config, "model_type", type(model).__name__))
+
+
+def has_visuals(inputs: Mapping[str, Any]) -> bool:
+    """Whether processor outputs hold images or videos."""
+    given = (inputs.get(name) for name in ("pixel_values", "pixel_values_videos"))
+    return any(pixels is not None and len(pixels) > 0 for pixels in given)
 
 
 def encode(
@@ -47,11 +145,16 @@ def encode(
         relevance: computes `text`, for a model that has no text tower beside its vision tower.
 
     Raises:
-        ValueError: a model type without an adapter, or a field that this model cannot give, by name.
+        ValueError: a model type without an adapter, a video that it does not take, or a field that this model cannot
+            give, by name.
     """
-    if inputs.get("pixel_values") is None or len(inputs["pixel_values"]) == 0:
+    if not has_visuals(inputs):
         return None
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    if kind not in _ADAPTERS:
-        raise ValueError(f"no adapter for models of type {kind!r}; there is one for {', '.join(sorted(_ADAPTERS))}")
-    return importlib.import_module(_ADAPTERS[kind]).encode(model, inputs, frozenset(needs), relevance)
+    adapter = adapter_of(model)
+    if inputs.get("pixel_values_videos") is not None and not adapter.videos:
+        raise ValueError(f"pixel_values_videos: no tokens are selected in videos for a {model_type_of(model)!r} model")
+    return adapter.encode(model, inputs, frozenset(needs), relevance)
+
+
+def _shipped() -> set[str]:
+    return {info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")}

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from selector.models import Encoded, Relevance
+from selector.models import Adapter, Encoded, Relevance
 from selector.tokens import NEWLINE, PAD, VisualTokens
 
 HEARD = frozenset({"cls_attention", "received_attention", "keys"})
@@ -118,14 +118,16 @@ def _with_projected(tokens: VisualTokens, packed: list[Tensor]) -> VisualTokens:
     return replace(tokens, projected=table.view(*shape, -1))
 
 
-def _with_question(tokens: VisualTokens, model: Any, inputs: Mapping[str, Any]) -> VisualTokens:
+def _with_question(
+    tokens: VisualTokens, model: Any, inputs: Mapping[str, Any], placeholder: int | None = None
+) -> VisualTokens:
     """Adds the embedded text that follows each image in its row of the prompt, up to the end of the row."""
     ids = inputs.get("input_ids")
     if ids is None:
         raise ValueError("question: a selector that reads the question needs input_ids beside the images")
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    visual = ids == model.config.image_token_id
+    visual = ids == (model.config.image_token_id if placeholder is None else placeholder)
     column = torch.arange(ids.shape[1], device=ids.device)
 
     # The placeholders of all images stand one behind the other, row by row; an image's text starts behind its last.
@@ -221,3 +223,6 @@ def _read(need: str, heard: Mapping[str, Any], prefix: int) -> Tensor:
 def _attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Softmax over all keys, CLS's own included, in float32."""
     return (queries.float() @ keys.float().mT * scale).softmax(-1)
+
+
+ADAPTER = Adapter(encode)

@@ -1,0 +1,118 @@
+"""Where packed tokens lie, for models that say less about it than LLaVA-NeXT: whole images of any size, tiles in a row.
+
+Shapes: I images, T tiles, N visual tokens per tile, L packed slots of the longest image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from selector.tokens import PAD
+
+
+class Canvas(NamedTuple):
+    """Images of any size, each one tile in the upper left corner of a grid that all of them fit in.
+
+    Attributes:
+        grid: rows and columns of that grid.
+        cell: per image, where in the ``rows * columns`` cells of its tile its tokens lie, in packed order.
+        slots: ``[I, L]`` see `selector.tokens.VisualTokens`.
+    """
+
+    grid: tuple[int, int]
+    cell: list[Int[Tensor, "_"]]
+    slots: Int[Tensor, "I L"]
+
+    @classmethod
+    def of(cls, sizes: Sequence[tuple[int, int]], device: torch.device) -> Canvas:
+        """For images of so many (rows, columns) of visual tokens, packed row by row."""
+        rows, columns = (max(side) for side in zip(*sizes, strict=True))
+        table = torch.arange(rows * columns, device=device).view(rows, columns)
+        cell = [table[:h, :w].flatten() for h, w in sizes]
+        return cls((rows, columns), cell, padded([own + i * table.numel() for i, own in enumerate(cell)]))
+
+    @property
+    def image(self) -> Int[Tensor, "I"]:
+        """The image of each tile: its own."""
+        return torch.arange(len(self.cell), device=self.slots.device)
+
+    def spread(self, values: Sequence[Tensor]) -> Tensor:
+        """Per image ``[L_i, C]`` to ``[I, rows * columns, C]``, zero where there is no token."""
+        size = self.grid[0] * self.grid[1]
+        index = torch.cat([cell + i * size for i, cell in enumerate(self.cell)])
+        table = values[0].new_zeros(len(values) * size, values[0].shape[-1])
+        return table.index_copy(0, index, torch.cat(list(values))).unflatten(0, (len(values), size))
+
+
+class Tiles(NamedTuple):
+    """Tiles of equal size, those of an image one behind the other.
+
+    Attributes:
+        order: ``[T]`` the tile of the encoder that stands at each place of the table: base views come first.
+        image: ``[T]`` the image of each place.
+        slots: ``[I, L]`` see `selector.tokens.VisualTokens`; packed as the encoder has them.
+    """
+
+    order: Int[Tensor, "T"]
+    image: Int[Tensor, "T"]
+    slots: Int[Tensor, "I L"]
+
+    @classmethod
+    def base_last(cls, counts: Sequence[int], patches: int, device: torch.device) -> Tiles:
+        """For images of so many tiles, of which the last of several is the downscaled base view."""
+        order, maps, first = [], [], 0
+        for count in counts:
+            tile = torch.arange(count, device=device)
+            order.append(first + tile.roll(1))
+            place = first + (tile + 1) % count  # the last tile stands first
+            maps.append((place[:, None] * patches + torch.arange(patches, device=device)).flatten())
+            first += count
+        image = torch.repeat_interleave(torch.tensor(counts, device=device))
+        return cls(torch.cat(order), image, padded(maps))
+
+
+class Runs(NamedTuple):
+    """Placeholders that stand together in a prompt, row by row.
+
+    Attributes:
+        length: ``[R]`` placeholders of each run.
+        row: ``[R]`` row of the batch.
+        before: ``[R]`` the token in front of it, -1 at the start of a row.
+    """
+
+    length: Int[Tensor, "R"]
+    row: Int[Tensor, "R"]
+    before: Int[Tensor, "R"]
+
+    @classmethod
+    def of(cls, ids: Int[Tensor, "B S"], image_token_id: int) -> Runs:
+        """The runs of `image_token_id`."""
+        visual = torch.nn.functional.pad(ids == image_token_id, (1, 1)).int().diff(dim=1)
+        row, start = (visual == 1).nonzero(as_tuple=True)
+        _, end = (visual == -1).nonzero(as_tuple=True)
+        before = torch.where(start > 0, ids[row, (start - 1).clamp(min=0)], -1)
+        return cls(end - start, row, before)
+
+
+def padded(maps: Sequence[Int[Tensor, "_"]]) -> Int[Tensor, "I L"]:
+    """One row per image, filled up with `PAD`."""
+    return torch.nn.utils.rnn.pad_sequence(list(maps), batch_first=True, padding_value=PAD)
+
+
+def gathered(values: Tensor, patch: Int[Tensor, "N blocks"]) -> Tensor:
+    """Per patch to per visual token that several patches make.
+
+    Args:
+        values: attention ``[T, patches]`` or keys ``[T, patches, C]``.
+        patch: the patches of each token.
+
+    Returns:
+        Attention ``[T, N]`` as their sum, keys ``[T, N, C]`` as their mean.
+    """
+    parts = values[:, patch]
+    return parts.sum(2) if values.ndim == 2 else parts.mean(2)
