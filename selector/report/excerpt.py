@@ -1,6 +1,6 @@
 """Some figures of a run as one small file: what a page quotes is committed beside it, without the run.
 
-    python -m selector.report.excerpt runs/real --fields evidence evidence_interval tokens --out configs/compare/real.json
+    python -m selector.report.excerpt runs/real --fields evidence evidence_interval --out configs/compare/real.json
 
 `selector.report.standings` does the same for answers, sample by sample.
 """
