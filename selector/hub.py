@@ -73,6 +73,7 @@ def save(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in selector.state_dict().items()}
     with atomic(folder / WEIGHTS) as partial:
         save_file(state, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # its writer makes files that only their owner can read
     write_json(folder / CONFIG, config)
     write_text(folder / CARD, card or _default_card(selector))
     return folder

@@ -96,10 +96,7 @@ def test_the_first_table_is_the_committed_data():
     names = {
         "**trained, reads the question** †": "selector-llava-next-tiny-question",
         "**trained, does not**": "selector-llava-next-tiny",
-        "trained by reconstruction": "selector-llava-next-tiny-reconstruction",
         "ridge-leverage (formula)": "ridge-leverage",
-        "lofi (formula)": "lofi",
-        "svd-prune (formula)": "svd-prune",
         "random": "random",
     }
 
