@@ -58,6 +58,7 @@ class Records:
 
         # Only the own file is repaired: another process may be in the middle of a line of its own.
         read_records(self.path, repair=True)
+        # What is done counts whoever did it: a run may be resumed by another number of shards.
         self.done = {record["id"]: record for record in read_folder(self.folder)}
 
     def append(self, record: Record) -> None:
@@ -67,6 +68,7 @@ class Records:
             UsageError: the disk is full, or the file cannot be written.
             ValueError: NaN or infinity in the record, which JSON cannot hold.
         """
+        # The whole line at once: a kill cuts this line short, or none.
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         with output(self.path), self.path.open("ab") as file:
             file.write(line.encode())

@@ -72,6 +72,7 @@ class VisualTokens:
     layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # The annotations check shapes, but not a product of two numbers.
         h, w = self.grid
         if h * w != self.features.shape[1]:
             raise ValueError(f"grid {self.grid} has {h * w} patches, features have {self.features.shape[1]} a tile")
