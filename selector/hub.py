@@ -115,8 +115,8 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> Checkpoint:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no selector checkpoint: {name} is missing")
 
-    # The module, from its class and arguments. The config may come from anywhere, so that whatever it does to Python
-    # becomes an error which names the file.
+    # The module, from its class and arguments. The config may come from anywhere: whatever reading it raises becomes an
+    # error that names the file.
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         class_path, init_args = config["class_path"], config["init_args"]

@@ -214,7 +214,7 @@ class _Blocks:
     def __init__(self, model: Any):
         self.owner = _caller()
 
-        # What stands on the instance itself has to be put back, and what comes from the class uncovered again.
+        # Methods that were set on the instance are put back in the end; those of its class only have to be uncovered.
         self.before = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
         self.forward, self.generate = model.forward, model.generate
         self.open: list[tuple[Callable, Callable]] = []
@@ -316,7 +316,7 @@ def _pruned_generate(
         if not has_visuals(arguments):
             return generate(*args, **kwargs)
 
-        # What generate would do with the original prompt, and do wrongly with the shortened one.
+        # Settings under which generate would misread a shortened prompt are refused.
         settings = arguments.get("generation_config") or model.generation_config
         if arguments.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size must be None: chunks are cut by the original prompt's length")

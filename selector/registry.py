@@ -40,9 +40,6 @@ def available_selectors() -> dict[str, type[TokenSelector]]:
 def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: Iterable[str] = ()) -> TokenSelector:
     """A selector from any of the forms above, or the object itself.
 
-    >>> load_selector("norm:largest=false")
-    Norm(largest=False)
-
     Args:
         spec: see the module.
         allow: packages beside ``selector`` whose classes a spec or a checkpoint may name. A selector class that is
@@ -50,6 +47,10 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
 
     Raises:
         ValueError: unknown name (with the closest ones), wrong argument, or a learned selector without a checkpoint.
+
+    Example:
+        >>> load_selector("norm:largest=false")
+        Norm(largest=False)
     """
     # Objects, and the schema of config.json.
     if isinstance(spec, TokenSelector):

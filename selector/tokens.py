@@ -75,7 +75,7 @@ class VisualTokens:
         # The annotations check shapes, but not a product of two numbers.
         h, w = self.grid
         if h * w != self.features.shape[1]:
-            raise ValueError(f"grid {self.grid} has {h * w} patches, features have {self.features.shape[1]} a tile")
+            raise ValueError(f"grid {self.grid} has {h * w} patches, features have {self.features.shape[1]} per tile")
 
     @classmethod
     def from_features(
