@@ -24,10 +24,10 @@ from torch import Tensor
 from selector.attention import Attention, attention_field
 from selector.base import ScoreSelector
 from selector.budget import Budget
-from selector.greedy import grained, precise, unit
 from selector.grid import places
 from selector.groups import Groups
 from selector.merging import Flow, Selection
+from selector.numerics import grained, precise, unit
 from selector.tokens import VisualTokens
 
 Weights = Literal["published", "scaled", "attention"]

@@ -81,7 +81,7 @@ class VisionZip(RankSelector):
         rank = ranks(attention, groups.mask)
 
         # With contextual=1 no token is dominant; otherwise one is at least.
-        count = groups.patches(tokens, budget)
+        count = groups.quota(tokens, budget)
         other = (count * self.contextual + 0.5).long().clamp(max=count - 1 if self.contextual < 1 else count)
         dominant = count - other
 
