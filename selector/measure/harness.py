@@ -130,22 +130,22 @@ class Measured:
             inputs = self.inputs
             if self.encoded:
                 inputs = without_image(inputs, self.encoded.image_token_id)
-            said = None if self.full is None else self.harness.answer(inputs)
-            return self._tokens(None) | self._cost(inputs, None, None) | self._answers(inputs, said, None)
+            given = None if self.full is None else self.harness.answer(inputs)
+            return self._tokens(None) | self._cost(inputs, None, None) | self._answers(inputs, given, None)
 
         pruned = self.whole if row.selector is None else self._prune(row)
-        said = self.full
+        given = self.full
         if self.full is not None and pruned is not self.whole:
-            said = self.harness.answer(pruned.inputs)
+            given = self.harness.answer(pruned.inputs)
 
         # The figures of `full` were taken when the sample was opened.
-        after, logits = (self.full_spectrum, None) if pruned is self.whole else self._internals(pruned, said)
+        after, logits = (self.full_spectrum, None) if pruned is self.whole else self._internals(pruned, given)
         return (
             self._tokens(pruned)
             | self._shifts(after)
             | self._cost(pruned.inputs, pruned, row)
             | self._kept(pruned)
-            | self._answers(pruned.inputs, said, logits)
+            | self._answers(pruned.inputs, given, logits)
         )
 
     def _prune(self, row: Row) -> Pruned:
@@ -169,21 +169,21 @@ class Measured:
             "selection_ms": 1e3 * pruned.selection_seconds,
         }
 
-    def _internals(self, pruned: Pruned, said: Answer | None) -> tuple[Spectrum | None, Tensor | None]:
+    def _internals(self, pruned: Pruned, given: Answer | None) -> tuple[Spectrum | None, Tensor | None]:
         """(spectrum of the visual tokens at the layer, teacher-forced logits if they had to be computed)."""
-        layer, same = self.harness.protocol.layer, self._same(said)
+        layer, same = self.harness.protocol.layer, self._same(given)
         target = self.full.ids if self.full else pruned.inputs["input_ids"].new_empty(0)
 
         # Without a pass: layer 0 is in the inputs, and an answer that stayed the same has the logits of its generation.
-        read = None
-        if (layer > 0 and self.encoded) or (said is not None and not same):
+        reading = None
+        if (layer > 0 and self.encoded) or (given is not None and not same):
             image_token_id = self.encoded.image_token_id if self.encoded else None
             wanted = [layer] if layer > 0 and self.encoded else []
-            read = forced(self.harness.model, pruned.inputs, target, wanted, image_token_id)
-        logits = read.logits if read is not None and said is not None and not same else None
+            reading = forced(self.harness.model, pruned.inputs, target, wanted, image_token_id)
+        logits = reading.logits if reading is not None and given is not None and not same else None
         if self.encoded is None:
             return None, logits
-        visual = read.visual[layer] if layer > 0 and read else torch.cat(_visual(pruned))
+        visual = reading.visual[layer] if layer > 0 and reading else torch.cat(_visual(pruned))
         return (spectrum(visual) if len(visual) else None), logits
 
     def _shifts(self, after: Spectrum | None) -> dict[str, Any]:
@@ -226,20 +226,20 @@ class Measured:
             figures |= {} if shares is None else {"evidence": shares[0], "base_evidence": shares[1]}
         return figures
 
-    def _same(self, said: Answer | None) -> bool:
-        return said is not None and self.full is not None and torch.equal(said.ids, self.full.ids)
+    def _same(self, given: Answer | None) -> bool:
+        return given is not None and self.full is not None and torch.equal(given.ids, self.full.ids)
 
-    def _answers(self, inputs: Mapping[str, Any], said: Answer | None, logits: Tensor | None) -> dict[str, Any]:
+    def _answers(self, inputs: Mapping[str, Any], given: Answer | None, logits: Tensor | None) -> dict[str, Any]:
         full = self.full
-        if full is None or said is None:
+        if full is None or given is None:
             return {}
 
         # The pruned model's logits over the unpruned answer: known where it gave that answer itself.
-        if self._same(said):
-            read = said.logits
+        if self._same(given):
+            forced_logits = given.logits
         else:
-            read = logits if logits is not None else forced(self.harness.model, inputs, full.ids).logits
-        return answer_record(self.sample, said, full, read)
+            forced_logits = logits if logits is not None else forced(self.harness.model, inputs, full.ids).logits
+        return answer_record(self.sample, given, full, forced_logits)
 
 
 def pack(kept: Bool[Tensor, "T N"]) -> str:

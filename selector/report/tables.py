@@ -132,8 +132,8 @@ def done(summary: Summary, task: str) -> str:
         return ""
     total = summary["tasks"][task].get("samples")
     counts = [row["samples"] for row in summary["rows"] if row["task"] == task]
-    missing = len(summary["unreadable"].get(task, []))
-    # Unreadable images have no records, and never will.
+    missing = len(summary["unreadable"].get(task, []))  # without records, and not for want of time
+
     # Runs of an older version do not say how many samples a task has.
     if total is None or not counts or min(counts) + missing >= total:
         return ""
