@@ -30,7 +30,7 @@ PICKS_PER_GRAM = 32
 GRAM_OVER_ROWS = 4
 """A Gram matrix is kept while it takes at most so many times the memory of the rows."""
 
-TRUSTED = 2.0**-10
+TRUSTED = 2.0**-6
 """Share of its square that a pivot keeps at least, for the rounding of float32 not to matter."""
 LAZY_WIDTH, LAZY_ROUNDS = 32, 32
 

@@ -158,11 +158,6 @@ class VisualTokens:
         out[self.slots[self.is_patch]] = values[self.is_patch]
         return out.view(self.features.shape[:2])
 
-    def by_image(self, table: Float[Tensor, "T N C"]) -> tuple[Float[Tensor, "I L C"], Bool[Tensor, "I L"]]:
-        """One matrix an image: the rows of its packed tokens, zero elsewhere, and which rows are real."""
-        matrix = table.flatten(0, 1)[self.slots.clamp(min=0)]
-        return matrix.masked_fill_(~self.is_patch[..., None], 0), self.is_patch  # indexing has copied: ours to change
-
     def tiles_of(self, keep: Bool[Tensor, "I L"]) -> Bool[Tensor, "T N"]:
         """The keep mask seen from the encoder: which patches of which tile survive."""
         return self.unpacked(keep.float()).bool()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from selector.report.statistics import wilson
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / name / "README.md"
@@ -117,3 +119,30 @@ def test_the_first_number_is_that_of_the_largest_image():
     """Base view, the 2 x 2 tiles of a square image of full size, and a newline for each of its rows of patches."""
     side = 336 // 14
     assert f"turns one image into up to {side**2 + (2 * side) ** 2 + 2 * side:,} visual tokens" in FRONT
+
+
+def sweep_cell(data: dict, variant: str, keep: str, task: str) -> str:
+    """Right answers of a variant in %, mean over its seeds, with the interval of the questions, as tables write it."""
+    rows = [
+        row
+        for row in data["rows"]
+        if re.fullmatch(rf"{re.escape(variant)}(-\d)?", row["selector"]) and (row["keep"], row["task"]) == (keep, task)
+    ]
+    assert rows, (variant, keep, task)
+    right = sum(round(row["accuracy"] * row["samples"]) for row in rows) / len(rows)
+    low, high = wilson(round(right), rows[0]["samples"])
+    return f"{100 * right / rows[0]['samples']:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def test_the_upside_down_table_is_the_committed_data():
+    data = json.loads((ROOT / "configs/ablation/upside-down.json").read_text())
+    page = (ROOT / "training/README.md").read_text()
+    names = {
+        "in the graph": "threshold-in-the-graph",
+        "detached": "threshold-detached",
+        "*random tokens*": "random",
+        "*ridge-leverage*": "ridge-leverage",
+    }
+    for label, name in names.items():
+        cells = [sweep_cell(data, name, keep, "documents") for keep in ("0.5", "0.25", "64")]
+        assert f"| {label} | {' | '.join(cells)} |" in page

@@ -56,7 +56,7 @@ def run(settings: dict[str, Any]) -> int:
     check_output(Path(settings["out"]))
     selectors = choose(settings)
     baseline = _baseline(settings, selectors)
-    # Said aloud: a stray RANK in the environment would otherwise make a silent partial run.
+    # A stray RANK in the environment would otherwise make a partial run in silence.
     if shard != WHOLE and settings.get("shard") is None:
         _announce(shard)
 

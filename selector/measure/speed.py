@@ -19,6 +19,7 @@ from rich.text import Text
 
 from selector.base import TokenSelector
 from selector.budget import Budget
+from selector.groups import Groups
 from selector.measure.answering import prepare
 from selector.measure.cost import seconds_of
 from selector.models import encode
@@ -91,8 +92,9 @@ def measure(
         whole = prune_inputs(model, inputs, None, encoded=encoded)
         pruned = [prune_inputs(model, inputs, s, budget, encoded=encoded) for s in selectors.values()]
     tokens = encoded.tokens
+
     # The packed tokens of the image, as spectral methods see them, in the type of the decomposition.
-    matrix = tokens.by_image(tokens.features.float())[0]
+    matrix = Groups.of(tokens, "image").gather(tokens.features.float())
     return Bench(
         encode=timed("vision tower and projector", lambda: encode(model, inputs, needs)),
         prefill=timed("prefill, every token", lambda: prefill(whole.inputs), sum(whole.measured)),

@@ -11,6 +11,7 @@ from rich.console import Console
 from selector import records
 from selector.errors import UsageError
 from selector.records import FLIPS
+from selector.report import excerpt
 from selector.report.columns import LEGEND, main_columns
 from selector.report.summary import summarize, write_report
 from selector.report.tables import fitting_tables, footnotes, markdown, rich_tables
@@ -370,3 +371,15 @@ def test_evidence_of_a_part_of_the_samples_says_so():
     assert _evidence(row) == "30 (33) n=4"
     assert _evidence(row | {"evidence_samples": 100}) == "30 (33)"
     assert _evidence(row | {"evidence": None}) == "–"
+
+
+def test_an_excerpt_holds_the_figures_asked_for(run, tmp_path, capsys, monkeypatch):
+    whole = summarize(run)["rows"]
+    rows = excerpt.excerpt(run, ["evidence", "evidence_interval"])["rows"]
+    assert [row["evidence"] for row in rows] == [row["evidence"] for row in whole]
+    assert set(rows[0]) == {"task", "selector", "keep", "samples", "evidence", "evidence_interval"}
+    out = tmp_path / "excerpt.json"
+    monkeypatch.setattr("sys.argv", ["excerpt", str(run), "--fields", "evidense", "--out", str(out)])
+    assert excerpt.main() == 2
+    assert "fields must be among those of results.json, evidense is not" in capsys.readouterr().err
+    assert not out.exists()

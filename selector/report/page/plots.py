@@ -52,7 +52,7 @@ class Axis:
     """Label, range and scale of an axis; the ticks of a percent axis are written in percent.
 
     Example:
-        >>> Axis("tokens", 16, 64, log=True).share(32)
+        >>> round(Axis("tokens", 16, 64, log=True).share(32), 3)
         0.5
     """
 
