@@ -1,4 +1,4 @@
-"""One answer against the right one and against the unpruned model's, as the plain values of a record."""
+"""One answer compared with the right one and with the unpruned model's, as the plain values of a record."""
 
 from __future__ import annotations
 
@@ -13,34 +13,41 @@ from selector.measure.metrics import anls, exact_match, flip
 from selector.tasks.sample import Sample
 
 
-def answer_record(sample: Sample, said: Answer, full: Answer, read: Float[Tensor, "A V"]) -> dict[str, Any]:
-    """What was said, how right it is, and how far it is from the unpruned model.
+def answer_record(sample: Sample, answer: Answer, full: Answer, forced_logits: Float[Tensor, "A V"]) -> dict[str, Any]:
+    """What was answered, how right it is, and how far it is from the unpruned model.
 
     Args:
-        said, full: the answers of the pruned and of the unpruned model.
-        read: logits of the pruned model over the unpruned model's answer, teacher-forced.
+        answer, full: the answers of the pruned and of the unpruned model.
+        forced_logits: logits of the pruned model over the unpruned model's answer, teacher-forced.
+
+    Returns:
+        Fields of `selector.record.Record`; those of a right answer only where the sample has one.
     """
-    agrees = said.text == full.text
-    found: dict[str, Any] = {
+    agrees = answer.text == full.text
+    fields: dict[str, Any] = {
         "question": sample.question,
         "target": sample.answer,
-        "answer": said.text,
+        "answer": answer.text,
         "full_answer": full.text,
         "agrees": agrees,
-        "prefill_ms": 1e3 * said.prefill_seconds,
-        "decode_ms": None if said.decode_seconds is None else 1e3 * said.decode_seconds,
-        "peak_bytes": said.peak_bytes,
+        "prefill_ms": 1e3 * answer.prefill_seconds,
+        "decode_ms": None if answer.decode_seconds is None else 1e3 * answer.decode_seconds,
+        "peak_bytes": answer.peak_bytes,
     }
+
+    # Right and flip are exact matches; ANLS is taken of every task, and shown for those that ask for it.
     if sample.answer is not None:
-        right, full_right = (exact_match(a.text, sample.answer) for a in (said, full))
-        found |= {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, agrees)}
-        found |= {"anls": anls(said.text, sample.answer), "full_anls": anls(full.text, sample.answer)}
-    kl, js = divergences(full.logits[:1], said.logits[:1])
-    forced_kl, forced_js = divergences(full.logits, read)
-    return found | {
+        right, full_right = (exact_match(a.text, sample.answer) for a in (answer, full))
+        fields |= {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, agrees)}
+        fields |= {"anls": anls(answer.text, sample.answer), "full_anls": anls(full.text, sample.answer)}
+
+    # The first token's logits come from generation: both models predict it from the prompt alone.
+    kl, js = divergences(full.logits[:1], answer.logits[:1])
+    forced_kl, forced_js = divergences(full.logits, forced_logits)
+    return fields | {
         "first_token_kl": kl,
         "first_token_js": js,
         "forced_kl": forced_kl,
         "forced_js": forced_js,
-        "nll_shift": answer_nll(read, full.ids) - full.nll,
+        "nll_shift": answer_nll(forced_logits, full.ids) - full.nll,
     }

@@ -233,7 +233,7 @@ def test_a_part_of_a_run_says_so_in_its_table(run, shard):
     assert str(rich_tables(summarize(run))[0].title) == f"toy · m · {part}"
     text = markdown({"r": summarize(run)})
     assert f"- toy: {part}, the others are" in text
-    assert ("shard 0/2 of 4 samples a task" in text) == (shard is not None)
+    assert ("shard 0/2 of 4 samples per task" in text) == (shard is not None)
     first = next(run.glob("*/predictions.jsonl"))
     first.write_text(first.read_text().splitlines(keepends=True)[0])
     assert "1 to 4 of 8 samples" in str(rich_tables(summarize(run))[0].title)
