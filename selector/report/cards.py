@@ -30,7 +30,7 @@ def table(data: dict[str, Any], label: str, others: Sequence[str]) -> str:
     Raises:
         UsageError: a selector that the data lacks.
     """
-    rows = {(row["task"], row["selector"], row["keep"]): row for row in data["rows"]}
+    rows: dict[tuple[str, str, Any], Any] = {(row["task"], row["selector"], row["keep"]): row for row in data["rows"]}
     known = {selector for _, selector, _ in rows}
     if missing := [name for name in (label, *others) if name not in known]:
         raise UsageError(f"selectors must be among those of the standings, {', '.join(missing)} is not")
