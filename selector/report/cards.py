@@ -36,7 +36,7 @@ def table(data: dict[str, Any], label: str, others: Sequence[str]) -> str:
         raise UsageError(f"selectors must be among those of the standings, {', '.join(missing)} is not")
 
     tasks = list(dict.fromkeys(task for task, _, _ in rows))
-    keeps = list(dict.fromkeys(keep for _, _, keep in rows if keep))
+    keeps: list[str] = list(dict.fromkeys(keep for _, _, keep in rows if keep))
     lines = [
         "| task | selector | all tokens | " + " | ".join(HEADERS.get(keep, keep) for keep in keeps) + " |",
         "|---|---|---|" + "---|" * len(keeps),
