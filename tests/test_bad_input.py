@@ -99,7 +99,10 @@ FLAGS = [
         (("--selectors", f"svd-prune:{value}"), "must")
         for value in ("energy=2.0", "energy=0.0", "rank=0", "rank=-1", "rank=x")
     ),
-    *((("--selectors", f"svd-prune:{value}"), "") for value in ("method=fast", "method=x", "matrix=page", "merge=far")),
+    *(
+        (("--selectors", f"svd-prune:{value}"), "")
+        for value in ("method=quick", "method=x", "matrix=page", "merge=far")
+    ),
     *((("--selectors", f"lofi:{value}"), "must") for value in ("energy=-1.0", "rank=0", "center=maybe", "rank=x")),
     *(
         (("--selectors", f"{value}"), "must")

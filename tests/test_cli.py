@@ -215,7 +215,7 @@ def test_unreadable_images(call, model, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_prints_what_is_done(call, model, monkeypatch):
-    from selector.measure import bench as measure
+    from selector.measure import harness as measure
 
     kept, calls = measure.answer, []
 

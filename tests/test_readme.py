@@ -180,3 +180,45 @@ def test_the_stability_table_is_the_committed_data():
             low, high = row["common_interval"]
             cells.append(f"{row['common']:.2f} [{low:.2f}, {high:.2f}] ({row['chance_common']:.2f})")
         assert f"| {name} | {keep} | {change} | {' | '.join(cells)} |" in card
+
+
+def test_the_table_of_real_images_is_the_committed_data():
+    page = (ROOT / "configs/compare/README.md").read_text()
+    rows = json.loads((ROOT / "configs/compare/real.json").read_text())["rows"]
+    data = {(row["task"], row["selector"], row["keep"]): row for row in rows if row["keep"]}
+    names = {
+        "selector-llava-next-tiny-real": "**trained by reconstruction, on real images**",
+        "real-paper-projected": "the same, the paper's objective on projected tokens",
+        "selector-llava-next-tiny-reconstruction": "trained by reconstruction, on generated pages",
+        "selector-llava-next-tiny": "trained from answers",
+    }
+    for name in {selector for _, selector, _ in data}:
+        cells = []
+        for place in ("documents", "photos"):
+            for keep in ("0.5", "0.25", "0.1"):
+                row = data[place, name, keep]
+                low, high = row["evidence_interval"]
+                cells.append(f"{100 * row['evidence']:.0f} [{100 * low:.0f}, {100 * high:.0f}]")
+        assert f"| {names.get(name, name)} | {' | '.join(cells)} |" in page
+
+
+def test_the_table_of_what_reconstructs_is_the_committed_data():
+    card = (ROOT / "checkpoints/selector-llava-next-tiny-reconstruction/README.md").read_text()
+    data = json.loads((ROOT / "configs/ablation/reconstruction.json").read_text())
+    variants = sorted({name.removesuffix(name[-2:]) for name in data["validation"]})
+    assert len(variants) == 6
+    for variant in variants:
+        seeds = [data["validation"][f"{variant}-{seed}"] for seed in range(3)]
+        cells = []
+        for share in (50, 25, 10):
+            ours, chance, leverage = (
+                sum(seed[f"rec_{who}_{share}"] for seed in seeds) / 3 for who in ("learned", "random", "leverage")
+            )
+            cells.append(f"{ours:.3f} ({chance:.3f}, {leverage:.3f})")
+        for task in ("documents", "charts", "scenes"):
+            same = [
+                row["agreement"] for row in data["rows"]
+                if row["selector"] in {f"{variant}-{seed}" for seed in range(3)} and row["task"] == task
+            ]  # fmt: skip
+            cells.append(f"{sweep_cell(data, variant, '64', task)} / {100 * (sum(same) / len(same)):.0f}")
+        assert f"| {variant} | {' | '.join(cells)} |" in card

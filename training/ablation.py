@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from selector.files import write_text
+from selector.files import write_json, write_text
 from selector.report.statistics import wilson
 from training.export import export
 
@@ -147,6 +147,23 @@ def table(sweep: Mapping[str, Any], checkpoints: Mapping[str, list[Path]], rows:
     return "\n".join(lines)
 
 
+def results(checkpoints: Mapping[str, list[Path]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a sweep as one small file: of every row what `table` reads, of every checkpoint its validation."""
+    wanted = ("task", "selector", "keep", "samples", "accuracy", "agreement")
+    validation = {
+        folder.name: json.loads((folder / "config.json").read_text(encoding="utf-8"))["metadata"]["validation"]
+        for folders in checkpoints.values()
+        for folder in folders
+    }
+    return {
+        "rows": [{name: row[name] for name in wanted} for row in rows if row["keep"]],
+        "validation": {
+            name: {figure: round(value, 4) for figure, value in figures.items() if figure.startswith(("rec_", "kl_"))}
+            for name, figures in validation.items()
+        },
+    }
+
+
 def main() -> int:
     """Entry point of ``python -m training.ablation``; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m training.ablation", description=(__doc__ or "").split("\n")[0])
@@ -160,8 +177,10 @@ def main() -> int:
         return 2
 
     checkpoints = train(sweep, options.out)
-    text = table(sweep, checkpoints, compare(sweep, checkpoints, options.out))
+    rows = compare(sweep, checkpoints, options.out)
+    text = table(sweep, checkpoints, rows)
     write_text(options.out / "table.md", text + "\n")
+    write_json(options.out / "results.json", results(checkpoints, rows))
     print(text)
     return 0
 

@@ -30,7 +30,7 @@ from training.conversations import Conversation
 from training.data import ImageModule
 from training.encoders import LlavaNextModel, VisionEncoder
 from training.language import FrozenLanguageModel
-from training.objectives import Objective, Paper, Step
+from training.objectives import Objective, Paper, SampledBudget, Step
 from training.schedules import rate_factor
 from training.teacher import AnswersFrom, Teacher
 
@@ -44,7 +44,7 @@ class SelectorModule(LightningModule):
     Args:
         encoder: the frozen vision encoder, or vision-language model, by class_path (`training.encoders`).
         objectives: terms of the loss, by class_path (`training.objectives`, `training.answers`), added up by their
-            weights; None trains `Paper`.
+            weights; None trains `SampledBudget`.
         architecture: ``"gumbel"`` (the paper's: layers over the patches of a tile) or ``"image-transformer"`` (layers
             over all tokens of an image).
         inputs: what the selector reads and the reconstructor rebuilds: the encoder's ``"features"``, the
@@ -101,7 +101,7 @@ class SelectorModule(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.objectives = objectives or [Paper()]
+        self.objectives = objectives or [SampledBudget()]
         self.asks = any(objective.asks for objective in self.objectives)
         self._check(encoder, architecture, question, kept_shares, questions)
 
@@ -164,7 +164,7 @@ class SelectorModule(LightningModule):
             names = ", ".join(type(objective).__name__ for objective in self.objectives if objective.asks)
             raise ValueError(f"model.encoder must be a LlavaNextModel for {names}, got a {type(encoder).__name__}")
         if architecture != "gumbel" and any(isinstance(objective, Paper) for objective in self.objectives):
-            raise ValueError(f"model.objectives: Paper, the default, needs architecture gumbel, got {architecture!r}")
+            raise ValueError(f"model.objectives: Paper needs architecture gumbel, got {architecture!r}")
         if question and architecture != "image-transformer":
             raise ValueError(f"model.question needs architecture image-transformer, got {architecture!r}")
         if question and (not self.asks or any(objective.reconstructs for objective in self.objectives)):

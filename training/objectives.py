@@ -12,8 +12,10 @@ By the answers of the frozen model (`training.answers`): `Answers`, `AnswerSalie
 A ranking can come out upside down (blank patches kept, text dropped) where the threshold of the straight-through top-k
 is not part of the graph: then every score is only ever pushed up, all rise together, their spread vanishes, and no
 ranking is left. With the threshold in the graph (`schedules.gumbel_top_k`) the gradient sums to zero over a tile.
-`SampledBudget` loses to leverage for another reason: the tokens that are hardest to rebuild, decorative texture among
-them, are not those from which the rest can be rebuilt.
+
+On the encoder's features `SampledBudget` loses to leverage where little is kept, for another reason: the tokens that
+are hardest to rebuild, decorative texture among them, are not those from which the rest can be rebuilt. On projected
+tokens it does not lose (`configs/ablation/reconstruction.json`).
 
 Shapes: B tiles, N patches per tile, C channels of the table, R rankings of one image, L packed slots; masks are 1 where
 a token is kept.

@@ -37,15 +37,28 @@ def excerpt(run: Path, fields: list[str]) -> dict[str, Any]:
     return {
         "model": summary["model"],
         "seed": summary["seed"],
-        "rows": [{name: _rounded(row[name]) for name in (*NAMES, *fields)} for row in rows],
-        "correlations": summary["correlations"],
+        "rows": [
+            {"task": _short(row["task"])} | {name: _rounded(row[name]) for name in (*NAMES[1:], *fields)}
+            for row in rows
+        ],
+        "correlations": [
+            _rounded(each) | {"task": each["task"] and _short(each["task"])} for each in summary["correlations"]
+        ],
     }
+
+
+def _short(task: str) -> str:
+    """A folder by its name alone: where it lies on one machine is nobody's business."""
+    kind, _, place = task.partition(":")
+    return Path(place.partition("?")[0]).name if kind == "folder" else task
 
 
 def _rounded(value: Any) -> Any:
     """Four digits behind the point are more than any table shows."""
     if isinstance(value, list):
         return [_rounded(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
     return round(value, 4) if isinstance(value, float) else value
 
 

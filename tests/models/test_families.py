@@ -200,8 +200,8 @@ def test_an_answer_read_in_one_pass_is_the_generated_one(family, keep):
     model, inputs = family.model, family.batch([[family.picture(0), family.picture(2)]])
     pruned = prune_inputs(model, inputs, Random(), Budget(keep))
     for _ in range(2):  # nothing is edited in place
-        read = forced(model, pruned.inputs, torch.arange(5, 9), layer=2, image_token_id=family.placeholder)
-    assert read.visual.shape == (sum(pruned.measured), 48)
+        read = forced(model, pruned.inputs, torch.arange(5, 9), layers=(2,), image_token_id=family.placeholder)
+    assert read.visual[2].shape == (sum(pruned.measured), 48)
     with torch.no_grad():
         said = generate(model, pruned.inputs, output_logits=True, return_dict_in_generate=True)
         new = said.sequences[0, pruned.inputs["input_ids"].shape[1] :]

@@ -46,7 +46,7 @@ def test_fit_logs_compares_the_rankings_and_exports(tmp_path, fit, capsys):
         logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
     wanted = {f"val/rec_{ranker}_{share}" for ranker in RANKERS for share in (50, 25, 10)}
     assert wanted | {"val/rec_learned", "val/cos_learned_25", "val/agreement_25", "val/keep_drawn"} <= logged
-    assert {"train/loss", "rec", "keep"} <= logged
+    assert {"train/loss", "rec", "rank", "keep"} <= logged
     assert list(folder.glob("events.out.tfevents.*"))
     state = torch.load(checkpoint(tmp_path, "best"), weights_only=True)
     assert not [name for name in state["state_dict"] if name.startswith("encoder.")]
@@ -243,7 +243,10 @@ def _distance(module, tokens):
         (["--data.images=NOWHERE"], "data.images must be a folder of images"),
         (["--data.generated=pages"], "data.generated must be 'mixed' or one or more of"),
         (["--model.question=true"], "model.question needs architecture image-transformer"),
-        (["--model.architecture=image-transformer"], "Paper, the default, needs architecture gumbel"),
+        (
+            ["--model.architecture=image-transformer", "--model.objectives+=training.objectives.Paper"],
+            "Paper needs architecture gumbel",
+        ),
         (["--model.objectives+=training.answers.Answers"], "model.encoder must be a LlavaNextModel for Answers"),
         (["--model.kept_shares=[0.5,1.0]"], "model.kept_shares must be shares in (0, 1)"),
         (["--model.heads=5"], "must be a multiple of heads, got 5"),

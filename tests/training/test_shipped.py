@@ -32,7 +32,7 @@ def test_it_was_trained_on_the_shipped_tower(encoder, selector):
     assert config["metadata"]["encoder"]["fingerprint"] == encoder.fingerprint()
 
 
-@pytest.mark.parametrize(("selector", "better"), [(SELECTOR, (50, 25)), (REAL, (50,))], ids=["generated", "real"])
+@pytest.mark.parametrize(("selector", "better"), [(SELECTOR, (50, 25, 10)), (REAL, (50,))], ids=["generated", "real"])
 def test_its_card_shows_a_ranking_that_beats_random_where_enough_is_kept(selector, better):
     """Not where little is kept: what is hardest to rebuild represents little else. The card shows that too."""
     seen = json.loads((selector / "config.json").read_text())["metadata"]["validation"]
@@ -59,7 +59,11 @@ def test_it_keeps_the_text_of_held_out_pages(encoder):
         features = encoder(encoder.preprocess(page.image))
         count = features.shape[0] * features.shape[1]
         tokens = VisualTokens(
-            features, encoder.grid, torch.zeros(len(features), dtype=torch.long), torch.arange(count)[None]
+            features,
+            encoder.grid,
+            torch.zeros(len(features), dtype=torch.long),
+            torch.arange(count)[None],
+            projected=encoder.project(features),
         )
         total += int(text.sum())
         for name, ranker in rankers.items():
