@@ -54,6 +54,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "out": "runs/compare",
         "baseline": "random",
         "skip_unreadable": False,
+        "suffix": None,
+        "system": None,
         **asdict(Protocol()),
     },
     "show": COMMON
@@ -292,6 +294,13 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     )
 
     # How each sample is measured.
+    parser.add_argument(
+        "--suffix",
+        metavar="TEXT",
+        help='asked below every question, as in "Answer the question using a single word or phrase." (default: the '
+        "task's own; a benchmark has one)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="what the system turn says (default: there is none)")
     parser.add_argument(
         "--answers",
         action=argparse.BooleanOptionalAction,

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from selector.errors import UsageError
 from selector.measure.consistency import answer_nll
 from selector.measure.cost import GenerationClock, PeakMemory
 from selector.models import adapter_of, available_adapters, model_type_of
@@ -45,12 +46,26 @@ class Answer:
         return answer_nll(self.logits, self.ids)
 
 
-def prepare(processor: Any, image: Image.Image | None, question: str | None, device: torch.device) -> dict[str, Any]:
-    """Model inputs for one user turn. Without a question the turn is the image alone; without an image, text alone."""
+def prepare(
+    processor: Any, image: Image.Image | None, question: str | None, device: torch.device, system: str = ""
+) -> dict[str, Any]:
+    """Model inputs for one user turn. Without a question the turn is the image alone; without an image, text alone.
+
+    Args:
+        system: what a system turn before it says; "" for none.
+
+    Raises:
+        UsageError: the model's chat template has no place for a system turn.
+    """
     content: list[dict[str, str]] = [{"type": "image"}] if image is not None else []
     if question is not None:
         content.append({"type": "text", "text": question})
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    turns = [{"role": "user", "content": content}]
+    if system:
+        turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    if system not in text:  # some templates drop a turn that they do not know
+        raise UsageError(f"system must be empty for this model, whose chat template has no system turn, got {system!r}")
     arguments = {"text": text} if image is None else {"text": text, "images": image}
     return dict(processor(**arguments, return_tensors="pt").to(device))
 

@@ -26,6 +26,7 @@ from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
 from selector.models import Encoded, encode
 from selector.plug import Pruned, prune_inputs
+from selector.tasks import Task
 from selector.tasks.sample import Sample
 
 FULL, BLIND = "full", "blind"
@@ -53,11 +54,12 @@ class Harness:
         self.flops: dict[Any, int] = {}
         self._warm: set[Any] = set()
 
-    def open(self, sample: Sample) -> Measured:
+    def open(self, sample: Sample, task: Task | None = None) -> Measured:
+        """The sample, encoded and answered; `task` says how it is asked and scored (None: as is, by exact match)."""
         if "model" not in self._warm:
             self._warm.add("model")
-            Measured(self, sample)
-        return Measured(self, sample)
+            Measured(self, sample, task)
+        return Measured(self, sample, task)
 
     def answer(self, inputs: Mapping[str, Any]) -> Answer:
         said = [
@@ -88,10 +90,12 @@ class Harness:
 class Measured:
     """A sample encoded once, with the unpruned model's answer; gives a record for every row."""
 
-    def __init__(self, harness: Harness, sample: Sample):
+    def __init__(self, harness: Harness, sample: Sample, task: Task | None = None):
         self.harness, self.sample = harness, sample
+        self.metric = "exact" if task is None else task.metric
         model = harness.model
-        self.inputs = prepare(harness.processor, sample.image, sample.question, model.device)
+        question, system = (sample.question, "") if task is None else (task.prompt(sample.question), task.system)
+        self.inputs = prepare(harness.processor, sample.image, question, model.device, system)
         synchronize(model.device)
         start = time.perf_counter()
         try:
@@ -215,7 +219,7 @@ class Measured:
             read = said.logits
         else:
             read = logits if logits is not None else forced(self.harness.model, inputs, full.ids).logits
-        return answer_record(self.sample, said, full, read)
+        return answer_record(self.sample, said, full, read, self.metric)
 
 
 def pack(kept: Bool[Tensor, "T N"]) -> str:

@@ -23,7 +23,7 @@ from selector.files import output, write_json
 from selector.measure.harness import BLIND, FULL, Harness, Measured, Row
 from selector.measure.images import FIRST, store_image
 from selector.measure.protocol import Protocol
-from selector.measure.settings import common_settings, environment, row_settings, written
+from selector.measure.settings import asked, common_settings, environment, row_settings, written
 from selector.record import Record, check
 from selector.tasks import Task
 from selector.tasks.sample import Sample
@@ -103,6 +103,7 @@ def compare(
                 "fingerprint": task.fingerprint,
                 "anls": task.anls,
                 "samples": sample_count(task, samples),
+                **asked(task),
             }
             for task in tasks
         },
@@ -131,7 +132,7 @@ def compare(
                 index = -1
                 for index, sample in enumerate(task.samples(total, protocol.seed)):
                     if index % shard[1] == shard[0]:
-                        for row, record, opened in _records(harness, index, sample, rows, files[task.name]):
+                        for row, record, opened in _records(harness, index, sample, task, rows, files[task.name]):
                             if opened is not None and opened.canvas is not None and index < FIRST:
                                 name = records.image_name(task.fingerprint, protocol.seed, sample.id)
                                 store_image(out, name, sample.image, opened.canvas, sample.boxes)
@@ -192,7 +193,7 @@ def _row(label: str, selector: TokenSelector, budget: Budget) -> Row:
 
 
 def _records(
-    harness: Harness, index: int, sample: Sample, rows: Sequence[Row], files: Sequence[records.Records]
+    harness: Harness, index: int, sample: Sample, task: Task, rows: Sequence[Row], files: Sequence[records.Records]
 ) -> Iterator[tuple[Row, Record, Measured | None]]:
     """Every row's record of a sample, with what it was measured on; None for one that was there."""
     measured = None
@@ -201,7 +202,7 @@ def _records(
             yield row, file.done[sample.id], None
             continue
         if measured is None:
-            measured = harness.open(sample)
+            measured = harness.open(sample, task)
         record = Record(id=sample.id, index=index, **measured.record(row))
         check(record)
         file.append(record)

@@ -10,15 +10,20 @@ from torch import Tensor
 from selector.measure.answering import Answer
 from selector.measure.consistency import answer_nll, divergences
 from selector.measure.metrics import anls, exact_match, flip
+from selector.measure.scores import SCORES
+from selector.record import RIGHT_FROM
 from selector.tasks.sample import Sample
 
 
-def answer_record(sample: Sample, said: Answer, full: Answer, read: Float[Tensor, "A V"]) -> dict[str, Any]:
+def answer_record(
+    sample: Sample, said: Answer, full: Answer, read: Float[Tensor, "A V"], metric: str = "exact"
+) -> dict[str, Any]:
     """What was said, how right it is, and how far it is from the unpruned model.
 
     Args:
         said, full: the answers of the pruned and of the unpruned model.
         read: logits of the pruned model over the unpruned model's answer, teacher-forced.
+        metric: of the task, see `selector.record.METRICS`.
     """
     agrees = said.text == full.text
     found: dict[str, Any] = {
@@ -31,10 +36,8 @@ def answer_record(sample: Sample, said: Answer, full: Answer, read: Float[Tensor
         "decode_ms": None if said.decode_seconds is None else 1e3 * said.decode_seconds,
         "peak_bytes": said.peak_bytes,
     }
-    if sample.answer is not None:
-        right, full_right = (exact_match(a.text, sample.answer) for a in (said, full))
-        found |= {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, agrees)}
-        found |= {"anls": anls(said.text, sample.answer), "full_anls": anls(full.text, sample.answer)}
+    if sample.references:
+        found |= _rightness(sample, said.text, full.text, metric)
     kl, js = divergences(full.logits[:1], said.logits[:1])
     forced_kl, forced_js = divergences(full.logits, read)
     return found | {
@@ -44,3 +47,22 @@ def answer_record(sample: Sample, said: Answer, full: Answer, read: Float[Tensor
         "forced_js": forced_js,
         "nll_shift": answer_nll(read, full.ids) - full.nll,
     }
+
+
+def _rightness(sample: Sample, said: str, full: str, metric: str) -> dict[str, Any]:
+    """How right both answers are: by the task's metric, and by ANLS to the nearest reference."""
+    references = sample.references
+    if metric == "exact":
+        scores = {}
+        right, full_right = (any(exact_match(text, each) for each in references) for text in (said, full))
+    else:
+        score, full_score = (SCORES[metric](text, references, sample.choices) for text in (said, full))
+        scores = {"score": score, "full_score": full_score}
+        right, full_right = score >= RIGHT_FROM, full_score >= RIGHT_FROM
+    nearest, full_nearest = (max(anls(text, each) for each in references) for text in (said, full))
+    return (
+        {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, said == full)}
+        | scores
+        | {"anls": nearest, "full_anls": full_nearest}
+        | ({} if sample.group is None else {"group": sample.group})
+    )

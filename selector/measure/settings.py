@@ -73,4 +73,14 @@ def row_settings(row: Row, task: Task) -> dict[str, Any]:
             "scope": row.budget.scope,
             "newlines": row.budget.newlines,
         }
-    return {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint} | chosen
+    return (
+        {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint}
+        | asked(task)
+        | chosen
+    )
+
+
+def asked(task: Task) -> dict[str, str]:
+    """How a task asks and scores, where that is not the usual way: the usual one is in no key and in no plan."""
+    usual = {"metric": "exact", "suffix": "", "system": ""}
+    return {name: getattr(task, name) for name, value in usual.items() if getattr(task, name) != value}

@@ -23,6 +23,7 @@ from selector.report.columns import (
     cost_columns,
     legend,
     main_columns,
+    scored,
     share_of,
 )
 from selector.report.findings import sentences
@@ -80,7 +81,9 @@ def markdown(runs: Mapping[str, Summary]) -> str:
         lines += [f"- {plain(note)}" for note in notes(summary)] + [""]
     seen: dict[str, str] = {}
     for summary in runs.values():
-        for column in (*main_columns(summary), *consistency_columns(summary), *cost_columns(summary)):
+        # A table has the metric of its task in a header; all tasks together may have several.
+        each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
+        for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
             seen.setdefault(column.header, column.note)
     legend = "; ".join(f"*{plain(header)}*: {note}" for header, note in seen.items())
     return "\n".join([*lines, f"Columns: {legend}."])
@@ -136,6 +139,7 @@ def notes(summary: Summary) -> list[str]:
     """What the whole run says beside its tables."""
     how = {"original": "those of the whole prompt, with gaps", "contiguous": "counted anew, without gaps"}
     lines = legend(summary)
+    lines += scored(summary)
     lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
     for found in summary["correlations"]:
         if found["rank"] is not None and found["shift"] == "ipr_shift":

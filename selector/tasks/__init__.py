@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from selector.errors import UsageError
+from selector.record import METRICS
 from selector.tasks.sample import Sample
 
 GENERATED = {
@@ -36,6 +37,9 @@ class Task:
         fingerprint: changes when the samples do.
         unreadable: images that were left out; filled while iterating, only where the user allowed it.
         anls: whether answers are also scored by ANLS, which forgives a misread letter.
+        metric: how an answer is scored, of `selector.record.METRICS`.
+        suffix: asked after every question, on a line of its own ("Answer the question using a single word or phrase.").
+        system: what the system turn says; "" for none.
     """
 
     name: str
@@ -44,6 +48,17 @@ class Task:
     fingerprint: str
     unreadable: list[str] = field(default_factory=list)
     anls: bool = False
+    metric: str = "exact"
+    suffix: str = ""
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UsageError(f"task {self.name!r}: metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+
+    def prompt(self, question: str | None) -> str | None:
+        """The question as it is asked: with the suffix below it. None stays None."""
+        return f"{question}\n{self.suffix}" if question is not None and self.suffix else question
 
 
 def load_task(spec: str, skip_unreadable: bool = False) -> Task:

@@ -61,10 +61,24 @@ class Page:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image. `question` and `answer` are None where a task has only images (a photo folder)."""
+    """One question about one image. `question` and `answer` are None where a task has only images (a photo folder).
+
+    Attributes:
+        answers: every reference answer, where there are several; `answer` is the one to show.
+        choices: the words of the options, in the order of their letters; the question already lists them.
+        group: "category/image" of questions that are scored together, see `selector.report.statistics.paired_score`.
+    """
 
     id: str
     image: Image.Image
     question: str | None
     answer: str | None
     boxes: tuple[Box, ...]
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    group: str | None = None
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """What an answer is compared with: `answers`, or the one `answer`; none where there is none."""
+        return self.answers or (() if self.answer is None else (self.answer,))

@@ -131,7 +131,8 @@ def _method(runs: Mapping[str, Summary]) -> str:
         parts.append(f"{title}<p>{escape(settings_line(summary))}.</p><ul>{lines}</ul>")
     seen: dict[str, str] = {}
     for summary in runs.values():
-        for column in (*main_columns(summary), *consistency_columns(summary), *cost_columns(summary)):
+        each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
+        for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
             seen.setdefault(column.header, column.note)
     terms = "".join(f"<dt>{escape(header)}</dt><dd>{escape(note)}</dd>" for header, note in seen.items())
     layers = {summary["layer"] for summary in runs.values()}
