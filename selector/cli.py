@@ -282,7 +282,8 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="documents, scenes, charts (generated), receipts (real scans, see SELECTOR_DATA), folder:PATH "
+        help="documents, scenes, charts (generated), receipts (real scans, see SELECTOR_DATA), folder:PATH, hf:NAME (a "
+        "public benchmark such as hf:textvqa or hf:pope, with its prompt and score; needs datasets) "
         f"(default: {' '.join(defaults['tasks'])})",
     )
     parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")

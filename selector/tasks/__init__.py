@@ -1,4 +1,5 @@
-"""Tasks: streams of samples. Those in `GENERATED` are drawn, ``folder:PATH`` reads a folder of images."""
+"""Tasks: streams of samples. Those in `GENERATED` are drawn, ``folder:PATH`` reads a folder of images, ``hf:NAME`` a
+public benchmark."""
 
 from __future__ import annotations
 
@@ -62,23 +63,27 @@ class Task:
 
 
 def load_task(spec: str, skip_unreadable: bool = False) -> Task:
-    """The task of a spec: a name of `GENERATED`, or "folder:PATH".
+    """The task of a spec: a name of `GENERATED`, "folder:PATH", or "hf:NAME" (`selector.tasks.benchmarks`).
 
     Args:
         skip_unreadable: leave images out that cannot be decoded (named in `Task.unreadable`) instead of raising.
 
     Raises:
-        UsageError: unknown task, or a folder without images or annotations.
+        UsageError: unknown task, a folder without images or annotations, or a benchmark that cannot be read.
     """
     kind, _, argument = spec.partition(":")
     if kind == "folder":
         from selector.tasks.folder import load_folder
 
         return load_folder(spec, argument, skip_unreadable)
+    if kind == "hf":
+        from selector.tasks.benchmarks import load_benchmark
+
+        return load_benchmark(spec, argument, skip_unreadable)
     if spec not in GENERATED:
         close = difflib.get_close_matches(spec, GENERATED, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH{hint}")
+        raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH, hf:NAME{hint}")
     module = generator(spec)
     data = module.fingerprint() if hasattr(module, "fingerprint") else ""
     return Task(spec, module.samples, None, _probe(module.samples, data), anls=spec in SCORED_BY_ANLS)
