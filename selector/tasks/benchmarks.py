@@ -24,6 +24,8 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl
 
+from PIL import Image
+
 from selector.errors import UnreadableImage, UsageError
 from selector.images import decode_image, open_image
 from selector.record import METRICS
@@ -189,7 +191,8 @@ def load_benchmark(spec: str, argument: str, skip_unreadable: bool) -> Task:
     rows = _rows(spec, recipe, data.select_columns(recipe.texts))
     places = [index for index, _ in rows] if join is None else _joined(spec, join, rows, pictures)
     column = recipe.columns["image"] if join is None else join["image"]
-    pictures = pictures.select_columns([column]).cast_column(column, library.Image(decode=False))
+    # As Arrow stores it: nothing is decoded but what is asked for, and that by us.
+    pictures = pictures.select_columns([column]).with_format("arrow")
     drafts = [_draft(f"task {spec!r} row {index}", recipe, index, row) for index, row in rows]
     blocks = _blocks([draft["group"] for draft in drafts])
     unreadable: list[str] = []
@@ -199,7 +202,8 @@ def load_benchmark(spec: str, argument: str, skip_unreadable: bool) -> Task:
         Random(f"benchmark/{seed}").shuffle(order)
         for place in [place for block in order for place in block][:count]:
             try:
-                image = _image(f"of task {spec} row {rows[place][0]}", pictures[places[place]][column])
+                stored = pictures[places[place]].column(column)[0].as_py()
+                image = _image(f"of task {spec} row {rows[place][0]}", stored)
             except UnreadableImage as error:
                 if not skip_unreadable:
                     raise UnreadableImage(f"{error}; --skip-unreadable leaves such images out") from error
@@ -231,9 +235,13 @@ def _read(library: ModuleType, spec: str, path: str, subset: str | None, split: 
     if subset is not None and (folder / subset).is_dir():
         folder, subset = folder / subset, None
     saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    # A copy of what the hub holds. Left to itself, datasets calls a split as it reads file names: val is validation.
+    files = sorted(map(str, folder.rglob(f"{split}*.parquet"))) if split and subset is None and folder.is_dir() else []
     try:
         if saved:
             data = library.load_from_disk(str(folder))
+        elif files:
+            data = library.load_dataset("parquet", data_files={split: files}, split=split)
         else:
             data = library.load_dataset(str(folder) if folder.is_dir() else path, subset, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, ClientError) as error:
@@ -336,21 +344,28 @@ def _blocks(groups: Sequence[str | None]) -> list[list[int]]:
 def _sizes(pictures: Any, column: str) -> list[Any]:
     """Of every image the bytes that it has; the name of its file where it lies beside the data. Decodes nothing."""
     sizes: list[Any] = []
-    for batch in pictures.with_format("arrow").iter(batch_size=1000):
-        stored = batch.column(column).combine_chunks()
-        content, names = stored.field("bytes"), stored.field("path").to_pylist()
-        lengths = content.value_lengths().to_pylist() if hasattr(content, "value_lengths") else None
-        lengths = [None if each is None else len(each) for each in content.to_pylist()] if lengths is None else lengths
-        pairs = zip(lengths, names, strict=True)
-        sizes += [length if length is not None else Path(name or "").name for length, name in pairs]
+    for batch in pictures.iter(batch_size=100):
+        for stored in batch.column(column).to_pylist():
+            content, path = _content(stored)
+            sizes.append(Path(path or "").name if content is None else len(content))
     return sizes
 
 
-def _image(name: str, stored: Mapping[str, Any] | None) -> Any:
+def _content(stored: Any) -> tuple[bytes | None, str | None]:
+    """(bytes, path) of an image: a column of images has both, a column of bytes is the bytes."""
+    if isinstance(stored, Mapping):
+        return stored.get("bytes"), stored.get("path")
+    return (stored, None) if isinstance(stored, bytes) else (None, stored)
+
+
+def _image(name: str, stored: Any) -> Image.Image:
     """The decoded image of a row, as `selector.images` opens every image."""
-    if stored is None or (stored["bytes"] is None and not stored["path"]):
+    content, path = _content(stored)
+    if content is not None:
+        return decode_image(content, name)
+    if not isinstance(path, str) or not path:
         raise UnreadableImage(f"image {name} cannot be read (there is none)")
-    return open_image(stored["path"]) if stored["bytes"] is None else decode_image(stored["bytes"], name)
+    return open_image(path)
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
