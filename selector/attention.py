@@ -13,10 +13,13 @@ Attention = Literal["cls", "received"]
 
 
 def attention_field(attention: Attention) -> str:
-    """The field of `VisualTokens` that holds it.
+    """The field of `VisualTokens` that holds this attention.
 
     Raises:
         ValueError: any other value, naming it.
+
+    >>> attention_field("received")
+    'received_attention'
     """
     if attention not in get_args(Attention):
         raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")

@@ -38,9 +38,16 @@ class TokenSelector(Checkpoint, ABC):
         merges: True when kept tokens may absorb dropped ones.
         acts: where tokens leave: ``"before"`` the language model. Methods that drop them ``"inside"`` it, after some
             of its layers, would say so here; the plug refuses them by name until it can.
-        paper, cost: where the rule comes from, and its time an image (N tokens, D channels, K kept), for tables.
+        paper, cost: where the rule comes from, and its time per image (N tokens, D channels, K kept), for tables.
+
+    Example:
+        >>> from selector import load_selector
+        >>> selector = load_selector("norm:largest=false")
+        >>> isinstance(selector, TokenSelector), selector.init_args, sorted(selector.needs)
+        (True, {'largest': False}, ['features'])
     """
 
+    # What depends on constructor arguments (`needs`, `merges`) may be set by an instance; the others are the class's.
     needs: frozenset[str] = frozenset({"features"})
     learned: ClassVar[bool] = False
     merges: bool = False
@@ -50,7 +57,11 @@ class TokenSelector(Checkpoint, ABC):
 
     @abstractmethod
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
-        """Keep mask over the packed slots: True survives, order never changes, padding is False."""
+        """Keep mask over the packed slots: True survives, order never changes, padding is False.
+
+        Raises:
+            ValueError: a field of `needs` that the tokens lack, or a budget that cannot be met.
+        """
 
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         """The keep mask, and how dropped tokens flow into kept ones (None: they are gone)."""
@@ -86,10 +97,12 @@ class RankSelector(TokenSelector):
         """Scores whose order the budget cuts. Values where ``tokens.valid`` is False are ignored."""
 
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
+        """The ranking, cut by the budget: `Budget.select` is the only top-k there is."""
         budget = self.resolved(budget)
         return budget.select(self.ranking(tokens, budget), tokens)
 
     def resolved(self, budget: Budget) -> Budget:
+        """As the base, with the threshold of `calibration` where the budget is ``auto``."""
         if not budget.is_auto:
             return budget
         if self.calibration is None:
@@ -97,6 +110,8 @@ class RankSelector(TokenSelector):
                 f"keep={budget.keep!r} needs a calibrated selector, and this {type(self).__name__} is not: run "
                 f"`{COMMAND} SELECTOR --shares {str(budget).partition(':')[2]} --out FOLDER` and load that folder"
             )
+
+        # repr: the shortest text that reads back as the same float, so that the cut is the calibrated one.
         return replace(budget, keep=f"threshold:{self.calibration.threshold(budget)!r}")
 
 
@@ -108,28 +123,38 @@ class ScoreSelector(RankSelector):
         """Importance of every encoder token. Values where ``tokens.valid`` is False are ignored."""
 
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        """The scores, whatever the budget."""
         return self.score(tokens)
 
 
 class GreedySelector(RankSelector):
     """Picks one token after the other; a smaller choice is the start of a larger one.
 
-    With a budget an image the tokens of an image compete, with a budget a tile those of each tile.
+    With a budget per image the tokens of an image compete, with a budget per tile those of each tile.
     """
 
     def resolved(self, budget: Budget) -> Budget:
+        """As the base; an order of picks holds no threshold, so ``auto`` is refused even with a calibration."""
         if budget.is_auto:
             raise ValueError(f"keep={budget.keep!r} is a threshold on scores, and {type(self).__name__} picks a number")
         return budget
 
     @abstractmethod
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
-        """The step at which each member of a group is picked, `steps` for those that are not."""
+        """The step at which each member of a group is picked, `steps` for those that are not.
+
+        Args:
+            groups: who competes with whom; ``groups.gather`` puts a field of the tokens in this shape.
+            steps: picks of the group that may keep most.
+        """
 
     @torch.no_grad()
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
+        """Minus the step of each pick; without gradients, since picks have none."""
         groups = Groups.of(tokens, budget.scope)
-        count = groups.patches(tokens, budget)
-        order = self.order(tokens, groups, int(count.max()))
-        order = torch.minimum(order, count[:, None])  # a larger neighbour's further picks mean nothing
+        quota = groups.quota(tokens, budget)
+        order = self.order(tokens, groups, int(quota.max()))
+
+        # Picks beyond a group's own quota are made only because a larger group of the batch needs that many steps.
+        order = torch.minimum(order, quota[:, None])
         return groups.scatter(-order.float(), tokens)

@@ -25,7 +25,7 @@ Newlines = Literal["kept_rows", "all", "none"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What may stay.
+    """How many visual tokens of an image may stay.
 
     Args:
         keep: an int >= 1 is a count of visual tokens per image; a float in (0, 1] is a share of them, rounded half up,
@@ -35,10 +35,17 @@ class Budget:
             threshold that the selector's calibration knows (see `selector.calibration`).
         scope: ``"image"`` ranks all patches of an image together; ``"tile"`` gives each tile its share.
         newlines: ``"kept_rows"`` keeps the newline of a row of which a patch survives (and counts it), ``"all"`` and
-            ``"none"`` speak for themselves. With a budget of everything, every newline stays under any policy.
+            ``"none"`` keep every newline and no newline. With a budget of everything, every newline stays under any
+            policy.
 
     Raises:
         ValueError: on any other value, naming it.
+
+    Example:
+        >>> tokens = VisualTokens.from_features(torch.zeros(1, 4, 1))
+        >>> scores = torch.tensor([[0.1, 0.9, 0.3, 0.7]])
+        >>> Budget(0.5).select(scores, tokens).tolist(), Budget("threshold:0.2").select(scores, tokens).tolist()
+        ([[False, True, False, True]], [[False, True, True, True]])
     """
 
     keep: int | float | str | np.number
@@ -53,8 +60,10 @@ class Budget:
         if self.newlines not in get_args(Newlines):
             raise ValueError(f"newlines must be one of {get_args(Newlines)}, got {self.newlines!r}")
         _check_keep(self.keep)
+
+        # A calibration is looked up by the text of the budget, so one share must have one spelling.
         if self.is_auto:
-            object.__setattr__(self, "keep", f"auto:{float(str(self.keep).partition(':')[2])}")  # auto:.20 is auto:0.2
+            object.__setattr__(self, "keep", f"auto:{float(str(self.keep).partition(':')[2])}")  # .20 is 0.2
             if self.scope != "image":
                 raise ValueError(f"keep={self.keep!r} has one threshold for all tiles: scope must be 'image'")
 
@@ -67,10 +76,14 @@ class Budget:
     def parse(
         cls, text: str | int | float | np.number, scope: Scope = "image", newlines: Newlines = "kept_rows"
     ) -> Budget:
-        """From a command line: ``"64"`` is a count, ``"0.5"`` and ``"1.0"`` are shares, else an adaptive rule.
+        """A budget from the text of a command line: ``"64"`` is a count, ``"0.5"`` and ``"1.0"`` are shares.
+
+        Args:
+            text: one of these, an adaptive rule (``"energy:0.9"``), or a number, which stays as it is.
+            scope, newlines: see the class.
 
         Raises:
-            ValueError: no budget, see the class.
+            ValueError: a text that is no budget, see the class.
         """
         if isinstance(text, str) and ":" not in text:
             with suppress(ValueError):  # the constructor names what is wrong
@@ -81,7 +94,7 @@ class Budget:
         return str(self.keep)
 
     def counts(self, tokens: VisualTokens) -> Int[Tensor, "I"]:
-        """Visual tokens each image keeps. Fixed budgets only; a count above an image's length keeps all of it.
+        """Visual tokens that each image keeps under a fixed budget; a count above its length keeps all of it.
 
         Returns:
             ``[I]`` counts in 1..length, newline tokens included.
@@ -108,7 +121,8 @@ class Budget:
         """Keep mask over the packed slots: the highest scores, ties by packed order.
 
         Args:
-            scores: the higher survives; values where ``tokens.valid`` is False are ignored.
+            scores: ``[T, N]`` higher survives; values where ``tokens.valid`` is False are ignored.
+            tokens: what the scores are of.
 
         Returns:
             ``[I, L]`` True at the patches and newline tokens that stay, False at padding.
@@ -175,7 +189,11 @@ class Budget:
         return (kept & tokens.is_patch).scatter(1, best, True)  # where all scores are 0 nothing else would stay
 
     def newlines_of(self, kept: Bool[Tensor, "I L"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:
-        """The newline tokens that the policy keeps beside these patches."""
+        """The newline tokens that the policy keeps beside these patches.
+
+        Returns:
+            ``[I, L]`` True at newline tokens that stay.
+        """
         newline = tokens.slots == NEWLINE
         if self.newlines == "none":
             return newline & False
@@ -197,6 +215,7 @@ def _prefix(
     With `count_rows` the first patch of a row also pays for the row's newline; when a single token is left for such a
     patch, the patch comes without it. So the total is exact.
     """
+    # The rank of each patch, as the inverse of the sorting order.
     patch, row = tokens.is_patch, tokens.rows
     order = tokens.packed(scores, -math.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
@@ -225,10 +244,11 @@ def _prefix(
 
 def _rank_within_tiles(scores: Float[Tensor, "T N"], tokens: VisualTokens) -> Float[Tensor, "T N"]:
     """Scores whose image-wide order gives every tile its share: minus the rank in the tile, relative to its size."""
+    # Ranks at half steps: whatever prefix is taken, two tiles differ by less than one patch from their shares.
     valid = tokens.valid
     order = scores.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)
+    number = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, number)
     return -(rank + 0.5) / valid.sum(1, keepdim=True).clamp(min=1)
 
 

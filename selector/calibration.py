@@ -2,8 +2,9 @@
 
 A threshold on the score lets an image of text keep more than a flat one. Which threshold keeps which share depends on
 the selector, the model and the images, so it is found once, on a calibration set, and stored in the selector's
-checkpoint. The share is that of sums: measured tokens of all images (newlines by their policy, and at least one patch
-of every image) over all their tokens; it is what the tables of a comparison print, and what equals a fixed share there.
+checkpoint. The share is one of sums: measured tokens of all images (newlines by their policy, and at least one patch of
+every image) over all their tokens. The tables of a comparison print the same ratio, so an ``auto`` budget and a fixed
+share compare there at equal tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from selector.base import RankSelector
 
 TOLERANCE = 0.01
-"""By how much of a share the measured one may miss it: 0.2 is met by 0.198 to 0.202."""
+"""How far the measured share may be off, relative to the share: 0.2 is met by 0.198 to 0.202."""
 COMMAND = "selector calibrate"
+"""What error messages tell a user to run."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Point:
         newlines: the policy under which newline tokens were counted.
         threshold: patches that score above it stay.
         measured: the share of all visual tokens that it keeps on the calibration set.
+
+    Raises:
+        ValueError: a share out of (0, 1), an unknown policy, or a number that is not finite.
     """
 
     share: float
@@ -45,6 +50,7 @@ class Point:
     measured: float
 
     def __post_init__(self) -> None:
+        # The budget that will ask for this point checks the share and the policy.
         Budget(f"auto:{self.share}", newlines=self.newlines)
         for name in ("threshold", "measured"):
             if not math.isfinite(getattr(self, name)):
@@ -52,11 +58,12 @@ class Point:
 
     @classmethod
     def from_dict(cls, stored: Any) -> Point:
-        """From plain values.
+        """A point from plain values, as JSON gives them.
 
         Raises:
             ValueError: anything missing, left over, of another type or out of range.
         """
+        # Strict about types too: an int for a threshold would compare, and print, in another way.
         if not isinstance(stored, Mapping) or set(stored) != set(cls.__dataclass_fields__):
             raise ValueError(f"a calibrated share must hold {', '.join(cls.__dataclass_fields__)}, got {stored!r}")
         for name in ("share", "threshold", "measured"):
@@ -74,6 +81,14 @@ class Calibration:
     Attributes:
         points: each (share, newlines) once.
         about: the calibration set in words and numbers, for whoever reads the checkpoint.
+
+    Raises:
+        ValueError: no points, or one share twice under one policy.
+
+    Example:
+        >>> known = Calibration((Point(share=0.2, newlines="kept_rows", threshold=1.5, measured=0.2),))
+        >>> known.threshold(Budget("auto:0.2"))
+        1.5
     """
 
     points: tuple[Point, ...]
@@ -91,9 +106,12 @@ class Calibration:
         Raises:
             ValueError: that share was not calibrated under that newline policy; it is never interpolated.
         """
+        # By text: `Budget` spells every share as Python prints the float, so equal shares are equal texts.
         for point in self.points:
             if str(budget) == f"auto:{point.share}" and budget.newlines == point.newlines:
                 return point.threshold
+
+        # The error lists what there is, by policy in the order of the points.
         known = [
             f"{', '.join(str(point.share) for point in self.points if point.newlines == policy)} with newlines={policy}"
             for policy in dict.fromkeys(point.newlines for point in self.points)
@@ -139,25 +157,25 @@ def calibrate(
 ) -> Calibration:
     """Finds for every share the score threshold that keeps it on average; assign the result to `selector.calibration`.
 
-    The measured tokens are a falling step function of the threshold, in steps of one patch (and its row's newline);
-    bisection over the gaps between neighbouring scores finds the step nearest to the share. The threshold is the middle
-    of its gap, so that rounding in another batch or on another device leaves the choice alone. How the set is cut into
-    batches does not matter.
+    The number of measured tokens is a falling step function of the threshold, in steps of one patch (and its row's
+    newline); bisection over the gaps between neighbouring scores finds the step nearest to the share. The threshold is
+    the middle of its gap, so that rounding in another batch or on another device does not change what is kept. How the
+    set is split into batches does not matter.
 
     Args:
-        selector: one that ranks alike for every budget.
-        batches: the calibration set, encoded; each batch is scored and let go.
+        selector: one whose ranking is the same for every budget.
+        batches: the calibration set, encoded; of each batch only scores and geometry are kept.
         shares: of all visual tokens, in (0, 1), each once.
         newlines: policies to calibrate for, each with thresholds of its own.
-        tolerance: by how much of a share the measured one may miss it, in [0, 1).
+        tolerance: how far the measured share may be off, relative to the share, in [0, 1).
         about: what to store beside the thresholds; the numbers of images and tokens and the tolerance are added.
 
     Returns:
         A threshold for every pair of share and policy.
 
     Raises:
-        ValueError: no images, a selector that chooses sets of a size, or a share that no threshold meets within the
-            tolerance (scores are tied, or what always stays is more).
+        ValueError: no images, a selector that chooses sets of a fixed size instead of scoring, or a share that no
+            threshold meets within the tolerance (scores are tied, or what always stays is more).
     """
     wanted = [Budget(f"auto:{float(share)}", newlines=policy) for policy in newlines for share in shares]
     if not wanted or len(set(wanted)) < len(wanted):
@@ -183,18 +201,20 @@ def calibrate(
 
 
 def _scored(selector: RankSelector, tokens: VisualTokens, budget: Budget) -> _Scored:
-    """Scores and geometry of a batch; its features, nearly all of its memory, are let go."""
+    """Scores and geometry of a batch, without its features, which are nearly all of its memory."""
     with torch.no_grad():
         scores = selector.ranking(tokens, budget).float()
     if not bool(torch.isfinite(scores[tokens.valid]).all()):
         raise ValueError("scores must be finite: got NaN or infinity for a visual token")
 
+    # Features of width 0: a budget reads their shape alone.
     bare = VisualTokens(tokens.features.new_zeros(*scores.shape, 0), tokens.grid, tokens.image, tokens.slots)
     return _Scored(scores, bare)
 
 
 def _cuts(scored: Sequence[_Scored]) -> Float[Tensor, "C"]:
-    """A threshold below all scores, between each two neighbouring ones, and above all, ascending."""
+    """A threshold below all scores, one between each two neighbouring scores, and one that none exceeds; ascending."""
+    # Only these can differ in what they keep: a patch stays when its score exceeds the threshold.
     levels = torch.cat([each.scores[each.tokens.valid].cpu() for each in scored]).unique()
     low, high = levels[:-1], levels[1:]
     middle = ((low.double() + high.double()) / 2).float()
@@ -216,11 +236,13 @@ def _point(scored: Sequence[_Scored], cuts: Float[Tensor, "C"], budget: Budget, 
         rule = replace(budget, keep=f"threshold:{float(cuts[i])!r}")
         return sum(int(rule.select(each.scores, each.tokens).sum()) for each in scored) / total
 
+    # Each look at a cut selects on the whole set, so bisection: a dozen or two of them, not one per cut.
     low, high = 0, len(cuts) - 1
     while high - low > 1:  # measured(low) is above the share and measured(high) is not, unless an end is nearest
         middle = (low + high) // 2
         low, high = (middle, high) if measured(middle) > share else (low, middle)
 
+    # The steps on both sides of the share.
     ends = {i: measured(i) for i in (low, high)}
     best = min(ends, key=lambda i: abs(ends[i] - share))
     if abs(ends[best] - share) > tolerance * share:
@@ -234,11 +256,16 @@ def _point(scored: Sequence[_Scored], cuts: Float[Tensor, "C"], budget: Budget, 
 
 
 def _total(scored: Sequence[_Scored]) -> int:
+    """Visual tokens of all images before any selection."""
     return sum(int(each.tokens.lengths.sum()) for each in scored)
 
 
 def attach(selector: Any, stored: Any) -> None:
-    """Puts calibrations from ``config.json``, by module name ("" is the selector itself), where they belong.
+    """Puts the calibrations of a ``config.json`` where they belong.
+
+    Args:
+        selector: a module, of which parts may be selectors that rank (Mix, Merge).
+        stored: calibrations by module name; "" is the selector itself.
 
     Raises:
         ValueError: one belongs to no ranking part of this selector, or is broken.
@@ -247,6 +274,7 @@ def attach(selector: Any, stored: Any) -> None:
     if not isinstance(stored, Mapping):
         raise ValueError(f"calibration must map names of modules to thresholds, got {stored!r}")
     for name, table in stored.items():
+        # Also False for a name that no part has.
         if not hasattr(parts.get(name), "calibration"):
             raise ValueError(f"calibration names {name!r}, no ranking part of this {type(selector).__name__}")
         parts[name].calibration = Calibration.from_dict(table)
@@ -254,5 +282,5 @@ def attach(selector: Any, stored: Any) -> None:
 
 def collect(selector: Any) -> dict[str, Any]:
     """The calibrations of a selector and of its parts, by module name, for ``config.json``."""
-    found = {name: getattr(part, "calibration", None) for name, part in selector.named_modules()}
-    return {name: table.to_dict() for name, table in found.items() if table is not None}
+    tables = {name: getattr(part, "calibration", None) for name, part in selector.named_modules()}
+    return {name: table.to_dict() for name, table in tables.items() if table is not None}

@@ -1,8 +1,8 @@
 """The command line: ``selector compare | show | bench | calibrate | stability | list | report``.
 
-Only the parser lives here, so that ``selector --help`` answers at once; the commands are in
-`selector.commands` and are imported when one runs. Settings come from three places, the later wins: the
-defaults below, a YAML file (``--config``, same names as the flags), the flags.
+Only the parser lives here, so that ``selector --help`` answers at once; the commands are in `selector.commands` and are
+imported when one runs. Settings come from three places, of which the later wins: the defaults below, a YAML file
+(``--config``, same names as the flags), the flags.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from selector.errors import UsageError
 from selector.measure.protocol import Protocol
 from selector.shipped import places
 
+# Defaults by the names of the flags. Flags themselves have none in the parser, so that what was given can be told from
+# what was not.
 MODEL = "checkpoints/llava-next-tiny"
 SELECTORS = [
     "checkpoints/selector-llava-next-tiny",
@@ -98,11 +100,11 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "keep": (int, float, str),
     "shares": (int, float, str),
     "tolerance": (int, float),
-    "samples": object,  # an int or "all", which is said where it is read
+    "samples": object,  # an int or "all", which is checked where it is read
     **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
     **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
 }
-"""What a value of a YAML file (of a list: each of its items) may be; a text where nothing is said."""
+"""Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated."""
 
 EXAMPLES = """\
 examples:
@@ -147,7 +149,14 @@ that it was found on. A folder of images is the same under every seed but for it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 2 something the user can put right, 130 interrupted."""
+    """Runs a command.
+
+    Args:
+        argv: arguments without the program's name; by default those of this process.
+
+    Returns:
+        The exit code: 0 done, 2 an error that the user can fix, 130 interrupted.
+    """
     arguments = vars(_parser().parse_args(argv))
     command, debug = arguments.pop("command"), arguments.pop("debug", False)
     try:
@@ -178,7 +187,7 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
 
     A name that is no file here is looked for in the repository, so that shipped configs are found from anywhere.
     """
-    import yaml
+    import yaml  # here, since most calls read none
 
     path = next((place for place in places(name) if place.is_file()), None)
     if path is None:
@@ -200,6 +209,8 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
             raise UsageError(
                 f"config {name!r}: unknown setting {key!r}" + (f"; did you mean {close[0]}?" if close else "")
             )
+
+        # A list is written as one even if it has a single item: "keep: [64]", not "keep: 64".
         listed = isinstance(DEFAULTS[command][key], list)
         if listed != isinstance(value, list):
             raise UsageError(f"config {name!r}: {key} must be {'a list' if listed else 'one value'}, got {value!r}")
@@ -216,6 +227,8 @@ def _check_kind(config: str, key: str, value: Any, default: Any) -> None:
     for item in value if isinstance(value, list) else [value]:
         if item is None and default is None:
             continue
+
+        # A bool is an int to Python: "seed: yes" must not count as 1.
         if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
             names = {str: "a text", dict: "a mapping", int: "an int", float: "a float", bool: "true or false"}
             wanted = " or ".join(names[each] for each in kinds)
@@ -223,7 +236,7 @@ def _check_kind(config: str, key: str, value: Any, default: Any) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error of this program."""
+    """A parser whose errors are one line, as every other error of this program."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -238,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    # SUPPRESS: a flag that is not given leaves no name behind, and the file or the defaults decide.
     def add(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
         return commands.add_parser(
             name,

@@ -1,4 +1,4 @@
-"""What a user can put right: both command lines catch these by class and show one line, without a traceback."""
+"""Errors that a user can fix: both command lines catch these by class and show one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class UnreadableImage(UsageError):
 
 
 class MissingData(UsageError):
-    """A task needs a folder that nobody named: where other tasks are left, it is skipped with a message."""
+    """A task needs a folder that was not named: if other tasks remain, it is skipped with a message."""
 
 
 class RankingError(RuntimeError):

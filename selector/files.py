@@ -25,9 +25,14 @@ def atomic(path: Path) -> Iterator[Path]:
     '42'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")  # savers look at the ending
+
+    # In the same folder, since a rename across disks is a copy; with the process's number, since others may write too;
+    # and with the same ending, by which savers choose the format.
+    partial = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         yield partial
+
+        # Only what is on the disk may take the name.
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -36,19 +41,21 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Whole or not at all, in UTF-8."""
+    """Writes a text in UTF-8, whole or not at all."""
     with atomic(path) as partial:
         partial.write_text(content, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all; NaN and infinity, which JSON cannot write, are a ValueError."""
+    """Writes a value as JSON, whole or not at all; NaN and infinity, which JSON cannot hold, are a ValueError."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def output(path: Path) -> Iterator[None]:
-    """Within, whatever keeps `path` from being written is a UsageError that names it: a full disk names no file.
+    """Within the block, whatever keeps `path` from being written is a UsageError that names it.
+
+    Python's own error would not do: that of a full disk names no file.
 
     Raises:
         UsageError: with the path and the reason.
@@ -60,11 +67,12 @@ def output(path: Path) -> Iterator[None]:
 
 
 def check_output(path: Path) -> None:
-    """Refuses a place to write to that is none, before the work is done whose outcome it is for.
+    """Refuses a folder that cannot be written to before the work begins whose outcome goes there.
 
     Raises:
         UsageError: an ancestor is a file, or may not be written to.
     """
+    # Folders are made as needed, so what counts is the nearest one that is there.
     ancestor = next((each for each in (path, *path.parents) if each.exists()), Path())
     if not ancestor.is_dir():
         raise UsageError(f"out must be a place to write to, {path}: {ancestor} is no folder")

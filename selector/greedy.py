@@ -1,13 +1,10 @@
 """Greedy choices, batched over groups: farthest points and pivots, with a running state.
 
-A greedy choice hangs on comparisons: near ties decide every later pick. Inner products are taken in float32 (float64
-where that is given), each group's by itself and at its own length, so that neither neighbours nor padding reach their
-rounding: on one machine a batch is its members one by one, to the bit. What is summed on top of them is float64, where
-the device has it, and rounded to 2^-32. Cosines are rounded to 2^-21 besides, about the rounding of a float32 product,
-so that equal directions are equal. Against float64 throughout, the choice differs only between tokens that lie closer
-together than that.
+A greedy choice hangs on comparisons: near ties decide every later pick. So all numbers are taken and rounded as
+`selector.numerics` says, and on one machine a batch equals its members one by one, to the bit. Compared with float64
+throughout, the choice differs only between tokens that lie closer together than that rounding.
 
-Where picks are many the Gram matrix is kept: N² D / 2 multiplications once, in place of N D for every pick.
+Where there are many picks the Gram matrix is kept: N² D / 2 multiplications once, instead of N D for every pick.
 
 Shapes: G groups, M members (padded), C channels, K steps.
 """
@@ -20,112 +17,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-GRAIN = 2.0**32
-COSINE_GRAIN = 2.0**21
-"""Of cosines in float32, whose products are off by up to 4e-7 at 4,096 channels."""
-BLOCK = 256
-"""Rows of a Gram matrix that are computed at a time."""
+from selector.numerics import BLOCK, extents, grained, grained_cosines, gram, precise, take, within_unit
+
 PICKS_PER_GRAM = 32
-"""From one pick in so many members on, the Gram matrix costs less than a pass over the rows for every pick."""
+"""With at least one pick per so many members, the Gram matrix costs less than a pass over the rows for every pick."""
 GRAM_OVER_ROWS = 4
 """A Gram matrix is kept while it takes at most so many times the memory of the rows."""
 
-TRUSTED = 2.0**-10
-"""Share of its square that a pivot keeps at least, for the rounding of float32 not to matter."""
+TRUSTED = 2.0**-6
+"""Share of its square that a pivot must have left, at least, for the rounding of float32 not to matter."""
 LAZY_WIDTH, LAZY_ROUNDS = 32, 32
-
-
-def precise(values: Tensor) -> Tensor:
-    """In float64, or float32 where the device has no other."""
-    return values.float() if values.device.type == "mps" else values.double()
-
-
-def working(values: Tensor) -> Tensor:
-    """In float32, or float64 where that is given: the type of products."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def grained(values: Tensor) -> Tensor:
-    """Rounded so that what is mathematically equal compares equal."""
-    return (values * GRAIN).round_().div_(GRAIN)
-
-
-def grained_cosines(cosines: Tensor, of: torch.dtype) -> Tensor:
-    """The same for cosines of rows of the type `of`, itself of that type or a larger one."""
-    grain = GRAIN if of == torch.float64 else COSINE_GRAIN
-    return (cosines * grain).round_().div_(grain)
-
-
-def grained_cosines_(cosines: Tensor) -> Tensor:
-    """The same in place."""
-    grain = GRAIN if cosines.dtype == torch.float64 else COSINE_GRAIN
-    return cosines.mul_(grain).round_().div_(grain)
-
-
-def unit(rows: Float[Tensor, "*G M C"]) -> Float[Tensor, "*G M C"]:
-    """Rows of length one in float64; a row of zeros stays as it is, and then its cosine with anything is 0."""
-    rows = precise(rows)
-    return torch.nn.functional.normalize(rows, dim=-1, eps=torch.finfo(rows.dtype).tiny)
-
-
-def directions(rows: Float[Tensor, "*G M C"]) -> Float[Tensor, "*G M C"]:
-    """Rows of length one as `working`, of any size of rows; a row of zeros stays as it is."""
-    rows = working(rows)
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    out = rows / length.masked_fill(length == 0, 1)
-
-    # The squares of very large or small values leave the range of the type: such rows are brought to one first.
-    beyond = ~((length > 1e-15) & (length < 1e15))[..., 0]
-    odd = rows[beyond]
-    odd = odd / odd.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-    length = torch.linalg.vector_norm(odd, dim=-1, keepdim=True)
-    out[beyond] = odd / length.masked_fill(length == 0, 1)
-    return out
-
-
-def within_unit(rows: Float[Tensor, "G M C"]) -> Float[Tensor, "G M C"]:
-    """All rows of a group scaled together so that no value exceeds one."""
-    rows = working(rows)
-    return rows / rows.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-
-
-def take(rows: Float[Tensor, "G M *C"], pick: Int[Tensor, "G"]) -> Float[Tensor, "G *C"]:
-    """The picked row of each group."""
-    return rows[torch.arange(len(pick), device=pick.device), pick]
-
-
-def extents(mask: Bool[Tensor, "G M"]) -> list[int]:
-    """Length of each group up to its last member."""
-    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
-
-
-def gram(rows: Float[Tensor, "G M C"], extent: list[int], groups: list[int] | None = None) -> Float[Tensor, "G M M"]:
-    """Inner products of all pairs of each group (of `groups`; default all), zero past its extent.
-
-    The matrix is symmetric, so of each pair of blocks one is computed: about half the work of a full product.
-    """
-    out = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
-    for g, (own, square, n) in enumerate(zip(rows, out, extent, strict=True)):
-        if groups is not None and g not in groups:
-            continue
-        square[n:], square[:n, n:] = 0, 0
-        for start in range(0, n, BLOCK):
-            block = slice(start, min(start + BLOCK, n))
-            strip = own[start:n] @ own[block].mT
-            square[start:n, block] = strip
-            square[block, start:n] = strip.mT
-    return out
-
-
-def cosine_table(
-    left: Float[Tensor, "G E C"], right: Float[Tensor, "G O C"], rows: list[int], columns: list[int]
-) -> Float[Tensor, "G E O"]:
-    """Cosines of two lists of `directions` in each group, as long as `rows` and `columns` say; 0 past their ends."""
-    out = left.new_empty(len(left), left.shape[1], right.shape[1])
-    for own, other, table, n, m in zip(left, right, out, rows, columns, strict=True):
-        table[n:], table[:n, m:] = 0, 0
-        torch.mm(own[:n], other[:m].mT, out=table[:n, :m])
-    return grained_cosines_(out)
+"""Members whose value is computed anew in each round of `lazily`, and rounds between two looks at who is done."""
 
 
 class Products:
@@ -134,7 +36,7 @@ class Products:
     Args:
         rows: ``[G, M, C]`` as `working` gives them, zero where there is no member.
         mask: members that exist.
-        steps: picks to come; None keeps the Gram matrix however few they are, if its size allows.
+        steps: picks to come, by which the Gram matrix is kept or not; with None, its size alone decides.
 
     Attributes:
         squares: ``[G, M]`` float64 inner product of each row with itself.
@@ -156,20 +58,21 @@ class Products:
 
     def of(self, pick: Int[Tensor, "G"]) -> Float[Tensor, "G M"]:
         """Inner product of every row with the picked one of its group, in float64."""
-        found = take(self.table, pick) if self.table is not None else self.rows.new_zeros(self.rows.shape[:2])
+        products = take(self.table, pick) if self.table is not None else self.rows.new_zeros(self.rows.shape[:2])
         if not self.lean:
-            return precise(found)
+            return precise(products)
 
+        # Groups without a matrix: one pass over their rows.
         chosen = take(self.rows, pick)
         for g in self.lean:
             own = self.rows[g, : self.extent[g]]
-            found[g, : len(own)] = own @ chosen[g]
-        found = precise(found)
+            products[g, : len(own)] = own @ chosen[g]
+        products = precise(products)
 
-        # Brought to the square that is known of the picked one, for the reason above.
-        self_product = take(found, pick)
+        # Scaled so that the picked row's product with itself is exactly its square, as it is on a Gram matrix.
+        self_product = take(products, pick)
         exact = take(self.squares, pick) / self_product.masked_fill(self_product == 0, 1)
-        return found * exact[:, None]
+        return products * exact[:, None]
 
     def cosines(self, pick: Int[Tensor, "G"]) -> Float[Tensor, "G M"]:
         """Cosine of every row with the picked one of its group, in float64; 0 with a zero row."""
@@ -177,31 +80,38 @@ class Products:
         return grained_cosines(self.of(pick) * scale, self.rows.dtype)
 
     def nearest_other(self, there: Bool[Tensor, "G M"]) -> Float[Tensor, "G M"]:
-        """Highest cosine of each row with another one that is there, in float64; -inf where there is none."""
+        """Highest cosine of each row with another one that is there, in float64; -inf where there is none.
+
+        Args:
+            there: rows that may be the other one.
+        """
         barred = torch.zeros_like(self.inverse_lengths).masked_fill(~there, -torch.inf)[:, None].to(self.rows.dtype)
         scale = self.inverse_lengths[:, None].to(self.rows.dtype)
-        found = []
+        highest = []
+
+        # A block of rows at a time, so that no second matrix of all pairs is held.
         for start in range(0, self.rows.shape[1], BLOCK):
             inner = self._rows_of_gram(slice(start, start + BLOCK))
-            cosines = (inner * scale).add_(barred)  # but for the row's own length
+            cosines = (inner * scale).add_(barred)  # but for the row's own length, which does not change which is best
             cosines.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
-            best, place = cosines.max(-1)
+            best, nearest = cosines.max(-1)
 
             # Once more from the factors, so that mutual neighbours are equally near to the bit.
-            own, other = self.inverse_lengths[:, start : start + BLOCK], self.inverse_lengths.gather(1, place)
-            exact = precise(inner.gather(2, place[..., None])[..., 0]) * (own * other)
-            found.append(exact.masked_fill(best.isneginf(), -torch.inf))
-        return grained_cosines(torch.cat(found, 1), self.rows.dtype)
+            own, other = self.inverse_lengths[:, start : start + BLOCK], self.inverse_lengths.gather(1, nearest)
+            exact = precise(inner.gather(2, nearest[..., None])[..., 0]) * (own * other)
+            highest.append(exact.masked_fill(best.isneginf(), -torch.inf))
+        return grained_cosines(torch.cat(highest, 1), self.rows.dtype)
 
     def _rows_of_gram(self, part: slice) -> Float[Tensor, "G B M"]:
+        """Some rows of all Gram matrices, computed for the groups that keep none."""
         if self.table is not None and not self.lean:
             return self.table[:, part]
         size = len(self.rows), len(self.rows[0, part]), self.rows.shape[1]
-        found = self.rows.new_zeros(size) if self.table is None else self.table[:, part].clone()
+        block = self.rows.new_zeros(size) if self.table is None else self.table[:, part].clone()
         for g in self.lean:
             own = self.rows[g, : self.extent[g]]
-            found[g, : len(own[part]), : len(own)] = own[part] @ own.mT
-        return found
+            block[g, : len(own[part]), : len(own)] = own[part] @ own.mT
+        return block
 
 
 def _pays(members: int, channels: int, steps: int | None) -> bool:
@@ -212,7 +122,13 @@ def _pays(members: int, channels: int, steps: int | None) -> bool:
 def greedy(
     value: Float[Tensor, "G M"], mask: Bool[Tensor, "G M"], steps: int, update: Callable[[Tensor], Tensor]
 ) -> Int[Tensor, "G M"]:
-    """Takes the member of highest value, `steps` times; ``update(pick)`` gives the values after each pick.
+    """Takes the member of highest value, `steps` times.
+
+    Args:
+        value: values before the first pick.
+        mask: members that exist.
+        steps: picks, the same for all groups.
+        update: called with the pick ``[G]`` of each group, returns the values ``[G, M]`` after it.
 
     Returns:
         ``[G, M]`` the step at which each member was picked, `steps` for the others. A member is never picked twice.
@@ -220,9 +136,12 @@ def greedy(
     taken, step_of = ~mask, torch.full(value.shape, steps, dtype=torch.long, device=value.device)
     for step in range(steps):
         pick = value.masked_fill(taken, -torch.inf).argmax(1)
+
         # A group that has run out picks a member again: the earlier step holds.
         step_of.scatter_reduce_(1, pick[:, None], torch.full_like(pick[:, None], step), "amin")
         taken = taken.scatter(1, pick[:, None], True)
+
+        # Nobody asks for the values after the last pick, and they may be costly.
         if step + 1 < steps:
             value = update(pick)
     return step_of
@@ -235,15 +154,15 @@ def lazily(
     mask: Bool[Tensor, "G M"],
     steps: int,
 ) -> Int[Tensor, "G M"]:
-    """What `greedy` takes, where the value of a member only falls as others are picked (Minoux 1978).
+    """What `greedy` takes, for values that only fall as others are picked: lazy evaluation (Minoux 1978).
 
     An earlier value then bounds the present one, and only members whose bound is among the highest are looked at again:
-    `LAZY_WIDTH` of them a round. A member is picked in the round in which its present value is the highest of all.
+    `LAZY_WIDTH` of them per round. A member is picked in the round in which its present value is the highest of all.
 
     Args:
         bound: the values before the first pick.
         gain: present values ``[G, B]`` of the members ``[G, B]``.
-        chosen: told the pick ``[G]`` of each group, and which groups ``[G]`` have picked it.
+        chosen: called with a candidate ``[G]`` of each group, and with the groups ``[G]`` in which it is picked.
         mask: members that exist.
         steps: picks, the same for all groups.
 
@@ -258,6 +177,7 @@ def lazily(
     # How far each group is, is asked for once in so many rounds: on a GPU the question would halt every one of them.
     while bool((done < goal).any()):
         for _ in range(LAZY_ROUNDS):
+            # A fresh value that no bound exceeds is the maximum: its member is picked, in groups that need one.
             pick = bound.argmax(1)
             sure = fresh[group, pick] & (done < goal)
             at = step_of[group, pick]
@@ -266,6 +186,7 @@ def lazily(
             chosen(pick, sure)
             done = done + sure
 
+            # After a pick all other values are out of date; the highest of them are computed anew.
             fresh = fresh & ~sure[:, None]
             bound = bound.masked_fill(taken, -torch.inf)
             stale = bound.masked_fill(fresh, -torch.inf).topk(width, dim=1).indices
@@ -281,10 +202,18 @@ def farthest(
     mask: Bool[Tensor, "G M"],
     steps: int,
 ) -> Int[Tensor, "G M"]:
-    """Farthest-point order: first the highest `start`, then again and again the largest distance to all picked.
+    """Farthest-point order: first the highest `start`, then repeatedly the member farthest from all picked.
 
-    ``distance(pick)`` gives the distance of every member to the picked one; only the running minimum is kept.
+    Args:
+        start: values of which the highest decides the first pick.
+        distance: called with the pick ``[G]``, returns the distance ``[G, M]`` of every member to it.
+        mask: members that exist.
+        steps: picks, the same for all groups.
+
+    Returns:
+        As `greedy`.
     """
+    # The distance to a set is the least one: a running minimum serves for all picks.
     nearest = torch.full_like(start, torch.inf)
 
     def update(pick: Tensor) -> Tensor:
@@ -306,14 +235,19 @@ def pivots(
     The same order is that of greedy MAP inference of a determinantal point process with kernel ``rows @ rows.T``, and
     it is computed as one, by the rows of a pivoted Cholesky factor of the kernel. When the picked rows span all the
     others, every residual is zero and the volume says nothing more: the residuals of the members that remain then
-    start over, so that a second, as diverse layer follows instead of an arbitrary rest.
+    start over, so that a second layer follows that is as diverse, instead of an arbitrary rest.
 
     A residual is a difference of products. A group whose pivots fall below `TRUSTED` of their squares, or that starts
     over, is done again in float64, so that the order is always that of float64.
 
     Args:
         rows: zero where there is no member.
-        weight: factor of each row's length; the rows are then taken for directions, and all as long as one another.
+        mask: members that exist.
+        steps: picks, the same for all groups.
+        weight: lengths that the rows are given in place of their own: only their directions count then.
+
+    Returns:
+        As `greedy`.
     """
     order, trusted = _pivots(rows, mask, steps, weight)
     doubted = (~trusted).nonzero()[:, 0] if rows.dtype != torch.float64 else []
@@ -328,15 +262,21 @@ def _pivots(
 ) -> tuple[Int[Tensor, "G M"], Bool[Tensor, "G"]]:
     """The order in the type of the rows, and the groups in which it can be trusted."""
     products = Products(within_unit(rows) if weight is None else rows, mask, steps)
+
+    # Lengths relative to the group's largest, so that the floor below means the same for all groups.
     length = products.squares.sqrt() if weight is None else precise(weight) * (products.squares > 0)
     length = length * mask
     largest = length.amax(1, keepdim=True)
     length = length / largest.masked_fill(largest == 0, 1)
     scale = length * products.inverse_lengths
     whole = length.square()
+
+    # Residuals below the floor are rounding, and count as zero.
     floor = whole * 2.0 ** (-32 if rows.dtype == torch.float64 else -17)
     residual, taken = whole.clone(), ~mask
     trusted = torch.ones_like(mask[:, 0])
+
+    # Preallocated for all steps; a layer that starts over leaves the earlier layers' rows in it, unread.
     factor = rows.new_zeros(len(rows), steps, rows.shape[1])  # rows of the Cholesky factor
     filled, first = 0, torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)  # of this layer's rows
     explained = torch.zeros_like(factor[:, 0])  # by the picks so far, of the row of a pick
@@ -345,6 +285,8 @@ def _pivots(
     def update(pick: Tensor) -> Tensor:
         nonlocal residual, taken, filled, first, trusted
         taken = taken.scatter(1, pick[:, None], True)
+
+        # The next row of the factor: products with the pick, less what earlier rows explain of them.
         column = factor[group, :filled, pick] * (number[:filled] >= first)
         for own, known, coefficients, n in zip(explained, factor, column, products.extent, strict=True):
             torch.mv(known[:filled, :n].mT, coefficients, out=own[:n])
@@ -358,6 +300,8 @@ def _pivots(
         residual = torch.addcmul(residual, along, along, value=-1)
         residual = residual * (residual > floor)
         value = grained(residual)
+
+        # Nothing is left of any member: the next layer begins with whole lengths, and with no row explaining anything.
         spent = value.masked_fill(taken, 0).amax(1, keepdim=True) == 0
         trusted = trusted & ~spent[:, 0]
         first = torch.where(spent, filled, first)

@@ -1,6 +1,6 @@
 """Where packed tokens lie, and two ways of covering a grid evenly: a nested order, and cells of equal size.
 
-Shapes: I images, L packed slots, T tiles; a view is counted by a tile of it, so there are at most T.
+Shapes: I images, L packed slots, T tiles; a view has the number of one of its tiles, so there are at most T.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ class Places(NamedTuple):
     """Where each packed patch lies; -1 at newlines and padding.
 
     A view is a grid that shows one picture: with scope "image" the base view, and the tiles of the image laid out as
-    one unpadded grid; with scope "tile" each tile. Its number is that of its first tile in the batch.
+    one unpadded grid; with scope "tile" each tile.
+
+    Attributes:
+        view: number of the view: that of its first tile in the batch.
+        y, x: row and column within the view.
     """
 
     view: Int[Tensor, "I L"]
@@ -48,6 +52,7 @@ def places(tokens: VisualTokens, scope: Scope = "image") -> Places:
         start = torch.maximum(ends + 1, tokens.base.sum(1, keepdim=True))
         second = torch.where(laid_out, tile, len(tokens.image)).amin(1, keepdim=True)
 
+        # The number of the grid: its first tile, which is the image's second, behind the base view.
         view = torch.where(laid_out, second, tile)
         y, x = torch.where(laid_out, tokens.rows, y), torch.where(laid_out, position - start, x)
     return Places(*(part.masked_fill(~patch, -1) for part in (view, y, x)))
@@ -62,10 +67,12 @@ def bayer(y: Int[Tensor, "*S"], x: Int[Tensor, "*S"], bits: int) -> Int[Tensor, 
 
     Args:
         y, x: rows and columns, in 0..2^bits - 1.
+        bits: of a row's and a column's number, at least 1.
 
     Returns:
-        Place of each cell in the order, in 0..4^bits - 1, every one once.
+        Rank of each cell in the order, in 0..4^bits - 1, every one once.
     """
+    # From the lowest bit up: each next one is shifted in behind it, where it counts a quarter as much.
     key = torch.zeros_like(y)
     for bit in range(bits):
         low_y, low_x = (y >> bit) & 1, (x >> bit) & 1
@@ -74,7 +81,7 @@ def bayer(y: Int[Tensor, "*S"], x: Int[Tensor, "*S"], bits: int) -> Int[Tensor, 
 
 
 def even_order(tokens: VisualTokens) -> Float[Tensor, "I L"]:
-    """Place of every packed patch in the Bayer order of its view, in (0, 1), so that views share any prefix fairly.
+    """Rank of every packed patch in the Bayer order of its view, in (0, 1), so that views share any prefix fairly.
 
     Returns:
         ``[I, L]`` float32, 0 at newlines and padding.
@@ -110,12 +117,13 @@ def bands(count: Int[Tensor, "T"], height: Int[Tensor, "T"], width: Int[Tensor, 
     """Rows of cells that make `count` cells of a view as square as can be.
 
     Args:
-        count: cells of each view.
-        height, width: patches of each view.
+        count: cells of each view, at most its patches.
+        height, width: rows and columns of patches of each view.
 
     Returns:
         ``[T]`` in 1..height, and enough that no row holds more cells than patches; 0 where `count` is 0.
     """
+    # Square cells: as many bands per cells of a band as the view is high per width.
     wanted = (count * height / width.clamp(min=1)).sqrt().round().long()
     return torch.minimum(torch.maximum(wanted, -(-count // width.clamp(min=1))), torch.minimum(height, count))
 
@@ -138,6 +146,7 @@ def cells(where: Places, tokens: VisualTokens, count: Int[Tensor, "T"], rows: In
     before, after = band * total // band_count, (band + 1) * total // band_count
     column, column_mid = _part(x, width[view], (after - before).clamp(min=1))
 
+    # Cells of earlier views, of earlier bands, and of this band: together the number within the batch.
     used = (view >= 0) & (total > 0)
     cell = (count.cumsum(0) - count)[view] + before + column
     return Cells(cell.masked_fill(~used, -1), used & band_mid & column_mid)
@@ -147,6 +156,7 @@ def extents(
     where: Places, tokens: VisualTokens
 ) -> tuple[Int[Tensor, "I L"], Int[Tensor, "I L"], Int[Tensor, "I L"], Int[Tensor, "T"], Int[Tensor, "T"]]:
     """(view, row and column counted from the view's first, height and width of the views)."""
+    # Unpadding may have cut the first rows or columns of tiles off, so a view need not begin at 0.
     view, y, x = where
     top, left = (per_view(v, view, tokens, "amin") for v in (y, x))
     height, width = (per_view(v, view, tokens, "amax") for v in (y, x))
@@ -155,7 +165,7 @@ def extents(
 
 
 def per_view(values: Int[Tensor, "I L"], view: Int[Tensor, "I L"], tokens: VisualTokens, how: str) -> Int[Tensor, "T"]:
-    """Smallest ("amin") or largest ("amax") value of every view, 0 where there is no such view."""
+    """Smallest (`how` = "amin") or largest ("amax") value of every view, 0 where there is no such view."""
     inside = view >= 0
     out = values.new_zeros(len(tokens.image))
     return out.scatter_reduce(0, view[inside], values[inside], how, include_self=False)
@@ -167,13 +177,13 @@ def sizes(view: Int[Tensor, "I L"], tokens: VisualTokens) -> Int[Tensor, "T"]:
 
 
 def _part(
-    place: Int[Tensor, "I L"], length: Int[Tensor, "I L"], parts: Int[Tensor, "I L"]
+    at: Int[Tensor, "I L"], length: Int[Tensor, "I L"], parts: Int[Tensor, "I L"]
 ) -> tuple[Int[Tensor, "I L"], Bool[Tensor, "I L"]]:
-    """Which of `parts` equal parts of `length` a place lies in, and whether it is the middle of its part."""
+    """Which of `parts` equal parts of `length` a row or column lies in, and whether it is the middle of its part."""
     length = length.clamp(min=1)
-    part = place * parts // length
+    part = at * parts // length
 
-    # Rounded up: a part starts at the first place with place * parts >= part * length.
+    # Rounded up: a part starts at the first row with row * parts >= part * length.
     first = -(-part * length // parts)
     last = -(-(part + 1) * length // parts) - 1
-    return part, place == (first + last) // 2
+    return part, at == (first + last) // 2

@@ -23,13 +23,20 @@ from selector import calibration, schema
 from selector.files import atomic, write_json, write_text
 
 HARMLESS = 2**30
-"""Bytes that may be allocated for weights before they are found not to fit."""
+"""Bytes that a config may ask for whatever its weight file holds; more than that must be in the file."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 Loaded = TypeVar("Loaded", bound="Checkpoint")
 
 
 class Checkpoint(nn.Module):
-    """A module that is saved, loaded and shared as a checkpoint."""
+    """A module that is saved, loaded and shared as a checkpoint.
+
+    Example:
+        >>> from selector import Norm, TokenSelector
+        >>> folder = Norm(largest=False).save_pretrained("smallest-norm")
+        >>> TokenSelector.from_pretrained(folder)
+        Norm(largest=False)
+    """
 
     @property
     def init_args(self) -> dict[str, Any]:
@@ -43,6 +50,7 @@ class Checkpoint(nn.Module):
         return schema.init_args(self)
 
     def extra_repr(self) -> str:
+        """The constructor arguments, so that a printed selector reads like the call that makes it."""
         return ", ".join(f"{name}={value!r}" for name, value in self.init_args.items())
 
     def save_pretrained(self, folder: str | Path, card: str | None = None, metadata: dict | None = None) -> Path:
@@ -65,14 +73,28 @@ class Checkpoint(nn.Module):
 def save(
     selector: Checkpoint, folder: str | Path, card: str | None = None, metadata: dict[str, Any] | None = None
 ) -> Path:
-    """Writes a checkpoint; each file appears whole or not at all. Returns the folder."""
+    """Writes a checkpoint; each file appears whole or not at all.
+
+    Args:
+        selector: with its weights, on any device.
+        folder: made as needed.
+        card: text of the README.md; by default a short one that shows how to load the checkpoint.
+        metadata: plain values that go into config.json, and come back from `about`.
+
+    Returns:
+        The folder.
+    """
+    # Described first: a selector that could not be rebuilt is an error before any file is written.
     folder = Path(folder)
     config = schema.describe(selector) | {"metadata": metadata or {}}
     if calibrations := calibration.collect(selector):
         config["calibration"] = calibrations
+
+    # From any device, and contiguous: safetensors stores no views.
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in selector.state_dict().items()}
     with atomic(folder / WEIGHTS) as partial:
         save_file(state, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # its writer makes files that only their owner can read
     write_json(folder / CONFIG, config)
     write_text(folder / CARD, card or _default_card(selector))
     return folder
@@ -80,6 +102,10 @@ def save(
 
 def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> Checkpoint:
     """The selector in a folder, or in a hub repository when no such folder exists; in evaluation mode.
+
+    Args:
+        name_or_path: a folder, or owner/name of a hub repository.
+        allow: packages beside ``selector`` whose classes the config may name.
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
@@ -89,6 +115,9 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> Checkpoint:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no selector checkpoint: {name} is missing")
+
+    # The module, from its class and arguments. The config may come from anywhere: whatever reading it raises becomes an
+    # error that names the file.
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         class_path, init_args = config["class_path"], config["init_args"]
@@ -100,6 +129,8 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> Checkpoint:
         raise ValueError(f"{folder / CONFIG} is no selector config (class_path, init_args): {error!r}") from error
     except RuntimeError as error:
         raise ValueError(f"{folder / CONFIG} asks for a selector that cannot be made: {error}") from error
+
+    # Its weights: all of them, of the right shapes, none left over.
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -108,9 +139,13 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> Checkpoint:
         selector.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {type(selector).__name__}: {error}") from error
+
+    # NaN loads without a word, and would only be refused as a score, far from its cause.
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{folder / WEIGHTS} holds NaN or infinity in {', '.join(broken)}")
+
+    # What is neither argument nor weight.
     try:
         calibration.attach(selector, config.get("calibration", {}))
     except ValueError as error:
@@ -121,7 +156,7 @@ def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> Checkpoint:
 def _check_size(make: Callable[[], Checkpoint], folder: Path) -> None:
     """Refuses a config that asks for far more than its weights fill, before a byte of it is allocated."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory
             wanted = sum(tensor.nbytes for tensor in make().state_dict().values())
     except NotImplementedError:  # a class that computes in its constructor
         return
@@ -155,6 +190,7 @@ def push(
     Returns:
         The address of the commit.
     """
+    # Slow to import, and only the hub needs it.
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -165,11 +201,13 @@ def push(
 
 
 def _folder(name_or_path: str | Path) -> Path:
+    """A folder that is there wins over a hub repository of the same name."""
     folder = Path(name_or_path)
     return folder if folder.is_dir() else _download(name_or_path)
 
 
 def _download(name: str | Path) -> Path:
+    """The three files of a hub repository, in the hub's cache; no other file of it is fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -180,6 +218,7 @@ def _download(name: str | Path) -> Path:
 
 
 def _default_card(selector: Checkpoint) -> str:
+    """A README.md with the metadata by which the hub lists a repository, and the way to load it."""
     return (
         "---\nlibrary_name: visual-token-selector\ntags: [visual-token-selection]\n---\n"
         f"# {type(selector).__name__}\n\n```python\nfrom selector import TokenSelector\n"

@@ -27,7 +27,7 @@ from selector.errors import UnreadableImage
 MAX_PIXELS = 64_000_000
 """Larger images are refused: a model sees some hundred thousand pixels of them, after minutes of decoding."""
 DARK = 96
-"""Of 255: where the median pixel is darker, the image is."""
+"""Brightness of 255 below which the median pixel makes an image dark."""
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 
@@ -50,7 +50,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of what `open_image` gives, from the file's header alone.
+    """(width, height) of what `open_image` returns, from the file's header alone.
 
     Raises:
         UnreadableImage: as `open_image`, as far as the header tells.
@@ -97,6 +97,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _eight_bit(image).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
+
+    # Pillow's own conversion drops the alpha channel, and shows what lies beneath transparent pixels: often black.
     seen = image.convert("RGBA")
     paper = Image.new("RGBA", seen.size, "white")
     return Image.alpha_composite(paper, seen).convert("RGB")
@@ -106,6 +108,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits by the rule of this module."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
+
+    # The content only decides which rule holds, or that none does; it never sets the scale.
     if image.mode == "F":
         if not (low >= 0 and high <= 255):  # False for NaN too
             raise ValueError(f"its float pixels must be within [0, 1] or [0, 255], they reach from {low} to {high}")
@@ -119,5 +123,6 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def is_dark(image: Image.Image) -> bool:
     """Whether most of an image is so dark that a dark veil would not show on it."""
+    # A couple of hundred pixels per side are enough for a median.
     small = image.reduce(max(1, min(image.size) // 200))
     return float(np.median(np.asarray(small.convert("L")))) < DARK

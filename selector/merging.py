@@ -7,7 +7,7 @@ Merging happens on the projected tokens, as the language model sees them: the me
 own feature, at the kept token's position. What never takes part: newline tokens (learned, not of the image), padding,
 and tokens that the model's own unpadding removed. Tokens flow only within their view: the base view shows the whole
 image coarsely, and averaging a coarse token into a fine one of the same place would blur what tiles are there for;
-with a budget a tile, a tile is a view. A dropped token whose view keeps nothing is gone.
+with a budget per tile, a tile is a view. A dropped token whose view keeps nothing is gone.
 
 Shapes: I images, L packed slots, C channels, E edges, d width of the language model.
 """
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selector.greedy import cosine_table, directions, extents
+from selector.numerics import cosine_table, directions, extents
 
 NOWHERE = -2
 """A view that no slot lies in."""
@@ -34,6 +34,11 @@ class Flow:
     Attributes:
         target, source: ``[E]`` packed slots, counted through the batch (``i * L + slot``).
         weight: ``[E]`` share of the source in its target.
+
+    Example:
+        >>> flow = Flow.mean(torch.tensor([[0, 0, 2]]))  # slot 1 goes into slot 0
+        >>> flow.apply([torch.tensor([[1.0], [3.0], [5.0]])])[0].tolist()
+        [[2.0], [3.0], [5.0]]
     """
 
     target: Int[Tensor, "E"]
@@ -42,20 +47,26 @@ class Flow:
 
     @classmethod
     def mean(cls, target: Int[Tensor, "I L"]) -> Flow:
-        """Every slot flows whole into one target (of its image; -1: nowhere), and targets are plain means.
+        """Every slot flows as a whole into one target of its image, and targets are plain means.
 
         Args:
-            target: packed slot, in 0..L-1, that each slot flows into; a target's own feature is part of its
-                mean only where it flows into itself.
+            target: packed slot, in 0..L-1, that each slot flows into, -1 for nowhere; a target's own feature is part
+                of its mean only where it flows into itself.
         """
         edge = target.flatten() >= 0
+
+        # Slots are numbered within their image in `target`, and through the batch in a flow.
         offset = torch.arange(len(target), device=target.device)[:, None] * target.shape[1]
         into = (target + offset).flatten()[edge]
         source = edge.nonzero()[:, 0]
         return cls(into, source, torch.ones_like(into, dtype=torch.float32)).normalized(target.numel())
 
     def normalized(self, slots: int) -> Flow:
-        """The same with the weights into every target divided by their sum."""
+        """The same flow with the weights into every target divided by their sum.
+
+        Args:
+            slots: packed slots of the whole batch, ``I * L``.
+        """
         total = self.weight.new_zeros(slots).index_add(0, self.target, self.weight)
         return Flow(self.target, self.source, self.weight / total[self.target])
 
@@ -68,6 +79,7 @@ class Flow:
         Returns:
             The same shapes and type; what is no target is untouched, to the bit.
         """
+        # Padded to one length, so that slots are numbered through the batch as the edges number them.
         length = max(len(rows) for rows in packed)
         table = torch.nn.utils.rnn.pad_sequence(list(packed), batch_first=True).flatten(0, 1)
 
@@ -78,6 +90,7 @@ class Flow:
         mixing = torch.sparse_coo_tensor(torch.stack([target, source]), weight.to(wide), shape, check_invariants=False)
         mixed = torch.sparse.mm(mixing, wide).to(table)
 
+        # Rows without an edge are zero in the product: those tokens are taken as they were.
         changed = torch.zeros(len(table), 1, dtype=torch.bool, device=table.device)
         changed[target] = True
         merged = torch.where(changed, mixed, table).view(len(packed), length, -1)
@@ -86,7 +99,19 @@ class Flow:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selector chose: the keep mask over the packed slots, and the flow of dropped tokens, if any."""
+    """What a selector chose.
+
+    Attributes:
+        keep: ``[I, L]`` the keep mask over the packed slots.
+        flow: how dropped tokens flow into kept ones; None where they are gone.
+
+    Example:
+        >>> from selector import Budget, Norm, VisualTokens
+        >>> tokens = VisualTokens.from_features(torch.tensor([[[1.0], [3.0], [2.0], [0.0]]]))
+        >>> selection = Norm(largest=True).select(tokens, Budget(2))
+        >>> selection.keep.tolist(), selection.flow
+        ([[False, True, True, False]], None)
+    """
 
     keep: Bool[Tensor, "I L"]
     flow: Flow | None = None
@@ -114,13 +139,16 @@ def nearest(
     most = max(1, *many)
     order = (~target).int().argsort(dim=1, stable=True)[:, :most]  # the targets first
     rows = directions(table)
+
+    # Rows of the tables below are all slots, columns the targets of `order`.
     chosen = rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
     similarity = cosine_table(rows, chosen, extents(source | target), many)
 
+    # Images have different numbers of targets: the columns past their own lie in no view, and match nothing.
     other = torch.where(target.gather(1, order), view.gather(1, order), NOWHERE)
     similarity.masked_fill_(view[:, :, None] != other[:, None], -torch.inf)
-    best, place = similarity.max(-1)
-    found = order.gather(1, place).masked_fill(best.isneginf() | ~source, -1)
+    best, column = similarity.max(-1)
+    goal = order.gather(1, column).masked_fill(best.isneginf() | ~source, -1)
 
-    own = torch.arange(target.shape[1], device=target.device).expand_as(found)
-    return torch.where(target, own, found)
+    own = torch.arange(target.shape[1], device=target.device).expand_as(goal)
+    return torch.where(target, own, goal)

@@ -1,9 +1,9 @@
 """The plug: a vision-language model with fewer visual tokens, through public arguments of transformers only.
 
-`prune_inputs` encodes the images with the model's own code, lets a selector choose, cuts the same placeholders out of
-the prompt and hands the surviving features over as ``mm_encoder_outputs``; prefill and KV cache are really shorter.
-`select_tokens` puts that around ``forward`` and ``generate`` of one model instance. No class is patched, nothing global
-changes, and all use of this seam is in this file. Needs transformers >= 5.19.
+`prune_inputs` encodes the images with the model's own code, lets a selector choose, cuts the dropped tokens'
+placeholders out of the prompt and hands the surviving features over as ``mm_encoder_outputs``; prefill and KV cache are
+really shorter. `select_tokens` puts that around ``forward`` and ``generate`` of one model instance. No class is
+patched, nothing global changes, and all use of this seam is in this file. Needs transformers >= 5.19.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from selector.registry import load_selector
 from selector.tokens import PAD, VisualTokens
 
 Positions = Literal["contiguous", "original"]
+"""Position ids of a shortened prompt, see `prune_inputs`."""
 
 
 @dataclass
@@ -61,7 +62,14 @@ class Pruned:
 
 @dataclass
 class SelectionLog:
-    """What a `select_tokens` block did: one entry an image, in the order of the calls."""
+    """What a `select_tokens` block did.
+
+    Attributes:
+        measured: per image, in the order of the calls, visual tokens that reached the language model.
+        full: the same before pruning.
+        selection_seconds: wall time of all selections.
+        last: the outcome of the latest call.
+    """
 
     measured: list[int] = field(default_factory=list)
     full: list[int] = field(default_factory=list)
@@ -69,6 +77,7 @@ class SelectionLog:
     last: Pruned | None = None
 
     def add(self, pruned: Pruned) -> None:
+        """Counts one call."""
         self.measured += pruned.measured
         self.full += pruned.full
         self.selection_seconds += pruned.selection_seconds
@@ -100,11 +109,15 @@ def prune_inputs(
         encoded: the same images already encoded, to prune them many times.
         relevance: where a selector needs `text` and the model has no text tower, see `selector.models.encode`.
 
+    Returns:
+        Arguments for ``forward`` or ``generate``, with ``mm_encoder_outputs`` in place of the pixels, and what was cut.
+
     Raises:
         ValueError: images without input_ids, placeholders and visual tokens do not match, an argument of the prompt's
             length that the model's adapter does not know, the selector acts inside the language model, or the
             selector's or budget's own errors.
     """
+    # What is wrong whatever the images show is refused before they are encoded.
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions must be 'contiguous' or 'original', got {positions!r}")
     if (selector is None) != (budget is None):
@@ -113,9 +126,11 @@ def prune_inputs(
         raise ValueError(f"{type(selector).__name__} acts inside the language model, and this plug cuts before it")
     if has_visuals(inputs) and inputs.get("input_ids") is None:
         raise ValueError("input_ids must be given with pixel_values: inputs_embeds have no placeholders to cut")
+
     encoded = encoded or encode(model, inputs, selector.needs if selector else (), relevance)
     if encoded is None:
         return Pruned(dict(inputs))
+
     adapter = adapter_of(model)
     if adapter.positions is not None and positions == "contiguous":
         raise ValueError(
@@ -123,11 +138,13 @@ def prune_inputs(
             "image are its rows and columns; use positions='original'"
         )
 
+    # Of the packed tokens, and of deepstack features if there are any, the same rows stay.
     keep, tables, seconds = _select(encoded, selector, budget)
     lengths = encoded.tokens.lengths.tolist()
     masks = [row[:n] for row, n in zip(keep, lengths, strict=True)]
     kept = [[feats[mask.to(feats.device)] for feats, mask in zip(table, masks, strict=True)] for table in tables]
 
+    # What the encoder took (pixels, image sizes) is used up; the rest goes on to the language model.
     encoder = getattr(model.base_model, f"get_{encoded.modality}_features")
     new = {name: value for name, value in inputs.items() if name not in inspect.signature(encoder).parameters}
     _check_rows(new, adapter, model_type_of(model))
@@ -177,6 +194,7 @@ def select_tokens(
         log.add(pruned)
         return pruned.inputs
 
+    # On the instance, not on its class: other models of the class go on as they are.
     with _borrowed(chosen, model.device):
         blocks = _Blocks.opened(model)
         block = (_pruned_forward(blocks.forward, prune), _pruned_generate(model, blocks.generate, prune, positions))
@@ -195,12 +213,16 @@ class _Blocks:
 
     def __init__(self, model: Any):
         self.owner = _caller()
+
+        # Methods that were set on the instance are put back in the end; those of its class only have to be uncovered.
         self.before = {name: vars(model)[name] for name in ("forward", "generate") if name in vars(model)}
         self.forward, self.generate = model.forward, model.generate
         self.open: list[tuple[Callable, Callable]] = []
 
     @classmethod
     def opened(cls, model: Any) -> _Blocks:
+        """The blocks of a model, made where none is open; a RuntimeError where they are another thread's or task's."""
+        # Locked, since two threads may ask at once and both find none.
         with cls.lock:
             blocks = vars(model).get(cls.NAME)
             if blocks is None:
@@ -213,15 +235,18 @@ class _Blocks:
             return blocks
 
     def enter(self, model: Any, block: tuple[Callable, Callable]) -> None:
+        """Puts a block's (forward, generate) on the model."""
         self.open.append(block)
         model.forward, model.generate = block
 
     def leave(self, model: Any, block: tuple[Callable, Callable]) -> None:
+        """Takes a block away, wherever it stands among the open ones; after the last, the model is as it was."""
         with self.lock:
             self.open = [other for other in self.open if other is not block]
             if self.open:
                 model.forward, model.generate = self.open[-1]
                 return
+
             for name in ("forward", "generate"):
                 delattr(model, name)
                 if name in self.before:
@@ -245,12 +270,15 @@ def _caller() -> tuple[int, Any]:
 @contextmanager
 def _borrowed(selector: TokenSelector, device: torch.device) -> Iterator[None]:
     """In evaluation mode and on `device` within the block; as it was after it."""
+    # Refused before anything is moved: from several devices there would be no way back.
     homes = {tensor.device for tensor in (*selector.parameters(), *selector.buffers())}
     if len(homes) > 1:
         raise ValueError(f"selector must be on one device, {type(selector).__name__} is on {sorted(map(str, homes))}")
     home = next(iter(homes), device)
     if home.type == "meta" and device.type != "meta":
         raise ValueError(f"selector must have weights, {type(selector).__name__} is on the meta device")
+
+    # Part by part, since some may be frozen in evaluation mode while the selector trains.
     modes = [(part, part.training) for part in selector.modules()]
     try:
         selector.to(device).eval()
@@ -263,6 +291,8 @@ def _borrowed(selector: TokenSelector, device: torch.device) -> Iterator[None]:
 
 
 def _pruned_forward(forward: Callable, prune: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable:
+    """``forward`` of shortened inputs where there are images; decoding steps and text pass through untouched."""
+
     @functools.wraps(forward)
     def pruned_forward(*args: Any, **kwargs: Any) -> Any:
         arguments = _named(forward, args, kwargs)
@@ -276,6 +306,8 @@ def _pruned_forward(forward: Callable, prune: Callable[[dict[str, Any]], dict[st
 def _pruned_generate(
     model: Any, generate: Callable, prune: Callable[[dict[str, Any]], dict[str, Any]], positions: Positions
 ) -> Callable:
+    """``generate`` of shortened inputs, whose result begins with the original prompt."""
+
     @functools.wraps(generate)
     def pruned_generate(*args: Any, **kwargs: Any) -> Any:
         arguments = _named(generate, args, kwargs)
@@ -283,6 +315,8 @@ def _pruned_generate(
             arguments["input_ids"] = arguments.pop("inputs")
         if not has_visuals(arguments):
             return generate(*args, **kwargs)
+
+        # Settings under which generate would misread a shortened prompt are refused.
         settings = arguments.get("generation_config") or model.generation_config
         if arguments.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size must be None: chunks are cut by the original prompt's length")
@@ -292,10 +326,14 @@ def _pruned_generate(
                 "positions='original' needs use_cache=True (or use positions='contiguous'): generate() drops a mask of "
                 "ones, and without mask and cache transformers reads gaps in position ids as packed sequences"
             )
+
         with torch.no_grad():  # as generate itself; and an assistant model deep-copies its arguments
             shortened = prune(arguments)
         prompt, start = arguments["input_ids"], shortened["input_ids"].shape[1]
         result = generate(**_shorter(shortened, model.generation_config, prompt.shape[1], start))
+
+        # The shortened prompt in front of every sequence is exchanged for the original; beams, and several sequences
+        # per row, repeat it.
         sequences = result if isinstance(result, Tensor) else result.sequences
         repeats = sequences.shape[0] // prompt.shape[0]
         sequences = torch.cat([prompt.repeat_interleave(repeats, 0).to(sequences), sequences[:, start:]], 1)
@@ -308,7 +346,7 @@ def _pruned_generate(
 
 
 def _named(function: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument by its name."""
+    """Every argument by its name, those that the function takes as ``**kwargs`` among them."""
     arguments = dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
     return arguments | arguments.pop("kwargs", {})
 
@@ -338,6 +376,7 @@ def _shorter(arguments: dict[str, Any], defaults: Any, full: int, start: int) ->
         changed["min_length"] = max(0, shortest - (full - start))
     if given is None:
         return arguments | changed
+
     # transformers wants either a config or arguments: what was no argument is corrected in a copy of the config.
     given = copy.deepcopy(given)
     for name, value in changed.items():
@@ -353,6 +392,8 @@ def _select(
     tables = [encoded.packed, *encoded.deepstack]
     if selector is None or budget is None:
         return encoded.tokens.slots != PAD, tables, 0.0
+
+    # A GPU works on after its calls have returned: both ends of what is timed wait for it.
     device = encoded.tokens.features.device
     _synchronize(device)
     start = time.perf_counter()
@@ -360,6 +401,7 @@ def _select(
         chosen: Selection = selector.select(encoded.tokens, budget)
     if chosen.flow is not None:
         tables = [chosen.flow.apply(table) for table in tables]
+
     _synchronize(device)
     return chosen.keep, tables, time.perf_counter() - start
 
@@ -383,6 +425,8 @@ def _check_rows(rest: Mapping[str, Any], adapter: Adapter, kind: str) -> None:
     for name, value in rest.items():
         if not isinstance(value, Tensor) or name in known:
             continue
+
+        # [..., B or 1, S]: the prompt's length behind its rows, or alone.
         shape = (1, *value.shape)
         if any(shape[axis] == ids.shape[1] and shape[axis - 1] in (1, len(ids)) for axis in range(1, len(shape))):
             raise ValueError(
@@ -399,12 +443,16 @@ def _shorten(
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     visual = ids == image_token_id
+
+    # A token more or less than there are placeholders would shift all behind it.
     if int(visual.sum()) != len(kept):
         raise ValueError(f"input_ids hold {int(visual.sum())} image placeholders, the images give {len(kept)} tokens")
     if mask.shape != ids.shape:
         raise ValueError(
             f"attention_mask must be of the shape of input_ids, {tuple(ids.shape)}, got {tuple(mask.shape)}"
         )
+
+    # What stays of each row: its text, and the placeholders of kept tokens, which come in packed order.
     keep = mask.bool() & ~visual
     keep[visual] = kept.to(keep.device)
     order, real = _compact(keep, right=bool((mask[:, -1] == 0).any()))
@@ -412,6 +460,7 @@ def _shorten(
     def take(values: Tensor, fill: int) -> Tensor:
         return values.gather(-1, order.expand(*values.shape[:-1], -1)).masked_fill(~real, fill)
 
+    # Everything that has the prompt's shape, each with what it holds at padding (-100: no label).
     adapter = adapter_of(model)
     new = {"input_ids": take(ids, _pad_id(model)), "attention_mask": real.to(mask.dtype)}
     padding = {"labels": -100} | {name: fill for name, (fill, _) in adapter.rows.items()}
@@ -419,6 +468,7 @@ def _shorten(
         if inputs.get(name) is not None:
             new[name] = take(inputs[name], fill)
 
+    # Positions of the caller's, of a model with axes of its own, or counted along the full prompt.
     if inputs.get("position_ids") is not None:
         new["position_ids"] = take(inputs["position_ids"], 0)
     elif adapter.positions is not None:
@@ -432,6 +482,7 @@ def _shorten(
 
 def _compact(keep: Bool[Tensor, "B S"], right: bool) -> tuple[Int[Tensor, "B R"], Bool[Tensor, "B R"]]:
     """Source columns of the shortened rows, order kept, padding on one side; and which columns are real."""
+    # A stable sort of a mask moves what is kept to one side, and leaves its order alone.
     width = int(keep.sum(1).max())
     order = (~keep if right else keep).int().argsort(dim=1, stable=True)
     order = order[:, :width] if right else order[:, order.shape[1] - width :]
@@ -439,10 +490,12 @@ def _compact(keep: Bool[Tensor, "B S"], right: bool) -> tuple[Int[Tensor, "B R"]
 
 
 def _pad_id(model: Any) -> int:
+    """What fills up shorter rows; masked, so that any id does where the model names none."""
     pad = model.generation_config.pad_token_id
     return 0 if pad is None else pad
 
 
 def _synchronize(device: torch.device) -> None:
+    """Waits for a GPU to finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -119,10 +119,13 @@ class Field:
 
 
 def _field(annotation: Any) -> Field:
+    """The rule that an annotation of `Record` states."""
     if get_origin(annotation) is Required:
         (annotation,) = get_args(annotation)
     kind, summary = get_args(annotation)
     kinds = get_args(kind) or (kind,)
+
+    # A whole number is written without a point, and JSON reads it back as an int.
     return Field((*kinds, int) if float in kinds else kinds, summary)
 
 
@@ -139,14 +142,17 @@ def check(record: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a name that `Record` lacks, or a value of another type, with both.
+
+    >>> check({"id": "page-1", "index": 0, "tokens": 64, "agrees": True})
     """
     for name in Record.__required_keys__ - record.keys():
         raise ValueError(f"a record must have {name}")
     for name, value in record.items():
         if name not in FIELDS:
             raise ValueError(f"a record must have none but the fields of selector.record.Record, got {name!r}")
-        kinds = FIELDS[name].kinds
+
         # A bool is an int to Python, and a number below zero is no count.
+        kinds = FIELDS[name].kinds
         if type(value) not in kinds or (type(value) is int and float not in kinds and value < 0):
             wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
             raise ValueError(f"a record must have {name} as {wanted}, got {value!r:.80}")

@@ -1,9 +1,10 @@
-"""Records: one folder an experiment, one JSON line a sample, under a key that changes with everything that matters.
+"""Records: one folder per experiment, one JSON line per sample, under a key that changes with whatever matters.
 
 ``RUN/<key>/settings.json`` says what was measured and ``predictions.jsonl`` what came out. A line is written in one
-go after its sample is done: a kill loses the sample at work and no other. A line that a kill cut short is found and
-redone. A broken line elsewhere is an error: it is never silently dropped. A shard of a run writes a file of its own
-beside it (``predictions.0-of-2.jsonl``), so that no two processes ever write one file; reading joins them all.
+write after its sample is done: a kill loses the sample at work and no other. A line that a kill cut short is detected,
+and its sample done again. A broken line elsewhere is an error: it is never silently dropped. A shard of a run writes a
+file of its own beside it (``predictions.0-of-2.jsonl``), so that no two processes ever write one file; reading joins
+them all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FLIPS = ("same", "right_to_wrong", "wrong_to_right", "wrong_to_wrong", "right_to
 PREDICTIONS, SETTINGS, RUN, IMAGES = "predictions.jsonl", "settings.json", "run.json", "images"
 
 Shard = tuple[int, int]
-"""(number, of how many): this process takes the samples whose index leaves `number` over."""
+"""(number, total): this process takes the samples with ``index % total == number``."""
 WHOLE: Shard = (0, 1)
 
 
@@ -34,7 +35,16 @@ class Records:
     """The records of one key, by sample id; appends survive a kill.
 
     Args:
+        run: folder of the run.
+        settings: everything that the records depend on, see `key_of`.
+        shard: the part of the samples whose file is written; the others' records are read too.
         fresh: forget what is there, unread: a broken file is no hindrance to starting over.
+
+    Attributes:
+        done: record by sample id, of all shards.
+
+    Raises:
+        UsageError: a folder that cannot be written to, or a broken file.
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE, fresh: bool = False):
@@ -45,16 +55,27 @@ class Records:
             write_json(self.folder / SETTINGS, settings)
         if fresh:
             self.clear()
+
+        # Only the own file is repaired: another process may be in the middle of a line of its own.
         read_records(self.path, repair=True)
+        # What is done counts whoever did it: a run may be resumed by another number of shards.
         self.done = {record["id"]: record for record in read_folder(self.folder)}
 
     def append(self, record: Record) -> None:
+        """Writes one record behind those of its shard.
+
+        Raises:
+            UsageError: the disk is full, or the file cannot be written.
+            ValueError: NaN or infinity in the record, which JSON cannot hold.
+        """
+        # The whole line at once: a kill cuts this line short, or none.
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         with output(self.path), self.path.open("ab") as file:
             file.write(line.encode())
         self.done[record["id"]] = record
 
     def clear(self) -> None:
+        """Deletes the records of all shards."""
         for path in _parts(self.folder):
             path.unlink()
         self.done = {}
@@ -62,11 +83,12 @@ class Records:
 
 def read_folder(folder: Path) -> list[Record]:
     """The records of one key from all its shards, each sample once, in the order of the samples."""
-    found = {record["id"]: record for path in _parts(folder) for record in read_records(path)}
-    return sorted(found.values(), key=lambda record: record.get("index", 0))
+    records = {record["id"]: record for path in _parts(folder) for record in read_records(path)}
+    return sorted(records.values(), key=lambda record: record.get("index", 0))
 
 
 def _parts(folder: Path) -> list[Path]:
+    """The files of all shards, however many processes the run was shared by before."""
     return sorted(folder.glob("predictions*.jsonl"))
 
 
@@ -79,10 +101,13 @@ def lock(run: Path, shard: Shard) -> IO[str]:
     with output(run):
         run.mkdir(parents=True, exist_ok=True)
         file = (run / f".lock-{shard[0]}-of-{shard[1]}").open("w")
+
+    # An advisory lock of the kernel: unlike a file that marks the run as taken, it cannot outlive a killed process.
     try:
         import fcntl
     except ImportError:  # Windows: nothing to lock with
         return file
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -104,10 +129,13 @@ def read_records(path: Path, repair: bool = False) -> list[Record]:
     """
     if not path.is_file():
         return []
+
+    # A record counts from its newline on: without it, the write was interrupted.
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if repair and whole < len(data):
         os.truncate(path, whole)
+
     records: list[Record] = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
@@ -116,6 +144,8 @@ def read_records(path: Path, repair: bool = False) -> list[Record]:
             raise UsageError(
                 f"{path} line {number} is not JSON ({error}); repair it or start over with --fresh"
             ) from error
+
+        # Only what every reader relies on; `selector.record.check` has seen the rest when it was written.
         if (
             not isinstance(record, dict)
             or not isinstance(record.get("id"), str)
@@ -135,7 +165,7 @@ def seeing_question(plan: Mapping[str, Any]) -> frozenset[str]:
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
-    """Folder name of an experiment: a hash of everything that its records depend on."""
+    """Folder name of an experiment: a hash of everything that its records depend on, whatever the order of names."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

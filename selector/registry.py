@@ -29,7 +29,11 @@ from selector.base import TokenSelector
 
 
 def available_selectors() -> dict[str, type[TokenSelector]]:
-    """Every shipped selector class by its short name."""
+    """Every shipped selector class by its short name.
+
+    >>> available_selectors()["svd-prune"].__name__
+    'SVDPrune'
+    """
     return {name: _class_of(name) for name in _names()}
 
 
@@ -37,12 +41,18 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
     """A selector from any of the forms above, or the object itself.
 
     Args:
+        spec: see the module.
         allow: packages beside ``selector`` whose classes a spec or a checkpoint may name. A selector class that is
             already defined in this process needs no permission.
 
     Raises:
         ValueError: unknown name (with the closest ones), wrong argument, or a learned selector without a checkpoint.
+
+    Example:
+        >>> load_selector("norm:largest=false")
+        Norm(largest=False)
     """
+    # Objects, and the schema of config.json.
     if isinstance(spec, TokenSelector):
         return spec
     if isinstance(spec, Mapping):
@@ -51,6 +61,9 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         return _built(spec, allow)
     if not isinstance(spec, (str, Path)) or not str(spec):
         raise ValueError(f"selector must be a name, a folder or a mapping, got {spec!r}")
+
+    # A checkpoint: a folder whose name may hold a colon, then the hub, then a folder with `merge` behind a colon. A
+    # shipped name wins over a folder of that name, so that a spec means the same in every working directory.
     if isinstance(spec, Path) or (Path(spec).is_dir() and spec not in _names()):
         return TokenSelector.from_pretrained(spec, allow=allow)
     name, _, arguments = spec.partition(":")
@@ -63,12 +76,15 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         if set(given) - {"merge"}:
             raise ValueError(f"selector {spec!r}: a checkpoint has its arguments, it takes merge=nearest alone")
         return _merging(TokenSelector.from_pretrained(name, allow=allow), given.get("merge"))
+
+    # A shipped name, or an error with the closest ones.
     if name not in _names():
         if "/" in spec:
             raise ValueError(f"no selector checkpoint at {spec!r}: the folder does not exist")
         close = difflib.get_close_matches(name, _names(), n=3, cutoff=0.4)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ValueError(f"unknown selector {name!r}: not one of {', '.join(_names())}, nor a checkpoint folder{hint}")
+
     cls = _class_of(name)
     _refuse_untrained(cls, name)
     return _construct(cls, _arguments(spec, arguments), allow)
@@ -76,6 +92,7 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
 
 def _built(spec: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:
     """From ``class_path`` and ``init_args``; ``merge`` may stand among them, at every level."""
+    # Not `schema.build`: parts may be specs in a text, and `merge` is an argument of no constructor.
     arguments = {
         name: _built(value, allow) if isinstance(value, Mapping) and "class_path" in value else value
         for name, value in dict(spec.get("init_args") or {}).items()
@@ -86,6 +103,7 @@ def _built(spec: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:
 
 
 def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
+    """Raises a ValueError for a learned class: only a checkpoint has its weights."""
     if cls.learned:
         raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, it means nothing untrained")
 
@@ -93,23 +111,29 @@ def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
 def _construct(cls: type[TokenSelector], arguments: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:
     """A selector from arguments in which other selectors may still be specs, and ``merge`` may wrap the whole."""
     parameters = inspect.signature(cls).parameters
+
+    # Taken out where the class itself has no argument of that name, as Merge does.
     given = dict(arguments)
     merge = given.pop("merge", None) if "merge" not in parameters else None
     for name in given.keys() & parameters.keys():
+        # Annotations are texts here: every module of selectors postpones their evaluation.
         if parameters[name].annotation == "TokenSelector":
             given[name] = load_selector(given[name], allow)
     return _merging(schema.construct(cls, given), merge)
 
 
 def _merging(selector: TokenSelector, how: str | None) -> TokenSelector:
+    """The selector itself, or wrapped so that dropped tokens flow into kept ones."""
     return selector if how is None else _class_of("merge")(selector, how)
 
 
 def _names() -> list[str]:
+    """Short names of the files in ``selector/methods``, without importing them."""
     return sorted(info.name.replace("_", "-") for info in pkgutil.iter_modules(methods.__path__))
 
 
 def _class_of(name: str) -> type[TokenSelector]:
+    """The one selector class that a file defines; what it imports from others does not count."""
     module = importlib.import_module(f"selector.methods.{name.replace('-', '_')}")
     (cls,) = [
         value
@@ -120,6 +144,7 @@ def _class_of(name: str) -> type[TokenSelector]:
 
 
 def _arguments(spec: str, text: str) -> dict[str, Any]:
+    """``"energy=0.5,center=false"`` as names and values; `spec` is the whole, for error messages."""
     arguments = {}
     for part in filter(None, _parts(text)):
         key, equals, value = part.partition("=")
@@ -128,6 +153,9 @@ def _arguments(spec: str, text: str) -> dict[str, Any]:
         key, inner = key.strip(), value.strip()
         if key in arguments:
             raise ValueError(f"selector {spec!r}: {key} is given twice")
+
+        # In parentheses: the spec of another selector, read when its parameter is known to take one. Otherwise YAML
+        # decides what is a number, a truth value or a text, as it does in a config file.
         nested = inner.startswith("(") and inner.endswith(")")
         try:
             arguments[key] = inner[1:-1] if nested else yaml.safe_load(value)

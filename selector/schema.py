@@ -18,7 +18,12 @@ Built = TypeVar("Built", bound=nn.Module)
 
 
 def class_path(cls: type) -> str:
-    """Where a class is found: its module and its name, with dots."""
+    """Where a class is found: its module and its name, with dots.
+
+    >>> from selector.budget import Budget
+    >>> class_path(Budget)
+    'selector.budget.Budget'
+    """
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -35,6 +40,7 @@ def init_args(module: nn.Module) -> dict[str, Any]:
     for parameter in inspect.signature(type(module)).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{name} must name its arguments one by one, got {parameter}")
+
         # Not AttributeError: nn.Module would take it for "no attribute init_args" and hide which one is missing.
         if not hasattr(module, parameter.name):
             raise TypeError(f"{name} must keep argument {parameter.name!r} as self.{parameter.name}")
@@ -43,7 +49,7 @@ def init_args(module: nn.Module) -> dict[str, Any]:
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """What `build` makes the module from again, but for its weights."""
+    """The mapping from which `build` makes the module again, all but its weights."""
     return {"class_path": class_path(type(module)), "init_args": init_args(module)}
 
 
@@ -70,6 +76,7 @@ def build(
     if check is not None:
         check(cls, path)
 
+    # Inner objects first: the outer constructor gets objects, and its own checks see them.
     made = {
         name: build(str(value["class_path"]), dict(value.get("init_args") or {}), root, allow, check)
         if isinstance(value, Mapping) and "class_path" in value
@@ -81,6 +88,7 @@ def build(
 
 def imported(path: str, root: type[Built], allow: Iterable[str] = ()) -> type[Built]:
     """The class of a class_path; see `build`."""
+    # A class that is already defined runs no code by being named, wherever it is from (a notebook's is in __main__).
     for known in _subclasses(root):
         if class_path(known) == path:
             return known
@@ -92,6 +100,7 @@ def imported(path: str, root: type[Built], allow: Iterable[str] = ()) -> type[Bu
             f"class_path {path!r} is not from {' or '.join(trusted)}: import its module, or allow its package"
         )
 
+    # Importing a module runs it: only now, with permission.
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -102,7 +111,12 @@ def imported(path: str, root: type[Built], allow: Iterable[str] = ()) -> type[Bu
 
 
 def construct(cls: type[Built], arguments: Mapping[str, Any]) -> Built:
-    """An object of a class, its arguments checked against the signature first; errors name the argument."""
+    """An object of a class, its arguments checked against the signature first.
+
+    Raises:
+        ValueError: an argument that is missing, unknown or of a wrong type, by name; or the constructor's own.
+    """
+    # The constructor may raise TypeErrors of its own; those of a wrong call are told apart by binding first.
     signature = inspect.signature(cls)
     try:
         signature.bind(**arguments)
@@ -115,17 +129,20 @@ def construct(cls: type[Built], arguments: Mapping[str, Any]) -> Built:
 
 def _check_plain(cls: type, argument: str, annotation: Any, value: Any) -> None:
     """Refuses a value of the wrong type where a number, a truth value or a text is asked for: no "maybe" for a bool."""
+    # A text under `from __future__ import annotations`, else a type or a union of types.
     annotation = getattr(annotation, "__name__", str(annotation))
     wanted = set(annotation.split(" | "))
     if not wanted <= {"bool", "int", "float", "str", "None"}:
         return  # the class itself knows
 
+    # By exact type: a bool is an int to Python, and no number to us. An int does for a float.
     given = "None" if value is None else type(value).__name__
     if given not in wanted and not (given == "int" and "float" in wanted):
         raise ValueError(f"init_args of {cls.__name__}: {argument} must be {annotation}, got {value!r}")
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON holds it: tuples as lists, modules as their description."""
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     if isinstance(value, dict):
@@ -134,6 +151,7 @@ def _plain(value: Any) -> Any:
 
 
 def _subclasses(cls: type[Built]) -> Iterator[type[Built]]:
+    """All classes below this one, at any depth."""
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)

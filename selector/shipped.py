@@ -11,5 +11,5 @@ ROOT = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
 
 
 def places(name: str) -> tuple[Path, Path]:
-    """Where a file or folder of that name may be: from the current folder, else among what ships."""
+    """Where a file or folder of that name may be: relative to the current folder, or else among what ships."""
     return Path(name), ROOT / name

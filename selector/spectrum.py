@@ -3,15 +3,15 @@
 Pure linear algebra, batched over the leading dimensions. Singular values s_1 >= s_2 >= ... of F ``[N, D]``;
 p_i = s_i² / Σ s²; rank-k leverage of token t: l_t = ‖U[t, :k]‖², in [0, 1], Σ_t l_t = k.
 
-The full SVD is the wrong primitive (seconds at [2880, 4096]). Leverage needs only the left singular vectors of the
-leading values, so the exact method takes the eigenvectors of the float32 Gram matrix of the shorter side, or, where
-that is large and few values hold the energy, a seeded block subspace iteration (Halko et al., arXiv 0909.4061, Alg.
-4.4) until the scores stand still; where the spectrum is too flat for that, it is the whole decomposition after all. The
-fast method stops after a fixed number of iterations.
+A full SVD takes seconds at [2880, 4096], and leverage needs only the left singular vectors of the leading values. So
+the exact method takes the eigenvectors of the float32 Gram matrix of the shorter side, or, where that is large and few
+values hold the energy, a seeded block subspace iteration (Halko et al., arXiv 0909.4061, Alg. 4.4) until the scores no
+longer change; where the spectrum is too flat for that, it falls back on the whole decomposition. The fast method stops
+after a fixed number of iterations.
 
 Leverage does not depend on the sign or the rotation of singular vectors, except at a degenerate cut (s_k ≈ s_{k+1}),
-where the kept subspace itself is not determined. At full rank every leverage is 1 (centred: almost): truncation is what
-makes it mean anything, so that case warns.
+where the kept subspace itself is not determined. At full rank every leverage is 1 (centred: almost): only truncation
+makes it tell tokens apart, so that case warns.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selector.greedy import gram
+from selector.numerics import gram
 
 RIDGE_ERROR = 1e-2
-"""Bound on the rounding of ridge leverage scores from which on they are computed in the next larger type."""
-
+"""Rounding error of ridge leverage scores above which they are computed in the next larger type."""
 RIDGE_SKETCH = 128
-"""Directions that fast ridge leverage scores know exactly."""
+"""Leading directions that fast ridge leverage scores treat exactly."""
 SKETCH_FROM = 512
 """Smaller side from which on a sketch is tried before the whole decomposition."""
 SKETCHES = (64, 128)
 """Widths of the sketches; a wider one costs about as much as the decomposition."""
 SKETCH_TURNS, SKETCH_ERROR = 16, 2e-5
-"""Turns of the iteration at most, and the change of a score from one turn to the next that counts as none."""
+"""Most turns of the iteration, and the largest change of a score between two turns at which it has converged."""
 
 
 class FullRankWarning(UserWarning):
@@ -79,9 +78,16 @@ def leverage_scores(
 
     Raises:
         ValueError: both or neither of rank and energy, values out of range, NaN or infinity in the features.
+
+    Example:
+        >>> rows = torch.tensor([[3.0, 0.0], [4.0, 0.0], [0.0, 0.1]])
+        >>> [round(score, 4) for score in leverage_scores(rows, rank=1, center=False).scores.tolist()]
+        [0.36, 0.64, 0.0]
     """
     check_rank(rank, energy, method)
     matrix, present = _prepare(features, center, normalize_rows, mask)
+
+    # The largest rank that a matrix of so many present rows can have: centring takes one.
     full = torch.minimum(present.sum(-1) - int(center), torch.full_like(present.sum(-1), matrix.shape[-1])).clamp(min=0)
     wanted, used, scores = _by_matrix(matrix, rank, energy, method, seed)
     if bool(((wanted >= full) & (full > 0)).any()):
@@ -91,6 +97,8 @@ def leverage_scores(
             FullRankWarning,
             stacklevel=2,
         )
+
+    # Rows that do not exist get exactly 0, not rounding noise.
     scores = scores * present
     scores = scores if features.dtype == torch.float64 else scores.float()
     return Leverage(scores.clamp(0, 1), used)
@@ -100,6 +108,7 @@ def _by_matrix(
     matrix: Float[Tensor, "*B N D"], rank: int | None, energy: float | None, method: str, seed: int
 ) -> tuple[Int[Tensor, "*B"], Int[Tensor, "*B"], Float[Tensor, "*B N"]]:
     """The rank asked for and the rank used of each matrix, and its scores."""
+    # Small matrices are decomposed as one batch.
     batch = matrix.shape[:-2]
     rows = matrix.reshape(-1, *matrix.shape[-2:])
     if min(rows.shape[-2:]) < SKETCH_FROM and not (method == "fast" and rank is not None):
@@ -108,15 +117,16 @@ def _by_matrix(
         # Whether a sketch does is asked of each matrix by itself: its neighbours must not decide.
         parts = [(one[None], _leading(one, rank, energy, method, seed)) for one in rows]
 
-    found = []
+    outcomes = []
     for part, (left, squares) in parts:
+        # A sketch holds the leading values only, so their share is taken of the matrix's own total.
         total = _energy(part)
         numeric = (squares > squares[..., :1] * 10 * torch.finfo(part.dtype).eps).sum(-1)  # below: rounding noise
         wanted = torch.full_like(numeric, rank) if rank is not None else energy_rank(squares, float(energy or 0), total)
         used = torch.minimum(wanted, numeric)
         inside = torch.arange(left.shape[-1], device=left.device) < used[..., None]
-        found.append((wanted, used, (left.square() * inside[..., None, :]).sum(-1)))
-    wanted, used, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+        outcomes.append((wanted, used, (left.square() * inside[..., None, :]).sum(-1)))
+    wanted, used, scores = (torch.cat(parts) for parts in zip(*outcomes, strict=True))
     return wanted.view(batch), used.view(batch), scores.view(*batch, -1)
 
 
@@ -128,28 +138,35 @@ def _leading(
         return _subspace(matrix[None], rank, seed)
     if min(matrix.shape) >= SKETCH_FROM:
         for width in SKETCHES:
-            if (found := _converged(matrix, rank, energy, width, seed)) is not None:
-                return found
+            if (leading := _converged(matrix, rank, energy, width, seed)) is not None:
+                return leading
     return _gram(matrix[None])
 
 
 def _converged(
     matrix: Float[Tensor, "N D"], rank: int | None, energy: float | None, width: int, seed: int
 ) -> tuple[Float[Tensor, "1 N R"], Float[Tensor, "1 R"]] | None:
-    """The same by subspace iteration until the scores stand still; None where that takes more than a sketch so wide.
+    """`_leading` by subspace iteration until the scores no longer change; None where a sketch of that width fails.
 
     The squared Frobenius norm is the sum of all squared singular values, so leading ones tell their share of it.
     """
     total = _energy(matrix)
+
+    # The last quarter of a sketch converges slowly: what is needed must lie in front of it.
     if rank is not None and rank > width * 3 // 4:
         return None
+
+    # Drawn on the CPU, so that a seed means the same sketch on every device.
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
     basis, before = torch.linalg.qr(matrix @ start).Q, None
     for turn in range(SKETCH_TURNS):
+        # Singular values of the matrix within the sketch (Rayleigh-Ritz), descending.
         image = matrix.mT @ basis
         squares, vectors = torch.linalg.eigh(image.mT @ image)
         squares, vectors = squares.flip(-1).clamp(min=0), vectors.flip(-1)
+
+        # How many of them the cut needs, and whether the sketch holds that many.
         reached = squares.sum(dtype=torch.float64)
         needed = rank or int(energy_rank(squares, float(energy or 0), total))
         enough = rank is not None or bool(reached >= float(energy or 0) * total)
@@ -157,6 +174,8 @@ def _converged(
         # The share that the sketch holds only grows; where it starts far off, the spectrum is flat.
         if turn >= 2 and (not enough or needed > width * 3 // 4):
             return None
+
+        # The scores are what has to converge: vectors may go on turning within a subspace that stands.
         left = basis @ vectors
         scores = left[:, :needed].square().sum(-1)
         if before is not None and enough and bool((scores - before).abs().max() <= SKETCH_ERROR):
@@ -193,8 +212,8 @@ def ridge_leverage_scores(
         center: subtract the mean row first (otherwise a strong common mean sets λ).
         normalize_rows: scale rows to unit length after centring.
         mask: ``[*B, N]`` rows that exist; the others get score 0 and do not influence the rest.
-        method: ``"exact"``, or ``"fast"``: the leading 128 directions by a seeded sketch of the channels, and what they
-            leave of each row as if it were spread evenly over all other directions.
+        method: ``"exact"``, or ``"fast"``: the leading 128 directions come from a seeded sketch of the channels, and
+            what they leave of each row is taken as spread evenly over all other directions.
         seed: of the sketch.
 
     Returns:
@@ -208,13 +227,18 @@ def ridge_leverage_scores(
     _check_alpha(alpha, width)
     check_method(method)
     matrix, present = _prepare(features, center, normalize_rows, mask)
+
     # Only ratios matter, and entries near 1 neither overflow nor vanish when squared.
     largest = _largest(matrix)[..., None, None]
     matrix = matrix / largest.masked_fill(largest == 0, 1)
     if _ridge_error(alpha, width, matrix.dtype) > RIDGE_ERROR:
         matrix = matrix.double()
+
+    # λ, by the trace of the Gram matrix, which is the squared Frobenius norm.
     total = _energy(matrix)
     ridge = (alpha * total / width).masked_fill(total == 0, 1)  # a zero matrix: any ridge gives zero scores
+
+    # By a sketch, by the [N, N] matrix of products, or by the [D, D] one, whichever is smaller.
     if method == "fast" and min(matrix.shape[-2:]) > RIDGE_SKETCH:
         rows = matrix.reshape(-1, *matrix.shape[-2:])
         scores = torch.stack([_sketched_ridge(one, r, seed) for one, r in zip(rows, ridge.reshape(-1), strict=True)])
@@ -226,6 +250,7 @@ def ridge_leverage_scores(
     else:
         factor = _inverse_factor(matrix.mT @ matrix, ridge)
         scores = (matrix @ factor.mT.to(matrix.dtype)).square().sum(-1)
+
     scores = (scores * present).clamp(0, 1)  # rounding alone can leave the range
     return scores if features.dtype == torch.float64 else scores.float()
 
@@ -233,12 +258,21 @@ def ridge_leverage_scores(
 def residual_norms(
     features: Float[Tensor, "*B N D"], rank: int, *, center: bool = True, mask: Bool[Tensor, "*B N"] | None = None
 ) -> Float[Tensor, "*B N"]:
-    """Length of each row's residual to the span of the `rank` leading right singular vectors; 0 for masked rows."""
+    """Length of each row's residual to the span of the `rank` leading right singular vectors.
+
+    Args:
+        features: ``[*B, N, D]``, any float type.
+        rank: singular vectors in the span, >= 1.
+        center: subtract the mean row first.
+        mask: ``[*B, N]`` rows that exist; the others get 0.
+    """
     matrix, _ = _prepare(features, center, False, mask)
     rows = matrix.reshape(-1, *matrix.shape[-2:])
     left = torch.cat([_leading(one, rank, None, "exact", 0)[0][..., :rank] for one in rows]).view(
         *matrix.shape[:-1], -1
     )
+
+    # With the left vectors: U Uᵀ X is X V Vᵀ, and V is not computed here.
     residual = (matrix - left @ (left.mT @ matrix)).norm(dim=-1)
     return residual if features.dtype == torch.float64 else residual.float()
 
@@ -246,7 +280,11 @@ def residual_norms(
 def singular_values(
     features: Float[Tensor, "*B N D"], *, center: bool = False, mask: Bool[Tensor, "*B N"] | None = None
 ) -> Float[Tensor, "*B R"]:
-    """Singular values, descending, R = min(N, D); float64 Gram of the shorter side, so small values stay meaningful."""
+    """Singular values, descending, R = min(N, D).
+
+    Through the Gram matrix of the shorter side, in float64: squaring halves the digits, and small values stay
+    meaningful only there. Features ``[*B, N, D]``; rows where `mask` is False do not count.
+    """
     matrix, _ = _prepare(features.double(), center, False, mask)
     if matrix.shape[-2] < matrix.shape[-1]:
         matrix = matrix.mT
@@ -256,28 +294,55 @@ def singular_values(
 def energy_rank(
     squares: Float[Tensor, "*B R"], energy: float, total: Float[Tensor, "*B"] | None = None
 ) -> Int[Tensor, "*B"]:
-    """Smallest k with Σ_{i<=k} s_i² >= energy · total, from squared singular values in descending order."""
+    """Smallest k with Σ_{i<=k} s_i² >= energy · total.
+
+    Args:
+        squares: ``[*B, R]`` squared singular values in descending order; leading ones are enough.
+        energy: share of the total, in (0, 1].
+        total: ``[*B]`` sum of all of them; by default that of `squares`.
+
+    Raises:
+        ValueError: energy out of range.
+
+    Example:
+        >>> energy_rank(torch.tensor([6.0, 3.0, 1.0]), 0.8).item()
+        2
+    """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy}")
     cumulative = squares.double().cumsum(-1)
     total = cumulative[..., -1] if total is None else total.double()
+
     # Rounding must not push energy=1 past the last component.
     short = cumulative < energy * total[..., None] * (1 - 1e-6)
     return (short.sum(-1) + 1).clamp(max=squares.shape[-1]).masked_fill(total == 0, 0)
 
 
 def inverse_participation_ratio(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B"]:
-    """IPR = Σ p_i² of singular values, in [1/r, 1]: 1/r for a flat spectrum, 1 for a single component (LoFi)."""
+    """IPR = Σ p_i² of singular values ``[*B, R]``: 1/R for a flat spectrum, 1 for a single component (LoFi).
+
+    Raises:
+        ValueError: a spectrum of zeros.
+
+    Example:
+        >>> inverse_participation_ratio(torch.ones(4)).item()
+        0.25
+    """
     return _shares(values).square().sum(-1)
 
 
 def effective_rank(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B"]:
-    """exp(−Σ p log p) of singular values, in [1, r] (Roy & Vetterli 2007, on squared values)."""
+    """exp(−Σ p log p) of singular values ``[*B, R]``, in [1, R] (Roy & Vetterli 2007, there on the values themselves).
+
+    Raises:
+        ValueError: a spectrum of zeros.
+    """
     p = _shares(values)
     return torch.special.entr(p).sum(-1).exp()
 
 
 def _shares(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B R"]:
+    """p_i, the shares of the energy, in float64."""
     squares = values.double().square()
     total = squares.sum(-1, keepdim=True)
     if bool((total == 0).any()):
@@ -288,18 +353,24 @@ def _shares(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B R"]:
 def _prepare(
     features: Float[Tensor, "*B N D"], center: bool, normalize_rows: bool, mask: Bool[Tensor, "*B N"] | None
 ) -> tuple[Float[Tensor, "*B N D"], Bool[Tensor, "*B N"]]:
+    """(the matrices as they are decomposed, which of their rows exist)."""
     present = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device) if mask is None else mask
+
     # Uncentred, the square of a strong mean would swallow the rest of a float32 Gram matrix.
     matrix = features.double() if features.dtype == torch.float64 or not center else features.float()
     if not bool(present.all()):
         matrix = matrix.masked_fill(~present[..., None], 0)
+
     # A sum is many times faster than a look at every value; finite values may overflow it, so it only excuses.
     if not bool(torch.isfinite(matrix.sum())) and not bool(torch.isfinite(matrix).all()):
         raise ValueError("features must be finite: got NaN or infinity")
+
+    # Both steps concern rows that exist: masked ones are zero before and after.
     if center:
         count = present.sum(-1).clamp(min=1)[..., None, None]
         scale = _largest(matrix)
         matrix = (matrix - matrix.sum(-2, keepdim=True) / count).mul_(present[..., None])
+
         # Identical rows leave rounding noise behind, which must not be mistaken for variance.
         noise = _largest(matrix) <= 8 * torch.finfo(matrix.dtype).eps * scale
         if bool(noise.any()):
@@ -310,6 +381,7 @@ def _prepare(
 
 
 def _largest(matrix: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B"]:
+    """Largest absolute value of each matrix."""
     return torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1))
 
 
@@ -325,6 +397,8 @@ def _gram(matrix: Float[Tensor, "*B N D"]) -> tuple[Float[Tensor, "*B N R"], Flo
         return vectors.flip(-1), squares.flip(-1).clamp(min=0)
     squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
     squares, vectors = squares.flip(-1).clamp(min=0), vectors.flip(-1)
+
+    # U = X V / s; where s is 0, so is X V, and the column stays 0.
     tiny = torch.finfo(matrix.dtype).tiny
     return (matrix @ vectors) / squares.clamp(min=tiny).sqrt()[..., None, :], squares
 
@@ -347,7 +421,11 @@ def _inverse_diagonal(
 
 
 def _sketched_ridge(matrix: Float[Tensor, "N D"], ridge: Float[Tensor, ""], seed: int) -> Float[Tensor, "N"]:
-    """Ridge leverage of one matrix, exact in the leading directions that a sketch finds, even in the others."""
+    """Ridge leverage of one matrix: exact in the leading directions, which a sketch finds, averaged over the others.
+
+    Σ_j U[i, j]² s_j² / (s_j² + λ), with one mean s² for all directions outside of the sketch.
+    """
+    # Two turns are enough for a soft cut, which does not hinge on the last direction.
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], RIDGE_SKETCH, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
@@ -358,6 +436,7 @@ def _sketched_ridge(matrix: Float[Tensor, "N D"], ridge: Float[Tensor, ""], seed
     squares = squares.clamp(min=0).double()
     shares = (basis @ vectors).double().square()
 
+    # ‖x_i‖² = Σ_j U[i, j]² s_j²: what the leading directions leave of it is the others'.
     length = torch.linalg.vector_norm(matrix, dim=-1).double().square()
     rest = (length - shares @ squares).clamp(min=0)
     even = rest.sum() / (min(matrix.shape) - RIDGE_SKETCH)  # mean squared value of the other directions
@@ -373,6 +452,7 @@ def _ridge_error(alpha: float, width: int, dtype: torch.dtype) -> float:
 
 
 def _check_alpha(alpha: float, width: int) -> None:
+    """Raises a ValueError where alpha is no ridge, or one that even float64 would lose in rounding."""
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be finite and above 0, got {alpha}")
     if _ridge_error(alpha, width, torch.float64) > RIDGE_ERROR:
@@ -383,11 +463,18 @@ def _check_alpha(alpha: float, width: int) -> None:
 def _subspace(
     matrix: Float[Tensor, "*B N D"], rank: int, seed: int, extra: int = 32, iterations: int = 8
 ) -> tuple[Float[Tensor, "*B N R"], Float[Tensor, "*B R"]]:
+    """Leading left singular vectors and squared values by a fixed number of iterations (Halko et al., Alg. 4.4).
+
+    Args:
+        extra: width of the sketch beyond the rank, which makes the leading directions converge faster.
+    """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[-1], rank + extra, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
+
+    # The decomposition of a matrix of so few rows is cheap, and turned back by the basis.
     left, squares = _gram(basis.mT @ matrix)
     return basis @ left, squares
 
@@ -396,17 +483,17 @@ def check_seed(seed: int) -> None:
     """Refuses a seed that torch's generators do not take.
 
     Raises:
-        ValueError: beyond 64 bits.
+        ValueError: a seed that 64 bits do not hold.
     """
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
 
 
 def check_rank(rank: int | None, energy: float | None, method: str) -> None:
-    """Refuses what `leverage_scores` cannot do with any features.
+    """Refuses settings that `leverage_scores` could not use, whatever the features: for a selector's constructor.
 
     Raises:
-        ValueError: both or neither of rank and energy, or a value out of range.
+        ValueError: both or neither of rank and energy, a value out of range, or an unknown method.
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"give exactly one of rank and energy, got rank={rank}, energy={energy}")
@@ -418,7 +505,7 @@ def check_rank(rank: int | None, energy: float | None, method: str) -> None:
 
 
 def check_method(method: str) -> None:
-    """Refuses another method than the two.
+    """Refuses any method but the two.
 
     Raises:
         ValueError: neither "exact" nor "fast".

@@ -42,9 +42,13 @@ class TableSelector(ScoreSelector):
         super().__init__()
         if inputs not in FIELDS:
             raise ValueError(f"inputs must be one of {get_args(Inputs)}, got {inputs!r}")
+
+        # `needs` follows from the arguments, so a checkpoint asks an adapter for what it was trained on.
         self.dim = dim
         self.inputs: Inputs = inputs
         self.needs = frozenset(FIELDS[inputs])
+
+        # Buffers: stored with the weights, moved with the module, trained by nobody.
         self.feature_mean: Tensor
         self.feature_std: Tensor
         self.register_buffer("feature_mean", torch.zeros(dim))
@@ -59,7 +63,11 @@ class TableSelector(ScoreSelector):
         return (self.raw_table(tokens) - self.feature_mean) / self.feature_std
 
     def raw_table(self, tokens: VisualTokens) -> Float[Tensor, "T N C"]:
-        """The same before it is normalised."""
+        """The inputs of every token as the model computed them, for `embedded` or for statistics of a training set.
+
+        Raises:
+            ValueError: as `table`.
+        """
         columns = [tokens.read(name, self) for name in FIELDS[self.inputs]]
         table = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
         if table.shape[-1] != self.dim:
@@ -67,10 +75,14 @@ class TableSelector(ScoreSelector):
         return table.to(self.feature_mean.dtype)
 
     def embedded(self, table: Float[Tensor, "T N C"], embed: nn.Linear) -> Float[Tensor, "T N W"]:
-        """``embed`` of the normalised table, from the raw one: what normalises goes into the small weight instead.
+        """``embed`` of the normalised table, computed from the raw one without a normalised copy of it.
 
-        In full precision even under autocast: raw channels whose mean is far larger than their spread would cancel.
+        Args:
+            table: raw, see `raw_table`.
+            embed: linear layer on the normalised table.
         """
+        # W ((x - m) / s) + b = (W / s) x + (b - (W / s) m). In full precision even under autocast, since the mean of a
+        # raw channel may be far larger than its spread, and the two terms cancel.
         with torch.autocast(table.device.type, enabled=False):
             weight = embed.weight / self.feature_std
             return F.linear(table, weight, embed.bias - weight @ self.feature_mean)

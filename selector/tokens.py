@@ -4,7 +4,7 @@ What a vision-language model does between its encoder and its language model (ti
 boiled down to one index map, ``slots``: for every position of the packed sequence, which encoder token lands there.
 A selector scores encoder tokens ``[T, N]``; a budget cuts packed slots ``[I, L]``; the map joins the two.
 
-Shapes: I images, T tiles in the batch, N patches a tile, D encoder width, d width of the language model,
+Shapes: I images, T tiles in the batch, N patches per tile, D encoder width, d width of the language model,
 L packed slots of the longest image.
 """
 
@@ -40,14 +40,22 @@ class VisualTokens:
         received_attention: ``[T, N]`` attention that each patch receives at the feature layer, mean over heads and over
             all queries (CLS's too, where there is one).
         keys: ``[T, N, k]`` attention keys of the layer that produced the features, mean over heads.
-        text: ``[T, N]`` relevance of each token to the prompt, the higher the more.
+        text: ``[T, N]`` relevance of each token to the prompt, higher is more.
         question: ``[I, Q, d]`` the language model's input embeddings of the text that follows each image in its prompt
             (the user's words and what the chat template puts around them, of several turns all that follow; labelled
             tokens are left out), zero where `question_mask` is False.
         question_mask: ``[I, Q]`` which of these are real.
-        layers: `cls_attention`, `received_attention` and `keys` of any attention layer of the vision tower, under names
+        layers: `cls_attention`, `received_attention` and `keys` of any attention layer of the vision tower, by names
             such as ``"cls_attention@0"``: layers count from 0, or from -1 backwards. With ``joint_`` before the name
             (``"joint_keys@-1"``), all heads side by side count as a single one, scaled by their common width.
+
+    Raises:
+        ValueError: a grid that has another number of patches than the features.
+
+    Example:
+        >>> tokens = VisualTokens.from_features(torch.zeros(2, 4, 3))
+        >>> tokens.grid, tokens.slots.tolist(), tokens.lengths.tolist()
+        ((2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]], [4, 4])
     """
 
     features: Float[Tensor, "T N D"]
@@ -64,15 +72,22 @@ class VisualTokens:
     layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # The annotations check shapes, but not a product of two numbers.
         h, w = self.grid
         if h * w != self.features.shape[1]:
-            raise ValueError(f"grid {self.grid} has {h * w} patches, features have {self.features.shape[1]} a tile")
+            raise ValueError(f"grid {self.grid} has {h * w} patches, features have {self.features.shape[1]} per tile")
 
     @classmethod
     def from_features(
         cls, features: Float[Tensor, "B N D"], grid: tuple[int, int] | None = None, **extra: Any
     ) -> VisualTokens:
-        """Every row is an image of one tile, with no newline: a bare encoder, or a training batch."""
+        """Every row is an image of one tile, with no newline: a bare encoder, or a training batch.
+
+        Args:
+            features: ``[B, N, D]``.
+            grid: rows and columns of patches; by default a square, or a single row where N is no square.
+            extra: further fields of the class.
+        """
         rows, patches = features.shape[:2]
         index = torch.arange(rows * patches, device=features.device).view(rows, patches)
         side = int(patches**0.5)
@@ -88,16 +103,19 @@ class VisualTokens:
         value = self.layers.get(name) if "@" in name else getattr(self, name)
         if value is None:
             raise ValueError(f"{type(reader).__name__} reads `{name}` of the visual tokens, and these tokens have none")
+
+        # What the language model never sees must not matter; the copy is spared where there is nothing of the kind.
         valid = self.valid
-        if not bool(valid.all()):  # what the language model never sees must not matter
+        if not bool(valid.all()):
             value = torch.where(valid if value.ndim == 2 else valid[..., None], value, 0)
+
         # A sum is many times faster than a look at every value; finite values may overflow it, so it only excuses.
         if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} must be finite: {type(reader).__name__} got NaN or infinity for a visual token")
         return value
 
     def read_question(self, reader: object) -> tuple[Float[Tensor, "I Q d"], Bool[Tensor, "I Q"]]:
-        """The text beside each image, and which of its tokens are real.
+        """The embedded text that follows each image, and which of its tokens are real.
 
         Raises:
             ValueError: these tokens were made without a question, or an image has no text behind it; naming the reader.
@@ -113,6 +131,7 @@ class VisualTokens:
 
     @property
     def num_images(self) -> int:
+        """I, images of the batch."""
         return self.slots.shape[0]
 
     @property
@@ -135,6 +154,7 @@ class VisualTokens:
     @property
     def base(self) -> Bool[Tensor, "I L"]:
         """Slots of the downscaled base view of an image that has tiles beside it."""
+        # Tiles are numbered through the batch, an image's one behind the other, the base view first.
         per_image = torch.bincount(self.image, minlength=self.num_images)[:, None]
         first_tile = per_image.cumsum(0) - per_image
         tile = self.slots.div(self.features.shape[1], rounding_mode="floor")
@@ -143,13 +163,17 @@ class VisualTokens:
     @property
     def rows(self) -> Int[Tensor, "I L"]:
         """Row of the packed grid that each slot lies in, -1 where no newline ends it (base view, no newlines)."""
+        # A row begins behind the newline before it; a newline belongs to the row that it ends.
         newline = self.slots == NEWLINE
         row = newline.cumsum(1) - newline.long()
+
+        # Slots behind the last newline lie in no row, and the base view has none, though the first newline follows it.
         ended = row < newline.sum(1, keepdim=True)
         return row.masked_fill(~ended | self.base | (self.slots == PAD), -1)
 
     def packed(self, values: Float[Tensor, "T N"], fill: float) -> Float[Tensor, "I L"]:
         """Values of encoder tokens in packed order; `fill` at newlines and padding."""
+        # Newlines and padding, which are negative, look up token 0 first: their values are overwritten.
         return values.flatten()[self.slots.clamp(min=0)].masked_fill(~self.is_patch, fill)
 
     def unpacked(self, values: Float[Tensor, "I L"], fill: float = 0.0) -> Float[Tensor, "T N"]:
@@ -157,11 +181,6 @@ class VisualTokens:
         out = values.new_full((self.features.shape[0] * self.features.shape[1],), fill)
         out[self.slots[self.is_patch]] = values[self.is_patch]
         return out.view(self.features.shape[:2])
-
-    def by_image(self, table: Float[Tensor, "T N C"]) -> tuple[Float[Tensor, "I L C"], Bool[Tensor, "I L"]]:
-        """One matrix an image: the rows of its packed tokens, zero elsewhere, and which rows are real."""
-        matrix = table.flatten(0, 1)[self.slots.clamp(min=0)]
-        return matrix.masked_fill_(~self.is_patch[..., None], 0), self.is_patch  # indexing has copied: ours to change
 
     def tiles_of(self, keep: Bool[Tensor, "I L"]) -> Bool[Tensor, "T N"]:
         """The keep mask seen from the encoder: which patches of which tile survive."""

@@ -10,6 +10,7 @@ import references
 import torch
 
 from selector import Budget, Random, SVDPrune, TokenSelector, prune_inputs, select_tokens
+from selector.groups import Groups
 from selector.measure.answering import prepare
 from selector.measure.evidence import evidence, model_canvas
 from selector.models import encode
@@ -47,7 +48,8 @@ def test_leverage_of_real_features_picks_the_tokens_of_a_float64_svd(encoded, ce
     """At least 99% of the top K, K = 16 ... 288, over a dozen pages."""
     same = wanted = 0
     for _, each in encoded:
-        matrix, real = each.tokens.by_image(getattr(each.tokens, field))
+        image = Groups.of(each.tokens, "image")
+        matrix, real = image.gather(getattr(each.tokens, field)), image.mask
         scores = leverage_scores(matrix, energy=0.9, center=center, mask=real).scores[0][real[0]]
         want, _ = references.leverage(matrix[0][real[0]], energy=0.9, center=center)
         for keep in (16, 32, 64, 144, 288):

@@ -16,16 +16,26 @@ if TYPE_CHECKING:
     from training.encoders import VisionEncoder
 
 WARN_AT = 8 * 2**30
-"""Bytes above which the size is called out."""
+"""Bytes above which the message about the size names the alternative."""
 
 
 class FeatureCache(Dataset[Tensor]):
-    """Rows of a tile dataset as features ``[T, N, D]`` instead of pixels ``[T, 3, H, W]``."""
+    """Rows of a tile dataset as features ``[T, N, D]`` instead of pixels ``[T, 3, H, W]``.
+
+    Encodes the whole dataset when it is made, one image at a time, on the device where the encoder is.
+
+    Args:
+        tiles: pixel tiles ``[T, 3, H, W]`` of each image; T may differ between images.
+        encoder: what encodes them.
+    """
 
     def __init__(self, tiles: Dataset[Tensor], encoder: VisionEncoder):
         count = len(tiles)  # pyright: ignore[reportArgumentType]
         device = next(encoder.parameters()).device
+
+        # To the CPU at once: on a GPU the features of all images would take the memory that the training needs.
         self.rows = [encoder(tiles[index].to(device)).float().cpu() for index in range(count)]
+
         size = sum(row.numel() * row.element_size() for row in self.rows)
         hint = "; data.cache_features false encodes on the fly" if size > WARN_AT else ""
         rank_zero_info(

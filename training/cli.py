@@ -32,14 +32,14 @@ examples
   selector-train fit --config configs/train/tiny.yaml --data.images PHOTOS     your images
   selector-train fit --config configs/train/timm.yaml --model.encoder.init_args.name vit_base_patch16_clip_224.openai
   selector-train fit --config configs/train/tiny.yaml --trainer.fast_dev_run true
-  selector-train fit --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt         go on with a run, as if it
-                                                                                had never stopped, in a new version_N
+  selector-train fit --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt         resume a run as if it had
+                                                                                never stopped, in a new version_N
   selector-train fit --config configs/train/llava-next.yaml --data.images PHOTOS --data.cache_dir CACHE
   selector-train export runs/train/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector
 
 encode once instead of at every step
   --data.cache_features true    features in memory, for small sets
-  --data.cache_dir CACHE        features on disk, for large ones; read again by later runs, goes on where it was stopped
+  --data.cache_dir CACHE        features on disk, for large ones; read again by later runs, resumes where it was stopped
   --data.cache_dtype float32    how they are stored there (default: bfloat16, half the room)
 
 flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --trainer.precision bf16-mixed ...
@@ -52,7 +52,14 @@ COMMANDS = ("fit", "validate", "test", "export")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 a ranking worse than random, 2 what the user can put right."""
+    """Entry point of ``selector-train``.
+
+    Args:
+        argv: the arguments after the program's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0 done, 1 a ranking worse than random choices, 2 a mistake that the user can fix.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
@@ -60,11 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"selector-train: command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
         return 2
+
     try:
+        # Not a command of Lightning's: it has no configuration, and no trainer to build.
         if arguments[0] == "export":
             return _export(arguments[1:])
         run(arguments)
-    except (ValueError, OSError) as error:  # ours are ValueErrors, and Lightning's of a setting too
+    except (ValueError, OSError) as error:  # ours are ValueErrors, and Lightning's about settings too
         if os.environ.get("SELECTOR_TRACEBACK"):
             raise
         print(f"selector-train: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -84,6 +93,8 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("--command", help="how the run was started, for the card")
     parser.add_argument("--accuracy", help="a Markdown file for the end of the card: results on tasks")
     options = parser.parse_args(arguments)
+
+    # Only now: torch takes seconds to import, a wrong flag should not.
     from training.export import export
 
     print(export(options.checkpoint, options.folder, options.command, options.accuracy))
@@ -91,7 +102,18 @@ def _export(arguments: list[str]) -> int:
 
 
 def run(arguments: list[str]) -> LightningCLI:
-    """Runs one Lightning command; returns the CLI object (its `trainer`, `model` and `datamodule`)."""
+    """Runs one Lightning command.
+
+    Args:
+        arguments: ``fit``, ``validate`` or ``test``, and its flags.
+
+    Returns:
+        The CLI object when the command has ended, with its `trainer`, `model` and `datamodule`.
+
+    Raises:
+        ValueError: settings that break a rule, with the rule.
+        RankingError: the trained ranking is worse than random choices.
+    """
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
     from training import answers  # noqa: F401 (objectives can be named in YAML once their classes are known)
@@ -111,16 +133,20 @@ def run(arguments: list[str]) -> LightningCLI:
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             settings = self.config_init[str(self.subcommand)]
+
+            # What the user has set for the trainer has precedence over our folders and loggers.
             if settings["trainer"].get("default_root_dir") is None:
                 kwargs["default_root_dir"] = settings["root"]
             if settings["trainer"].get("logger") in (None, True):
                 kwargs["logger"] = _loggers(settings["root"], settings["name"], settings["wandb"])
             return super().instantiate_trainer(**kwargs)
 
+    # Warnings about what is done here on purpose.
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")  # it is: see main
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen encoder
     warnings.filterwarnings("ignore", ".*dirpath has changed from.*")  # a resumed run writes to a version of its own
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # the data module is: see its state
+
     return SelectorCLI(
         SelectorModule,
         ImageModule,
@@ -128,30 +154,34 @@ def run(arguments: list[str]) -> LightningCLI:
         seed_everything_default=0,
         trainer_defaults={"callbacks": [BestCheckpoint(), LastCheckpoint()], "log_every_n_steps": 10},
         parser_kwargs={"prog": "selector-train"},
-        auto_configure_optimizers=False,
+        auto_configure_optimizers=False,  # the module configures its own, with the schedule
     )
 
 
 def _with_configs(arguments: list[str]) -> list[str]:
-    """Configs that are not below the current folder, but among what ships with the package, by their full path."""
-    found = list(arguments)
+    """The arguments, with the full path of configs that ship with the package and are not below the current folder."""
+    resolved = list(arguments)
     for place, argument in enumerate(arguments):
         flag, sign, name = argument.partition("=")
         if flag not in ("--config", "-c"):
             continue
+
+        # `--config=FILE` is one argument, `--config FILE` two.
         if not sign and place + 1 < len(arguments):
             place, name = place + 1, arguments[place + 1]
         here, shipped = places(name)
         if name and not here.is_file() and shipped.is_file():
-            found[place] = f"{flag}={shipped}" if sign else str(shipped)
-    return found
+            resolved[place] = f"{flag}={shipped}" if sign else str(shipped)
+    return resolved
 
 
 def _loggers(root: str, name: str, wandb: str) -> list[Any]:
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+    # The CSV logger chooses the free version_N; the other logs of the run go into the same folder.
     table = CSVLogger(root, name)
     loggers: list[Any] = [table, TensorBoardLogger(root, name, version=table.version)]
+
     if wandb != "off":
         from pytorch_lightning.loggers import WandbLogger
 

@@ -1,9 +1,9 @@
 """Validation of a ranking: the deterministic top-K against training-free ones.
 
-Training sees noisy masks, which can look fine while the ranking behind them is upside down. So what is measured here
-is what inference will do: the highest scores survive, no noise. By one reconstructor for all rankings (the lower the
-error of the dropped tokens, the better), or by the frozen model's answers (the closer to its answers with all tokens,
-the better).
+Training sees noisy masks, which can look fine while the ranking behind them is upside down. So validation measures what
+inference will do: the highest scores survive, without noise. Rankings are judged by one reconstructor for all of them
+(the error of the dropped tokens), or by the frozen model's answers (the divergence from its answers with all tokens).
+Lower is better in both.
 
 Shapes: B tiles, N patches per tile, C channels of the table, L packed slots.
 """
@@ -34,15 +34,25 @@ from training.objectives import Step
 from training.schedules import gumbel_top_k
 
 RIVALS = {"leverage": lambda: SVDPrune(matrix="tile"), "norm": lambda: Norm(largest=False), "uniform": Uniform}
+"""Training-free rankings of the patches of a tile."""
 RANKERS = ("learned", "random", *RIVALS)
 ANSWER_RIVALS = {"leverage": RidgeLeverage}
+"""The same of all patches of an image; one only, since each costs a pass of the language model per budget."""
 
 
 class RankingComparison(nn.Module):
-    """Meters of a validation: `rec_RANKER_PERCENT`, their means `rec_RANKER`, and what else tells a ranking's health.
+    """Meters of a validation by reconstruction.
+
+    `rec_RANKER_PERCENT` is the error of the dropped tokens in units of the features' variance, `rec_RANKER` its mean
+    over the shares. Three more show whether a ranking is healthy: `cos_learned_PERCENT`, the cosine of rebuilt and
+    true tokens; `agreement_PERCENT`, the share of kept tokens that two noisy draws have in common; and `keep_drawn`,
+    the mean probability of a token to be kept when each is drawn by itself.
 
     Args:
         shares: shares of a tile's tokens that are kept, each in (0, 1).
+
+    >>> RankingComparison([0.25]).names[:3]
+    ['rec_learned_25', 'rec_random_25', 'rec_leverage_25']
     """
 
     def __init__(self, shares: Sequence[float]):
@@ -58,6 +68,8 @@ class RankingComparison(nn.Module):
             *(f"rec_{ranker}" for ranker in RANKERS),
             "keep_drawn",
         ]
+
+        # Weighted means, which Lightning averages over processes; modules, so that they move to the device.
         self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self.names})
         self.rivals = nn.ModuleDict({name: make() for name, make in RIVALS.items()})
 
@@ -68,7 +80,17 @@ class RankingComparison(nn.Module):
         tokens: VisualTokens,
         noise: Callable[[int], torch.Generator],
     ) -> Iterator[tuple[str, MeanMetric]]:
-        """Updates every meter with a batch; yields (name, meter), for the logger. `noise(i)` is a seeded generator."""
+        """Updates every meter with a batch of tiles.
+
+        Args:
+            selector: the one that is trained.
+            reconstructor: rebuilds the dropped tokens for all rankings alike.
+            tokens: B tiles.
+            noise: `noise(i)` is the seeded generator of draw i, the same for every run of a validation.
+
+        Yields:
+            (name, meter), for the logger.
+        """
         features = tokens.features
         target = selector.table(tokens)
         tiles = VisualTokens.from_features(features, tokens.grid)  # every tile has the same budget
@@ -76,8 +98,12 @@ class RankingComparison(nn.Module):
             "learned": selector.score(tokens).float(),
             "random": torch.rand(features.shape[:2], generator=noise(0)).to(features),
         }
+
         for share in self.shares:
+            # Newline tokens are no part of a reconstruction.
             budget, at = Budget(share, newlines="none"), percent(share)
+
+            # Every ranking by the same reconstructor: only then do the errors compare rankings.
             for ranker in RANKERS:
                 rival = ranker in RIVALS
                 mask = self.rivals[ranker](tiles, budget) if rival else budget.select(scores[ranker], tiles)
@@ -89,7 +115,11 @@ class RankingComparison(nn.Module):
                 if ranker == "learned":
                     cosine = dropped_mean(F.cosine_similarity(rebuilt, target.float(), dim=-1), mask)
                     yield self._update(f"cos_learned_{at}", cosine, len(features))
+
+            # Agreement near the share itself means that the noise decides, not the scores.
             yield self._update(f"agreement_{at}", _agreement(scores["learned"], share, noise), len(features))
+
+        # The means come last, when every share is in them.
         yield self._update("keep_drawn", torch.sigmoid(scores["learned"]).mean(), len(features))
         for ranker in RANKERS:
             yield f"rec_{ranker}", self._meter(f"rec_{ranker}")
@@ -103,13 +133,13 @@ class RankingComparison(nn.Module):
         return seen["rec_learned"]
 
     def losses_to_random(self, seen: dict[str, float]) -> list[str]:
-        """The shares at which the learned ranking lost, with both errors."""
-        found = []
+        """The shares at which the learned ranking lost, with both errors; empty where it won everywhere."""
+        lost = []
         for at in map(percent, self.shares):
             ours, theirs = seen[f"rec_learned_{at}"], seen[f"rec_random_{at}"]
             if ours > theirs:
-                found.append(f"{at}% kept (learned {ours:.4g}, random {theirs:.4g})")
-        return found
+                lost.append(f"{at}% kept (learned {ours:.4g}, random {theirs:.4g})")
+        return lost
 
     def _meter(self, name: str) -> MeanMetric:
         return cast("MeanMetric", self.meters[_key(name)])
@@ -121,14 +151,18 @@ class RankingComparison(nn.Module):
 
 
 class AnswerComparison(nn.Module):
-    """Meters of a validation by answers: `kl_RANKER_PERCENT` (nats per token of the answer, from the model with all
-    tokens), `same_RANKER_PERCENT` (share of answers that stay the same, token by token), and their means.
+    """Meters of a validation by answers.
 
-    A question counts once, and an image's tokens are ranked together as in a comparison: the budget is a share of all
-    its visual tokens, newlines included.
+    `kl_RANKER_PERCENT` is the divergence from the model with all tokens, in nats per token of the answer, and
+    `same_RANKER_PERCENT` the share of answers that stay the same, token by token; `kl_RANKER` and `same_RANKER` are
+    their means over the shares. Every question counts once, and an image's tokens are ranked together as in a
+    comparison: the budget is a share of all its visual tokens, newlines included.
 
     Args:
         shares: shares of an image's tokens that are kept, each in (0, 1).
+
+    >>> AnswerComparison([0.25]).names[:3]
+    ['kl_learned_25', 'kl_random_25', 'kl_leverage_25']
     """
 
     RANKERS = ("learned", "random", *ANSWER_RIVALS)
@@ -138,23 +172,37 @@ class AnswerComparison(nn.Module):
         self.shares = tuple(shares)
         self.names = [f"{what}_{r}_{percent(at)}" for what in ("kl", "same") for r in self.RANKERS for at in shares]
         self.names += [f"{what}_{r}" for what in ("kl", "same") for r in self.RANKERS]
+
         self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self.names})
         self.rivals = nn.ModuleDict({name: make() for name, make in ANSWER_RIVALS.items()})
 
     def measure(self, step: Step, noise: Callable[[int], torch.Generator]) -> Iterator[tuple[str, MeanMetric]]:
-        """Updates every meter with the questions about an image; yields (name, meter), for the logger."""
+        """Updates every meter with the questions about one image.
+
+        Args:
+            step: the image, its questions, and the selector that is trained.
+            noise: `noise(i)` is the seeded generator of draw i.
+
+        Yields:
+            (name, meter), for the logger.
+        """
         tokens, learned = step.tokens, step.slot_scores.detach()
         language, taught, encoded = step.asked()
         questions = list(range(len(taught.log_probs)))
+
+        # Scores of the tiles, and the questions that they are for.
         rankings: dict[str, list[tuple[Tensor, list[int]]]] = {
-            # One ranking for all questions, or one for each.
+            # One per question where the selector reads it, else one for all.
             "learned": [(tokens.unpacked(row[None]), [i]) for i, row in enumerate(learned)]
             if len(learned) > 1
             else [(tokens.unpacked(learned), questions)],
             "random": [(torch.rand(tokens.valid.shape, generator=noise(0)).to(learned), questions)],
         }
+
         for share in self.shares:
             budget = Budget(share)
+
+            # One pruned pass of the language model per ranking; its questions are branches of that pass.
             for ranker in self.RANKERS:
                 passes = rankings.get(ranker)
                 if passes is None:
@@ -162,6 +210,8 @@ class AnswerComparison(nn.Module):
                 for scores, asked in passes:
                     keep = budget.select(scores, tokens)[0]
                     said = language.answer_log_probs(encoded, taught.conversation, asked, keep=keep)
+
+                    # KL from the unpruned model, and whether greedy decoding would give the same tokens.
                     for index, logs in zip(asked, said, strict=True):
                         truth = taught.log_probs[index]
                         divergence = (truth.exp() * (truth - logs)).sum(-1).mean()
@@ -177,7 +227,7 @@ class AnswerComparison(nn.Module):
         return seen["kl_learned"]
 
     def losses_to_random(self, seen: dict[str, float]) -> list[str]:
-        """The shares at which the learned ranking lost, with both divergences."""
+        """The shares at which the learned ranking lost, with both divergences; empty where it won everywhere."""
         return [
             f"{at}% kept (KL learned {ours:.4g}, random {theirs:.4g})"
             for at in map(percent, self.shares)
@@ -197,13 +247,18 @@ class AnswerComparison(nn.Module):
 def _agreement(
     scores: Float[Tensor, "B N"], share: float, noise: Callable[[int], torch.Generator]
 ) -> Float[Tensor, ""]:
-    """Share of kept tokens that two masks drawn with different noise have in common."""
+    """Share of kept tokens that two masks have in common when they are drawn with different noise, at temperature 1."""
     keep = max(1, round(share * scores.shape[1]))
     first, second = (gumbel_top_k(scores, keep, 1.0, noise(draw)) for draw in (1, 2))
     return (first * second).sum() / first.sum()
 
 
 def percent(share: float) -> str:
+    """A share as the meters' names have it.
+
+    >>> percent(0.125)
+    '12.5'
+    """
     return f"{100 * share:g}"
 
 

@@ -4,12 +4,12 @@
     DIR/KEY/index.json             what was encoded, how, and the size and SHA-256 of every shard
     DIR/KEY/00000.safetensors ...  the features ``[T, N, D]`` of consecutive images, by the images' numbers
 
-KEY is a hash of everything the features follow from: the encoder (class, arguments, weights, preprocessing), the images
-(names and contents, or generator, seed and what it draws) and the stored type. Another encoder or a changed image has
-another key, so nothing stale is read; what an old key left behind can be deleted by hand.
+KEY is a hash of everything that determines the features: the encoder (class, arguments, weights, preprocessing), the
+images (names and contents, or generator, seed and what it draws) and the stored type. Another encoder or a changed
+image has another key, so nothing stale is read; the folders of old keys can be deleted by hand.
 
-A shard is written to a temporary file and renamed, and enters the index after that: an interrupted build goes on with
-the first shard that is not there. Rows are memory-mapped, so ranks and workers of a machine share one copy of them.
+A shard is written to a temporary file and renamed, and is entered in the index after that: an interrupted build resumes
+with the first shard that is missing. Rows are memory-mapped, so ranks and workers of a machine share one copy of them.
 
 Shapes: T tiles of an image, N patches, D encoder width.
 """
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 StoredType = Literal["bfloat16", "float32"]
 VERSION = 1
 SHARD_BYTES = 128 * 2**20
-"""About so much is lost when a build is interrupted."""
+"""Size of a shard, and so about what is lost when a build is interrupted."""
 SAMPLED = 64
-"""Images whose tiles are counted to announce the size; all of them in smaller sets."""
+"""Images whose tiles are counted to estimate the size; all of them in smaller sets."""
 
 
 class DiskCache(Dataset[Tensor]):
@@ -54,7 +54,7 @@ class DiskCache(Dataset[Tensor]):
 
     Args:
         folder: ``DIR/KEY``.
-        index: what its ``index.json`` holds.
+        index: the contents of its ``index.json``.
     """
 
     def __init__(self, folder: Path, index: Mapping[str, Any]):
@@ -67,13 +67,15 @@ class DiskCache(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self.images:
             raise IndexError(f"index must be in [0, {self.images}), got {index}")
+
+        # Shards are mapped when they are first read: a worker may never touch most of them.
         shard = index // self.per_shard
         if shard not in self._open:
             self._open[shard] = safe_open(self.folder / shard_name(shard), "pt")
         return self._open[shard].get_tensor(str(index))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # a loader's worker maps the files itself
+        return self.__dict__ | {"_open": {}}  # mappings cannot be pickled; a loader's worker makes its own
 
 
 def disk_cache(
@@ -88,26 +90,31 @@ def disk_cache(
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
 ) -> DiskCache:
-    """The cache of these images and this encoder below `root`, encoded now as far as it is not there.
+    """The cache of these images and this encoder below `root`; what is missing is encoded now.
 
     Args:
         root: folder of all caches, made if missing.
-        tiles: the images' pixel tiles, ``[T, 3, H, W]`` a row.
+        tiles: the images' pixel tiles, one row ``[T, 3, H, W]`` per image.
         encoder: what encodes them, one image at a time.
         images: plain values that identify the images' contents; part of the key.
-        dtype: of the stored features.
-        device: to encode on; None stays where the encoder is.
+        dtype: type of the stored features.
+        device: device to encode on; None stays where the encoder is.
         workers: processes that load the images to encode.
-        shard_bytes: size of a shard, about.
-        verify: read the shards that are there and compare their checksums (one process of a machine is enough).
+        shard_bytes: approximate size of a shard.
+        verify: read the existing shards and compare their checksums (one process per machine is enough).
+
+    Returns:
+        The features, as float tensors of `dtype`.
 
     Raises:
-        ValueError: `root` cannot be written or is too small, or what it holds is damaged.
+        ValueError: `root` cannot be written or is too small, or its contents are damaged.
     """
     identity = {"encoder": encoder_identity(encoder), "images": dict(images), "dtype": dtype, "version": VERSION}
     folder = Path(root) / _digest(json.dumps(identity, sort_keys=True).encode())[:16]
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+        # Whoever comes second waits, then finds everything encoded.
         with _lock(folder):
             build = _Build(folder, identity, tiles, encoder, getattr(torch, dtype))
             if verify:
@@ -117,6 +124,11 @@ def disk_cache(
 
 
 def shard_name(number: int) -> str:
+    """The file name of a shard.
+
+    >>> shard_name(3)
+    '00003.safetensors'
+    """
     return f"{number:05d}.safetensors"
 
 
@@ -124,7 +136,7 @@ class _Build:
     """A cache that may be empty, begun or complete; used under its lock.
 
     Attributes:
-        index: what ``index.json`` holds; empty before the first shard is planned.
+        index: the contents of ``index.json``; empty before the shards are planned.
     """
 
     def __init__(
@@ -138,6 +150,7 @@ class _Build:
 
     def missing(self) -> list[int]:
         """Numbers of the shards still to encode."""
+        # Not reached yet, or deleted by hand because it was damaged.
         shards = self.index["shards"]
         return [
             number
@@ -146,9 +159,10 @@ class _Build:
         ]
 
     def check(self) -> None:
-        """Compares the shards that are there with their checksums, and the first image with what is encoded now."""
+        """Compares the existing shards with their checksums, and the first image with what the encoder gives now."""
         if not self.index:
             return
+
         there = sorted(set(range(len(self.index["shards"]))) - set(self.missing()))
         for number in _track(there, f"checking {self.folder}"):
             _check_shard(self.folder / shard_name(number), self.index["shards"][number])
@@ -156,7 +170,10 @@ class _Build:
             self._check_first()
 
     def _check_first(self) -> None:
-        """The key names all that is known to matter; this notices what is not, such as another resampling."""
+        """The key covers what is known to matter; this catches the rest, such as a new version's resampling.
+
+        The tolerance lets the rounding of bfloat16 and another device's arithmetic pass.
+        """
         stored = DiskCache(self.folder, self.index)[0].float()
         device = next(self.encoder.parameters()).device
         now = self.encoder(self.tiles[0].to(device)).float().cpu()
@@ -171,10 +188,12 @@ class _Build:
         if self.index and not self.missing():
             rank_zero_info(f"feature cache {self.folder}: all {self.images} images are there")
             return
+
+        # A plan once made is kept: shards that are there have its number of images.
         each, counted = self._bytes_of_an_image()
         if not self.index:
             per_shard = max(1, int(shard_bytes // each))
-            shards = [None] * -(-self.images // per_shard)
+            shards = [None] * -(-self.images // per_shard)  # rounded up
             self.index = {"images": self.images, "images_per_shard": per_shard, "shards": shards}
             self.index["identity"] = self.identity
         missing = self.missing()
@@ -187,7 +206,7 @@ class _Build:
             self._encode(number, device, workers)
 
     def _bytes_of_an_image(self) -> tuple[float, str]:
-        """Mean size, and how it comes about, from the tiles of some images."""
+        """Mean size in bytes, and its factors as text, from the number of tiles of some images."""
         chosen = np.unique(np.linspace(0, self.images - 1, SAMPLED).round().astype(int)).tolist()
         mean = sum(len(self.tiles[index]) for index in chosen) / len(chosen)
         patches, width, size = self.encoder.num_patches, self.encoder.dim, self.dtype.itemsize
@@ -196,11 +215,13 @@ class _Build:
         return mean * patches * width * size, text
 
     def _announce(self, each: float, counted: str, missing: Sequence[int]) -> None:
+        """Reports the size, and stops before hours of encoding where it does not fit on the disk."""
         per_shard = self.index["images_per_shard"]
         todo = sum(min(per_shard, self.images - number * per_shard) for number in missing)
         need, free = int(each * todo), shutil.disk_usage(self.folder).free
         rest = "" if todo == self.images else f"; {todo} images ({_size(need)}) are still to encode"
         rank_zero_info(f"feature cache {self.folder}: {counted} = {_size(each * self.images)}{rest}")
+
         if need > free:
             raise ValueError(
                 f"data.cache_dir needs about {_size(need)} more in {self.folder}, where {_size(free)} are free; make "
@@ -210,12 +231,16 @@ class _Build:
     def _encode(self, number: int, device: torch.device, workers: int) -> None:
         start = number * self.index["images_per_shard"]
         chosen = range(start, min(start + self.index["images_per_shard"], self.images))
-        # A generator of its own: the loader would draw from the global one, which a finished cache leaves alone.
+
+        # A generator of its own: the loader would draw from the global one, and a run would then depend on whether the
+        # cache was there already.
         loader = DataLoader(
             Subset(self.tiles, chosen), batch_size=None, num_workers=workers, generator=torch.Generator()
         )
         rows = (self.encoder(pixels.to(device)).float().cpu() for pixels in loader)
         content = save({str(index): row.to(self.dtype).contiguous() for index, row in zip(chosen, rows, strict=True)})
+
+        # The shard first: the index must never name one that is not on the disk.
         _write(self.folder / shard_name(number), content)
         self.index["shards"][number] = {"bytes": len(content), "sha256": _digest(content)}
         _write(self.folder / "index.json", json.dumps(self.index, indent=1).encode())
@@ -224,14 +249,19 @@ class _Build:
 def encoder_identity(encoder: VisionEncoder) -> dict[str, Any]:
     """Plain values that change whenever the features may: class, plain attributes, weights, buffers, preprocessing.
 
-    Of the path of the weights only the folder's name is among them, in the encoder's `name`.
+    Of the path of the weights only the folder's name counts, as part of the encoder's `name`: a moved model keeps its
+    cache.
     """
     plain = (bool, int, float, str, type(None))
     attributes = {name: value for name, value in vars(encoder).items() if isinstance(value, plain) and name[0] != "_"}
+
+    # The fingerprint covers a state dict, which lacks the buffers that are not saved.
     buffers = hashlib.sha256()
     for name, buffer in encoder.named_buffers():
         buffers.update(name.encode())
         buffers.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    # An odd-sized image of noise: resizing, cropping and normalising all leave their mark on it.
     noise = np.random.default_rng(0).integers(0, 256, (67, 101, 3), dtype=np.uint8)
     pixels = encoder.preprocess(Image.fromarray(noise))
     return {
@@ -248,6 +278,8 @@ def _read_index(path: Path, identity: Mapping[str, Any], images: int) -> dict[st
     """The index of a cache; empty where there is none yet."""
     if not path.is_file():
         return {}
+
+    # The identity is compared in full, although the folder's name is a hash of it already.
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         shards, per_shard = index["shards"], index["images_per_shard"]
@@ -259,23 +291,25 @@ def _read_index(path: Path, identity: Mapping[str, Any], images: int) -> dict[st
     return index
 
 
-def _check_shard(path: Path, told: Mapping[str, Any]) -> None:
+def _check_shard(path: Path, entry: Mapping[str, Any]) -> None:
+    """Compares a shard with its entry in the index; the size first, which costs nothing."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        whole = size == told["bytes"] and hashlib.file_digest(file, "sha256").hexdigest() == told["sha256"]
+        whole = size == entry["bytes"] and hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
     if not whole:
-        found = f"{size} of {told['bytes']} bytes" if size != told["bytes"] else "another SHA-256 than in index.json"
-        raise ValueError(f"feature cache shard {path} is damaged ({found}); delete it: its images are encoded again")
+        fault = f"{size} of {entry['bytes']} bytes" if size != entry["bytes"] else "another SHA-256 than in index.json"
+        raise ValueError(f"feature cache shard {path} is damaged ({fault}); delete it: its images are encoded again")
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All of the file or nothing, and on the disk before anything says that it is there."""
+    """Writes all of the file or nothing; it is on the disk when this returns."""
     with atomic(path) as partial:
         partial.write_bytes(content)
 
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
+    """Turns the system's errors into one that names the argument."""
     try:
         yield
     except OSError as error:
@@ -287,13 +321,16 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One process at a time; the system releases it when the process ends, however it ends."""
+    """Admits one process at a time; the system releases the lock when the process ends, however it ends."""
     lock = FileLock(f"{folder}.lock")
+
+    # Tried once without waiting, so that a wait of hours is explained.
     try:
         lock.acquire(timeout=0)
     except Timeout:
         rank_zero_info(f"feature cache {folder}: another process is at it; waiting")
         lock.acquire()
+
     try:
         yield
     finally:
@@ -301,7 +338,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _track(numbers: Sequence[int], what: str) -> Iterator[int]:
-    """Shows progress in shards on standard error."""
+    """Yields the numbers of shards, and shows progress on standard error: standard output is for results."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not numbers) as progress:
         yield from cast("Iterator[int]", progress.track(numbers, description=what))
@@ -312,6 +349,7 @@ def _digest(content: bytes) -> str:
 
 
 def _size(count: int | float) -> str:
+    """A number of bytes with a unit that suits it."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"

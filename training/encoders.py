@@ -1,8 +1,8 @@
 """Frozen vision encoders behind one wrapper: an image becomes pixel tiles, pixel tiles become patch features.
 
-Whatever the encoder, ``preprocess`` is the encoder's own (its processor's or its pretrained configuration's mean, std
-and input size), and ``forward`` returns what a selector will read at inference: hidden states of one layer, row-major
-patches, prefix tokens (CLS, registers) removed.
+Whatever the encoder, ``preprocess`` is the encoder's own, with the mean, std and input size of its processor or its
+pretrained configuration, and ``forward`` returns what a selector will read at inference: the hidden states of one
+layer, patches in row-major order, without prefix tokens (CLS, registers).
 
     LlavaNextEncoder      the tower inside a LLaVA-NeXT; images become AnyRes tiles exactly as its processor makes them
     LlavaNextModel        a whole LLaVA-NeXT, for a selector that learns from its answers
@@ -39,9 +39,9 @@ class VisionEncoder(nn.Module, ABC):
 
     Attributes:
         preprocess: image to pixel tiles.
-        grid: (h, w) patches of a tile.
+        grid: (h, w), rows and columns of patches in a tile.
         dim: D, width of the features.
-        name: what a model card says it is.
+        name: its name in a model card.
     """
 
     preprocess: Preprocess
@@ -53,47 +53,57 @@ class VisionEncoder(nn.Module, ABC):
         """Call at the end of a constructor: freezes the weights and measures grid and width on one blank image."""
         self.requires_grad_(False)
         super().train(False)
+
+        # Measured rather than read from a configuration, where every family of models has other names for them.
         features = self(self.preprocess(Image.new("RGB", (64, 64)))[:1])
         self.dim = features.shape[-1]
 
     @abstractmethod
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
-        """Patch features; sets `grid`."""
+        """Patch features ``[T, N, D]`` of pixel tiles ``[T, 3, H, W]``; sets `grid`."""
 
     @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        """`encode` without gradients."""
         return self.encode(pixels)
 
     def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
-        """The features as a language model would see them; only a vision-language model's encoder can tell."""
+        """The features ``[T, N, d]`` as a language model sees them.
+
+        Raises:
+            ValueError: the encoder does not belong to a vision-language model.
+        """
         raise ValueError(f"{self.name} has no projector: a selector of its features needs model.inputs features")
 
     def width_of(self, inputs: Inputs) -> int:
-        """Channels of the table that a selector with these inputs reads."""
+        """Number of channels that a selector with these inputs reads per token."""
         if inputs == "features":
             return self.dim
+
         blank = torch.zeros(1, self.num_patches, self.dim, device=next(self.parameters()).device)
         projected = self.project(blank).shape[-1]
         return projected if inputs == "projected" else self.dim + projected
 
     @property
     def num_patches(self) -> int:
+        """N, patches per tile."""
         return self.grid[0] * self.grid[1]
 
     def train(self, mode: bool = True) -> VisionEncoder:
-        """Stays in evaluation mode."""
+        """Stays in evaluation mode, whatever `mode` is: Lightning calls this for the whole module."""
         return super().train(False)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Empty: the weights are the encoder's own files, a training checkpoint does not copy them."""
+        """Empty: the weights are in the encoder's own files, and a training checkpoint does not copy them."""
         return {} if destination is None else destination
 
     def fingerprint(self) -> str:
-        """A hash of the weights, to tell whether a checkpoint is resumed with the encoder it was started with."""
+        """A hash of the weights, to check that a run is resumed with the encoder that it was started with."""
         return fingerprint_of(nn.Module.state_dict(self))  # its own `state_dict` is empty
 
     def _without_prefix(self, hidden: Tensor, pixels: Tensor, patch: int) -> Tensor:
-        """Drops what precedes the patches, and measures the grid."""
+        """Drops the tokens before the patches, and sets `grid` from the size of the pixels."""
+        # How many they are differs (CLS, registers, a distillation token), but patches always come last.
         height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
         prefix = hidden.shape[1] - height * width
         if prefix < 0:
@@ -107,11 +117,15 @@ class VisionEncoder(nn.Module, ABC):
 class LlavaNextEncoder(VisionEncoder):
     """The tower of a LLaVA-NeXT: its feature layer, its prefix rule, its AnyRes tiles (base view and high resolution).
 
-    The language model's layers are not read.
+    The language model's layers are not loaded.
 
     Args:
         path: folder (or hub name) of the LLaVA-NeXT, with its processor.
-        backend: of the image processor; "pil" gives the same pixels everywhere.
+        backend: backend of the image processor; "pil" gives the same pixels everywhere.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another kind of model, one that joins several layers, or one without weights for its tower.
     """
 
     def __init__(self, path: str, backend: str = "pil"):
@@ -124,18 +138,23 @@ class LlavaNextEncoder(VisionEncoder):
             raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {config.model_type!r}")
         if not isinstance(config.vision_feature_layer, int):
             raise ValueError(f"vision_feature_layer must be one layer, {path!r} has {config.vision_feature_layer}")
+
+        # A language model of no layers: a 7B model's tower fits where its language model does not.
         config.text_config.num_hidden_layers = 0
         if getattr(config.text_config, "layer_types", None):
             config.text_config.layer_types = []
         with _quiet():
             options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
             loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(path, **options)
-            model, found = loaded
-        missing = [name for name in found["missing_keys"] if "vision_tower" in name]
+            model, report = loaded
+
+        # transformers fills missing weights with random ones and only warns.
+        missing = [name for name in report["missing_keys"] if "vision_tower" in name]
         if missing:
             raise ValueError(
                 f"{path!r} lacks {len(missing)} weights of its vision tower, the first {sorted(missing)[0]}"
             )
+
         self.path, self.backend = path, backend
         self.name = f"{Path(path).name} vision tower, layer {config.vision_feature_layer}"
         self.tower = model.model.vision_tower
@@ -147,16 +166,18 @@ class LlavaNextEncoder(VisionEncoder):
         self._freeze()
 
     def fingerprint(self) -> str:
-        """Of the tower alone: the features are the tower's."""
+        """A hash of the tower alone: the features depend on nothing else."""
         return fingerprint(self.tower)
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        """The tower's hidden states at the layer that the LLaVA-NeXT reads."""
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states[self.layer][:, self.prefix :]
         self.grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
         return hidden
 
     @torch.no_grad()
     def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
+        """The features through the multimodal projector."""
         return self.projector(features)
 
 
@@ -165,10 +186,14 @@ class LlavaNextModel(VisionEncoder):
 
     Args:
         path: folder (or hub name) of the LLaVA-NeXT, with its processor.
-        backend: of the image processor; "pil" gives the same pixels everywhere.
-        dtype: of the frozen weights; the selector itself stays in float32.
-        gradient_checkpointing: compute the language model's layers again in the backward pass instead of keeping what
-            they computed: memory for time.
+        backend: backend of the image processor; "pil" gives the same pixels everywhere.
+        dtype: type of the frozen weights; the selector itself stays in float32.
+        gradient_checkpointing: recompute the activations of the language model's layers in the backward pass instead of
+            keeping them, which saves memory and takes longer.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the folder holds another kind of model.
     """
 
     def __init__(
@@ -187,8 +212,11 @@ class LlavaNextModel(VisionEncoder):
         with _quiet():
             loaded: Any = LlavaNextForConditionalGeneration
             self.model: Any = loaded.from_pretrained(path, dtype=getattr(torch, dtype))
+
         processor = AutoProcessor.from_pretrained(path, backend=backend)
         config = self.model.config
+
+        # Plain attributes are part of the key under which features are cached, see `encoder_identity`.
         self.path, self.backend, self.dtype = path, backend, dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.name = f"{Path(path).name}, layer {config.vision_feature_layer}"
@@ -196,20 +224,23 @@ class LlavaNextModel(VisionEncoder):
         self.prefix = 1 if config.vision_feature_select_strategy == "default" else 0
         self.preprocess = ProcessorTiles(processor.image_processor)
         self.converse = Converse(processor, config.image_token_id)
+
+        # Not the reentrant kind: it has no gradient where a layer's input has none, and gates come in by the mask.
         if gradient_checkpointing:
             self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self._freeze()
 
     def fingerprint(self) -> str:
-        """That of the whole model, as the records of a comparison name it."""
+        """A hash of the whole model, the same that the records of a comparison name."""
         return fingerprint(self.model)
 
     @property
     def question_dim(self) -> int:
-        """Width of the embeddings of a question."""
+        """Width of the embeddings of a question's tokens."""
         return self.model.get_input_embeddings().weight.shape[1]
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        """As of `LlavaNextEncoder`, in the type of the weights."""
         tower = self.model.model.vision_tower
         hidden = tower(pixels.to(self.model.dtype), output_hidden_states=True).hidden_states[self.layer]
         self.grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
@@ -217,14 +248,20 @@ class LlavaNextModel(VisionEncoder):
 
     @torch.no_grad()
     def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
+        """The features through the multimodal projector, in float32."""
         return self.model.model.multi_modal_projector(features.to(self.model.dtype)).float()
 
     @torch.no_grad()
     def encoded(self, conversation: Conversation, needs: frozenset[str]) -> Encoded:
-        """The image of a conversation, as the model's own code encodes it; the question is left to the caller."""
-        found = encode(self.model, {**conversation.pixels, "input_ids": None}, needs - {"question"})
-        assert found is not None  # for the type checker: there are pixels
-        return found
+        """The image of a conversation, encoded by the model's own code.
+
+        Args:
+            conversation: on the model's device.
+            needs: what the selector reads, see `TokenSelector.needs`; the question is left to the caller.
+        """
+        encoded = encode(self.model, {**conversation.pixels, "input_ids": None}, needs - {"question"})
+        assert encoded is not None  # for the type checker: there are pixels
+        return encoded
 
 
 class TransformersEncoder(VisionEncoder):
@@ -233,7 +270,10 @@ class TransformersEncoder(VisionEncoder):
     Args:
         path: folder (or hub name) with config, weights and image processor.
         layer: entry of ``hidden_states``; None takes the last hidden state, after the model's final norm if it has one.
-        backend: of the image processor.
+        backend: backend of the image processor; "pil" gives the same pixels everywhere.
+
+    Raises:
+        FileNotFoundError: no such folder.
     """
 
     def __init__(self, path: str, layer: int | None = None, backend: str = "pil"):
@@ -246,12 +286,15 @@ class TransformersEncoder(VisionEncoder):
             self.preprocess = ProcessorTiles(AutoImageProcessor.from_pretrained(path, backend=backend))
         self.path, self.layer, self.backend = path, layer, backend
         self.name = f"{Path(path).name}, layer {'last' if layer is None else layer}"
+
+        # CLIP and SigLIP are dual encoders, others are a vision model alone.
         self.model = getattr(model, "vision_model", model)
         config = getattr(model.config, "vision_config", model.config)
         self.patch = config.patch_size
         self._freeze()
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        """The hidden states of the chosen layer."""
         out = self.model(pixel_values=pixels, output_hidden_states=self.layer is not None)
         hidden = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
         return self._without_prefix(hidden, pixels, self.patch)
@@ -267,6 +310,13 @@ class TimmEncoder(VisionEncoder):
         layer: block whose output is taken; negative counts from the end.
         norm: apply the model's final norm; None does so for the last block only.
         image_size: side of the input in pixels; None takes the model's own.
+
+    Raises:
+        ValueError: timm does not know the name.
+
+    >>> encoder = TimmEncoder("test_vit", pretrained=False)
+    >>> encoder(encoder.preprocess(Image.new("RGB", (300, 200)))).shape
+    torch.Size([1, 100, 64])
     """
 
     def __init__(
@@ -279,10 +329,14 @@ class TimmEncoder(VisionEncoder):
 
         if not timm.is_model(name):
             raise ValueError(f"name must be a timm model, got {name!r}; timm.list_models('*{name[:4]}*') lists some")
+
         sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **sized)
+
+        # A block before the last was never trained to be read through the final norm.
         self.layer, self.norm = layer, layer == -1 if norm is None else norm
         self.name = f"timm {name}{'' if pretrained else ' (random weights)'}, block {layer}"
+
         data = resolve_model_data_config(self.model)
         if image_size is not None:
             data["input_size"] = (3, image_size, image_size)
@@ -293,6 +347,7 @@ class TimmEncoder(VisionEncoder):
         self._freeze()
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
+        """The feature map of the chosen block, as a row of patches."""
         blocks = getattr(self.model, "blocks", None)
         index = self.layer + len(blocks) if blocks is not None and self.layer < 0 else self.layer
         options: Any = {"indices": [index], "norm": self.norm, "output_fmt": "NCHW", "intermediates_only": True}
@@ -302,18 +357,29 @@ class TimmEncoder(VisionEncoder):
 
 
 class ProcessorTiles:
-    """The tiles of an image by an image processor of transformers; one tile where it makes no tiles."""
+    """The tiles of an image by an image processor of transformers; one tile where it makes no tiles.
+
+    Args:
+        processor: an image processor of transformers.
+    """
 
     def __init__(self, processor: Any):
         self.processor = processor
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "T 3 H W"]:
         pixels = self.processor(images=[image], return_tensors="pt")["pixel_values"]
-        return pixels[0] if pixels.ndim == 5 else pixels
+        return pixels[0] if pixels.ndim == 5 else pixels  # AnyRes: [1, T, 3, H, W]
 
 
 class TransformTiles:
-    """One tile an image, by a torchvision transform."""
+    """One tile per image, by a torchvision transform.
+
+    Args:
+        transform: an RGB image to pixels ``[3, H, W]``.
+
+    >>> TransformTiles(lambda image: torch.zeros(3, 4, 4))(Image.new("RGB", (8, 8))).shape
+    torch.Size([1, 3, 4, 4])
+    """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor]):
         self.transform = transform
@@ -341,12 +407,12 @@ class _quiet:
 
 
 def _find(path: str, argument: str) -> str:
-    """A model folder: from the current folder, else among what ships with the package; or a hub name.
+    """A model folder below the current folder, else one that ships with the package, else a hub name.
 
-    A path that looks local must be there; otherwise it would be taken for a hub name and fail obscurely.
+    A path that looks local must exist; otherwise it would be taken for a hub name and fail obscurely.
     """
     local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.split("/")[0] == "checkpoints"
-    found = find_folder(path)
-    if local and found is None:
+    folder = find_folder(path)
+    if local and folder is None:
         raise FileNotFoundError(f"{argument} must be a model folder, got {path!r}, which does not exist")
-    return path if found is None else str(found)
+    return path if folder is None else str(folder)

@@ -1,7 +1,7 @@
 """From a training checkpoint to a selector folder: config.json, model.safetensors, README.md (the card), training.yaml.
 
-The ``.ckpt`` is read with ``weights_only=True`` and the weights are put in strictly: nothing is unpickled, nothing may
-be missing or left over.
+The ``.ckpt`` is read with ``weights_only=True``, so that no code in it can run, and the weights are loaded strictly:
+none may be missing or left over.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 PREFIX = "selector."
+"""Of the selector's tensors in a checkpoint; those of the reconstructor are left behind."""
 _RULES = {
     "GumbelSelector": "it ranks the patches of each tile, as in arXiv 2503.16660.",
     "ImageTransformer": "it ranks all patches of an image together, base view and tiles.",
@@ -24,13 +25,16 @@ _RULES = {
 def export(
     checkpoint: str | Path, folder: str | Path, command: str | None = None, accuracy: str | Path | None = None
 ) -> Path:
-    """Writes the selector of a checkpoint to `folder` and returns it.
+    """Writes the selector of a checkpoint to a folder that `TokenSelector.from_pretrained` loads.
 
     Args:
-        checkpoint: ``best.ckpt`` or ``last.ckpt`` of a run; the run's ``config.yaml``, if it is there, is copied.
-        folder: where to; existing files of an earlier export are replaced.
-        command: how the checkpoint was made, for the card.
-        accuracy: a Markdown file for the end of the card: what the selector reaches on tasks.
+        checkpoint: ``best.ckpt`` or ``last.ckpt`` of a run; the run's ``config.yaml`` is copied if it exists.
+        folder: the selector folder; files of an earlier export are replaced.
+        command: the command that trained the selector, for the card.
+        accuracy: a Markdown file for the end of the card: the selector's results on tasks.
+
+    Returns:
+        The folder.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -41,9 +45,11 @@ def export(
 
     state = _read(Path(checkpoint))
     about = state["selector"]
-    told = ("class", "encoder", "data", "objective", "steps", "tokens_per_s", "validation")
-    if missing := [name for name in told if name not in about]:
-        raise ValueError(f"checkpoint {checkpoint} was written by another version: it does not tell {missing}")
+    fields = ("class", "encoder", "data", "objective", "steps", "tokens_per_s", "validation")
+    if missing := [name for name in fields if name not in about]:
+        raise ValueError(f"checkpoint {checkpoint} was written by another version: it lacks {missing}")
+
+    # Classes by name from this list, never by an import path that the file names.
     classes = {cls.__name__: cls for cls in (GumbelSelector, ImageTransformer)}
     if about["class"] not in [*classes]:  # a list: whatever the file holds can be compared, but not hashed
         raise ValueError(f"checkpoint {checkpoint} holds a {about['class']}, which is none of {', '.join(classes)}")
@@ -51,12 +57,15 @@ def export(
         selector = classes[about["class"]](**about["init_args"])
     except (KeyError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"checkpoint {checkpoint} holds no arguments of a {about['class']}: {error!r}") from error
+
     weights = {name[len(PREFIX) :]: value for name, value in state["state_dict"].items() if name.startswith(PREFIX)}
     try:
         selector.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"checkpoint {checkpoint} does not fit a {about['class']}: {error}") from error
-    metadata = {name: about[name] for name in told}
+
+    # The card, from what the checkpoint says about itself.
+    metadata = {name: about[name] for name in fields}
     metadata["torch"] = str(torch.__version__)
     config = _run_config(Path(checkpoint))
     card = model_card(selector.init_args, metadata, command, config is not None, Path(folder).name)
@@ -64,8 +73,10 @@ def export(
         card += f"\n## The images it was trained on\n\n{about['credits']}\n"
     if accuracy is not None:
         card += f"\n## On tasks\n\n{Path(accuracy).read_text().strip()}\n"
+
     written = selector.save_pretrained(folder, card=card, metadata=metadata)
     if config is not None:
+        # Renamed when it is whole, as every file of the folder is.
         partial = written / ".training.yaml.partial"
         shutil.copyfile(config, partial)
         partial.replace(written / "training.yaml")
@@ -73,7 +84,18 @@ def export(
 
 
 def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | None, has_yaml: bool, name: str) -> str:
-    """The README of a selector folder; every number in it comes from the checkpoint."""
+    """The README of a selector folder; every number in it comes from the checkpoint.
+
+    Args:
+        init_args: the selector's constructor arguments.
+        about: the checkpoint's fields, and the version of torch.
+        command: the command that trained the selector, if known.
+        has_yaml: whether ``training.yaml`` is part of the folder.
+        name: the folder's name.
+
+    Returns:
+        Markdown, with the metadata that the hub reads as its head.
+    """
     lines = [
         "---",
         "library_name: visual-token-selector",
@@ -97,10 +119,13 @@ def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | 
         f"| speed | {about['tokens_per_s']:,.0f} tokens a second in training |",
         f"| machine | {platform.machine()}, torch {about['torch']} |",
     ]
+
     if command:
         lines.append(f"| made with | `{command}` |")
     if has_yaml:
         lines.append("| every setting | `training.yaml`, as Lightning resolved it |")
+
+    # Either kind of objective may have been validated, or both.
     tables = [*_validation_table(about["validation"]), *_answer_table(about["validation"])]
     if not tables:
         tables = ["The checkpoint was written before any validation."]
@@ -108,18 +133,21 @@ def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | 
 
 
 def _answer_table(seen: dict[str, float]) -> list[str]:
-    """Divergence from the unpruned model's answers, and answers that stay the same, per ranking and kept share."""
+    """Divergence from the unpruned model's answers, and share of unchanged answers, per ranking and kept share."""
+    # The meters `kl_RANKER_PERCENT` give rows and columns; their means `kl_RANKER` have no percentage and are left out.
     shares = [name.removeprefix("kl_learned_") for name in seen if name.startswith("kl_learned_")]
     measured = [name.removeprefix("kl_").rpartition("_") for name in seen if name.startswith("kl_")]
     rankers = list(dict.fromkeys(ranker for ranker, _, share in measured if share in shares))
     if not shares:
         return []
+
     rows = [
         f"| {ranker} | "
         + " | ".join(f"{seen[f'kl_{ranker}_{at}']:.3f} / {100 * seen[f'same_{ranker}_{at}']:.0f}" for at in shares)
         + " |"
         for ranker in rankers
     ]
+
     return [
         "",
         "On validation pages (of other seeds; receipts: other windows of the scans trained on), against the model with",
@@ -133,16 +161,19 @@ def _answer_table(seen: dict[str, float]) -> list[str]:
 
 
 def _validation_table(seen: dict[str, float]) -> list[str]:
-    """Reconstruction error of dropped tokens by the same reconstructor, for each ranking and kept share."""
+    """Reconstruction error of dropped tokens by the same reconstructor, per ranking and kept share."""
+    # From the meters `rec_RANKER_PERCENT`, as above.
     shares = [name.removeprefix("rec_learned_") for name in seen if name.startswith("rec_learned_")]
     if not shares:
         return []
+
     measured = [name.removeprefix("rec_").rpartition("_") for name in seen if name.startswith("rec_")]
     rankers = list(dict.fromkeys(ranker for ranker, _, share in measured if share in shares))
     rows = [
         f"| {ranker} | " + " | ".join(f"{seen[f'rec_{ranker}_{share}']:.3f}" for share in shares) + " |"
         for ranker in rankers
     ]
+
     return [
         "Held-out reconstruction error of dropped tokens (normalised features; lower is better), one reconstructor for",
         "all rows, tokens ranked within a tile (norm: the smallest stay):",
@@ -155,11 +186,16 @@ def _validation_table(seen: dict[str, float]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint must be a .ckpt file of a training run, got {str(path)!r}, which is none")
+        raise FileNotFoundError(
+            f"checkpoint must be a .ckpt file of a training run, got {str(path)!r}, which is no file"
+        )
+
+    # Which of these torch raises depends on what the file holds instead of a checkpoint.
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {path} cannot be read safely (weights only): {error}") from error
+
     parts = [state.get(name) for name in ("selector", "state_dict")] if isinstance(state, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"checkpoint {path} was not written by selector-train: it has no entry 'selector'")

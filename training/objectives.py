@@ -1,6 +1,6 @@
 """What a selector is trained for. Objectives are objects; a run may add up several, each with its weight.
 
-By reconstruction (no language model; "When Less is Enough", arXiv 2503.16660: keep what the other tokens cannot
+By reconstruction, without a language model ("When Less is Enough", arXiv 2503.16660: keep what the other tokens cannot
 reconstruct):
 
     Paper            Gumbel-Softmax masks, straight-through; ``||F_rec - F||^2 + max(mean(M), p)``
@@ -10,10 +10,10 @@ reconstruct):
 By the answers of the frozen model (`training.answers`): `Answers`, `AnswerSaliency`.
 
 A ranking can come out upside down (blank patches kept, text dropped) where the threshold of the straight-through top-k
-is kept out of the graph: then every score is only ever pushed up, all rise together, their spread vanishes, and no
-ranking is left. With the threshold in the graph (`schedules.gumbel_top_k`) the gradient sums to zero over a tile
-(tested). `SampledBudget` loses to leverage for another reason: what is hardest to rebuild, decorative texture included,
-is not what rebuilds the rest.
+is not part of the graph: then every score is only ever pushed up, all rise together, their spread vanishes, and no
+ranking is left. With the threshold in the graph (`schedules.gumbel_top_k`) the gradient sums to zero over a tile.
+`SampledBudget` loses to leverage for another reason: the tokens that are hardest to rebuild, decorative texture among
+them, are not those from which the rest can be rebuilt.
 
 Shapes: B tiles, N patches per tile, C channels of the table, R rankings of one image, L packed slots; masks are 1 where
 a token is kept.
@@ -43,7 +43,12 @@ from training.teacher import Taught
 
 
 class Loss(NamedTuple):
-    """A scalar with its graph, and what to log."""
+    """A scalar with its graph, and what to log.
+
+    Attributes:
+        value: before the objective's weight.
+        logs: detached scalars by name.
+    """
 
     value: Float[Tensor, ""]
     logs: dict[str, Tensor]
@@ -54,14 +59,21 @@ class Step:
     """What an objective is given: the tokens of some images, and what there is to learn from them.
 
     Attributes:
-        tokens: of the images.
+        tokens: visual tokens of a batch of tiles, or of one image with questions.
         selector: the one that is trained.
-        progress: share of the training that is done, in [0, 1).
-        generator: of all noise of this step.
-        reconstructor: rebuilds dropped tokens; None where no objective asks for it.
+        progress: share of the training that is done, in [0, 1); 1 in validation.
+        generator: draws all noise of this step.
+        reconstructor: rebuilds dropped tokens; None where no objective needs it.
         language: the frozen language model; None where no objective asks questions.
-        taught: what is asked about the image, and what the model answers; one image then.
-        encoded: that image as the language model gets it.
+        taught: the questions about the image and the model's answers; None without questions.
+        encoded: the image as the language model gets it; None without questions.
+
+    Scores and inputs are computed once, however many objectives read them.
+
+    >>> tokens = VisualTokens.from_features(torch.randn(2, 16, 8), grid=(4, 4))
+    >>> step = Step(tokens, GumbelSelector(8, 16), 0.0, torch.Generator(), Reconstructor(8, 16))
+    >>> sorted(SampledBudget()(step).logs)
+    ['keep', 'rank', 'rec']
     """
 
     tokens: VisualTokens
@@ -75,18 +87,18 @@ class Step:
 
     @cached_property
     def scores(self) -> Float[Tensor, "B N"]:
-        """The selector's, in float32."""
+        """The selector's scores ``[B, N]``, in float32."""
         return self.selector.score(self.tokens).float()
 
     @cached_property
     def slot_scores(self) -> Float[Tensor, "R L"]:
-        """Scores of the packed slots of one image: one row, or one per question of a selector that reads it."""
+        """Scores ``[R, L]`` of the packed slots of one image: one row, or one per question if the selector reads it."""
         if not reads_question(self.selector):
-            return self.tokens.packed(self.scores, 0.0)
+            return self.tokens.packed(self.scores, 0.0)  # newlines have no score of their own
         return _scores_per_question(self)
 
     def asked(self) -> tuple[FrozenLanguageModel, Taught, Encoded]:
-        """The language model, what it is asked and answers, and the image.
+        """The language model, the questions with its answers, and the encoded image.
 
         Raises:
             ValueError: this step has no questions.
@@ -97,29 +109,39 @@ class Step:
 
     @cached_property
     def table(self) -> Float[Tensor, "B N C"]:
-        """What the selector reads and the reconstructor rebuilds."""
+        """What the selector reads and the reconstructor rebuilds: ``[B, N, C]``, normalised per channel."""
         return self.selector.table(self.tokens)
 
     def error(self, mask: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-        """Error with which each token is rebuilt from those of the mask."""
+        """Error ``[B, N]`` with which each token is rebuilt from those that the mask ``[B, N]`` keeps.
+
+        Raises:
+            ValueError: this step has no reconstructor.
+        """
         if self.reconstructor is None:
             raise ValueError("this objective needs a reconstructor, and the step has none")
         return token_error(self.reconstructor(self.table, mask), self.table)
 
 
 def reads_question(selector: object) -> bool:
-    """Whether a selector ranks anew for each question."""
+    """Whether a selector ranks the tokens anew for each question."""
     return isinstance(selector, ImageTransformer) and selector.question_dim is not None
 
 
 def _scores_per_question(step: Step) -> Float[Tensor, "R L"]:
+    """One row of scores per question, in a single pass of the selector."""
     assert isinstance(step.selector, ImageTransformer)  # for the type checker: the only one that reads a question
     language, taught, _ = step.asked()
+
+    # Questions differ in length: padded at their end, and masked.
     prompts = [branch.prompt for branch in taught.conversation.branches]
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     mask = torch.arange(ids.shape[1], device=ids.device) < ids.new_tensor([len(p) for p in prompts])[:, None]
+
+    # The embeddings that inference gives the selector, see `VisualTokens.question`.
     with torch.no_grad():
         question = language.model.get_input_embeddings()(ids).float().masked_fill(~mask[..., None], 0)
+
     scores = step.selector.scores_per_question(step.tokens, question, mask).float()
     return torch.cat([step.tokens.packed(row, 0.0) for row in scores])
 
@@ -127,10 +149,15 @@ def _scores_per_question(step: Step) -> Float[Tensor, "R L"]:
 class Objective(ABC):
     """One term of the loss.
 
+    Args:
+        weight: factor of this term, positive.
+
     Attributes:
-        weight: factor of this term.
         reconstructs: True when it needs the reconstructor.
         asks: True when it needs questions and the frozen language model.
+
+    Raises:
+        ValueError: a weight that is not positive.
     """
 
     reconstructs: bool = False
@@ -143,19 +170,11 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, step: Step) -> Loss:
-        """The unweighted loss of a step."""
+        """The loss of a step, before the weight."""
 
 
 class _Reconstruction(Objective):
-    """What the three have in common: budgets, noise, and random masks at the start.
-
-    Args:
-        weight: factor of this term.
-        kept_range: smallest and largest share of a tile kept in a step.
-        random_share: share of the training, from its start, whose masks are uniformly random, so that the reconstructor
-            is right before its errors count; after it the selector draws the masks.
-        temperature_start, temperature_end: of the noise, geometric in between.
-    """
+    """What the three have in common: budgets, noise, and random masks at the start; arguments: see `SampledBudget`."""
 
     reconstructs = True
     threshold_gradient = True
@@ -177,15 +196,19 @@ class _Reconstruction(Objective):
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
 
     def at_random(self, step: Step) -> bool:
+        """Whether this step's masks are uniformly random."""
         return step.progress < self.random_share
 
     def temperature(self, step: Step) -> float:
+        """The temperature of this step's noise."""
         return temperature(step.progress, self.temperature_start, self.temperature_end)
 
     def random(self, step: Step) -> Float[Tensor, "B N"]:
-        """A uniformly random mask of a sampled size. The selector stays in the graph, as DDP wants it."""
+        """A uniformly random mask of a sampled size."""
         batch, patches = step.scores.shape
         keep = sampled_keep(patches, self.kept_range, step.generator)
+
+        # Zero times the scores keeps the selector in the graph: DDP waits for the gradient of every parameter.
         return random_mask(batch, patches, keep, step.generator).to(step.scores) + 0 * step.scores.sum()
 
     def drawn(self, step: Step) -> Float[Tensor, "B N"]:
@@ -195,11 +218,22 @@ class _Reconstruction(Objective):
 
 
 class SampledBudget(_Reconstruction):
-    """Regresses a token's score onto the log error with which it is rebuilt when dropped, under masks of all sizes."""
+    """Regresses a token's score onto the log error with which it is rebuilt when dropped, under masks of all sizes.
+
+    Args:
+        weight: factor of this term.
+        kept_range: smallest and largest share of a tile kept in a step, each in (0, 1).
+        random_share: share of the training, from its start, whose masks are uniformly random, so that the reconstructor
+            is good before its errors count; after it the selector draws the masks.
+        temperature_start, temperature_end: temperature of the noise, geometric in between.
+    """
 
     def __call__(self, step: Step) -> Loss:
+        # No gradient through the mask: the score learns from the regression alone.
         mask = (self.random(step) if self.at_random(step) else self.drawn(step)).detach()
         error = step.error(mask)
+
+        # The first term trains the reconstructor, the second the selector.
         rebuild, rank = dropped_mean(error, mask), drop_error_regression(step.scores, error, mask)
         return Loss(rebuild + rank, {"rec": rebuild.detach(), "rank": rank.detach(), "keep": mask.mean()})
 
@@ -208,9 +242,9 @@ class StraightThrough(_Reconstruction):
     """Mean error over all tokens under straight-through masks of all sizes.
 
     Args:
-        threshold_gradient: keep the threshold of the masks in the graph. False is a trap to look at, not to use: the
-            ranking can come out upside down (`configs/ablation/upside-down.yaml`).
-        weight, kept_range, random_share, temperature_start, temperature_end: as of the others.
+        threshold_gradient: keep the threshold of the masks in the graph. False is there to demonstrate the trap, not to
+            be used: the ranking can come out upside down (`configs/ablation/upside-down.yaml`).
+        weight, kept_range, random_share, temperature_start, temperature_end: as for `SampledBudget`.
     """
 
     def __init__(
@@ -228,6 +262,8 @@ class StraightThrough(_Reconstruction):
     def __call__(self, step: Step) -> Loss:
         mask = self.random(step) if self.at_random(step) else self.drawn(step)
         error = step.error(mask)
+
+        # Over all tokens, as in the paper; what is logged is of dropped tokens alone, comparable between objectives.
         return Loss(error.mean(), {"rec": dropped_mean(error, mask).detach(), "keep": mask.detach().mean()})
 
 
@@ -235,10 +271,10 @@ class Paper(_Reconstruction):
     """The paper's: Gumbel-Softmax masks, each token by itself, and a clamp on their mean.
 
     Args:
-        proportion: p of the clamp, the wanted share of kept tokens.
+        proportion: p of the clamp, the wanted share of kept tokens, in (0, 1].
         regularizer: weight of the clamp; the paper leaves the norm's scale, and so this weight, open.
-        weight, kept_range, random_share, temperature_start, temperature_end: as of the others; `kept_range` is that of
-            the random masks at the start.
+        weight, kept_range, random_share, temperature_start, temperature_end: as for `SampledBudget`; `kept_range` is
+            that of the random masks at the start only.
     """
 
     def __init__(
@@ -263,8 +299,11 @@ class Paper(_Reconstruction):
         return Loss(loss, {"rec": dropped_mean(error, mask.detach()).detach(), "keep": mask.detach().mean()})
 
     def _sampled(self, step: Step) -> Float[Tensor, "B N"]:
+        """Masks by the selector's own Gumbel-Softmax, of any size."""
         if not isinstance(step.selector, GumbelSelector):
             raise ValueError(f"Paper draws masks from a GumbelSelector, got a {type(step.selector).__name__}")
+
+        # `gumbel_softmax` draws from the global generator only: seeded for this draw, and put back afterwards.
         device = step.scores.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**31, (), generator=step.generator)))
@@ -272,7 +311,7 @@ class Paper(_Reconstruction):
 
 
 def check_range(name: str, shares: tuple[float, float]) -> None:
-    """Raises ValueError unless these are shares, the smaller first."""
+    """Raises ValueError unless these are shares in (0, 1), the smaller first."""
     if not 0 < shares[0] <= shares[1] < 1:
         raise ValueError(f"{name} must be 0 < smallest <= largest < 1, got {shares}")
 

@@ -1,4 +1,4 @@
-"""Pictures while training: what the selector keeps of a few images, to TensorBoard and Weights & Biases."""
+"""Pictures during training: what the selector keeps of a few images, for TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 
 class KeptPictures(Callback):
-    """After every validation, a strip an image: all tokens, then those that the selector keeps.
+    """Logs a strip per image after every validation: all tokens, then those that the selector keeps.
 
     Args:
         model: checkpoint folder or hub name of the LLaVA-NeXT whose tower the selector is trained on.
-        images: image files; none takes a generated document and a scene.
+        images: image files; without any, a generated document and a generated scene.
         keep: the budget, see `Budget`.
     """
 
     def __init__(self, model: str, images: list[str] | None = None, keep: int | float | str = 0.25) -> None:
         super().__init__()
         self.model, self.images, self.keep = model, images or [], keep
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[Any, Any] | None = None  # with the first picture: a run may end before it needs one
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the strips, in one process, and hands them to the loggers that can show them."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
+
         strips = self.strips(pl_module.selector)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -38,15 +40,17 @@ class KeptPictures(Callback):
                     logger.experiment.add_image(f"val/kept/{number}", pixels, trainer.global_step, dataformats="HWC")
 
     def strips(self, selector: Any) -> list[Image.Image]:
-        """The pictures themselves, one an image."""
+        """The pictures themselves, one per image; leaves the selector's training mode as it was."""
         from selector.show.gallery import kept_picture
 
         model, processor = self._vlm()
+
+        # The ranking of inference: in training mode a selector may draw noise.
         was_training = selector.training
         selector.eval()
-        found = [kept_picture(model, processor, image, {"learned": selector}, self.keep) for image in self._shown()]
+        strips = [kept_picture(model, processor, image, {"learned": selector}, self.keep) for image in self._shown()]
         selector.train(was_training)
-        return found
+        return strips
 
     def _shown(self) -> list[Image.Image]:
         from selector.images import open_image
@@ -54,9 +58,12 @@ class KeptPictures(Callback):
 
         if self.images:
             return [open_image(Path(name)) for name in self.images]
+
+        # Of the test stream: pages that are neither trained on nor validated with.
         return [task.page("test", 0, 0).image for task in (documents, scenes)]
 
     def _vlm(self) -> tuple[Any, Any]:
+        """Model and processor; a model of its own, since the training's encoder may lack the language model."""
         if self._loaded is None:
             from transformers import AutoModelForImageTextToText, AutoProcessor
 

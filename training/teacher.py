@@ -1,9 +1,9 @@
-"""The teacher of a selector that learns from answers: the unpruned model, and what it answers.
+"""The teacher of a selector that learns from answers: the unpruned model, and its answers.
 
-By default the texts along which teacher and student are compared are the model's own answers: agreement with the
-unpruned model is what is learned, and no label is needed. They are written once (greedy) and can be kept on disk.
-Given answers are checked first: where the model would say the same token by token, nothing has to be generated.
-The teacher never changes, so what it says about an image is computed once and remembered as long as memory allows.
+By default teacher and student are compared along the model's own answers: the selector learns to agree with the
+unpruned model, and no label is needed. Answers are generated once (greedily) and can be kept on disk. Answers in the
+data are checked first: where the model would give the same one token by token, nothing has to be generated. The
+teacher never changes, so its probabilities for an image are computed once and remembered as long as memory allows.
 
 Shapes: A tokens of an answer, V vocabulary, L packed slots of an image.
 """
@@ -30,12 +30,12 @@ AnswersFrom = Literal["model", "data"]
 
 @dataclass(frozen=True)
 class Taught:
-    """A conversation with the answers to learn, and the teacher's view of them.
+    """A conversation with the answers to learn, and the teacher's probabilities.
 
     Attributes:
         conversation: with answers.
-        log_probs: per question ``[A, V]``.
-        looks: per question ``[L]``, what the answer's tokens look at (`FrozenLanguageModel.attention_to_image`), zero
+        log_probs: per question ``[A, V]``, the teacher's log-probabilities along the answer.
+        looks: per question ``[L]``, what the answer's tokens attend to (`FrozenLanguageModel.attention_to_image`), zero
             at newlines; empty where no objective reads it.
     """
 
@@ -44,7 +44,7 @@ class Taught:
     looks: list[Float[Tensor, "_L"]]
 
     def sampled(self, count: int, generator: torch.Generator) -> Taught:
-        """At most `count` of the questions, drawn without repetition."""
+        """At most `count` of the questions, drawn without replacement."""
         chosen = torch.randperm(len(self.log_probs), generator=generator)[:count].tolist()
         return Taught(
             self.conversation.only(chosen),
@@ -54,15 +54,22 @@ class Taught:
 
     @property
     def bytes(self) -> int:
-        """Memory of what it says; ids are next to nothing."""
+        """Memory of the probabilities and the attention; the ids are negligible."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.log_probs, *self.looks))
 
 
 class AnswerStore:
-    """Answers on disk, one JSON object per line: image, question, ids. One that an interruption cut is written again.
+    """Answers on disk, one JSON object per line: image, question, ids.
+
+    A line that an interruption cut off is skipped, and its answer is generated again.
 
     Args:
-        file: None keeps them in memory only. Its name should tell model and settings (see `Teacher`).
+        file: None keeps the answers in memory only. Its name should identify model and settings (see `Teacher`).
+
+    >>> store = AnswerStore(None)
+    >>> store.put("image", "What is it?", [5, 2])
+    >>> store.get("image", "What is it?"), store.get("image", "Where is it?")
+    ([5, 2], None)
     """
 
     def __init__(self, file: Path | None):
@@ -77,7 +84,7 @@ class AnswerStore:
                     continue
 
     def get(self, image: str, question: str) -> list[int] | None:
-        """Ids of an answer, None where it is not known."""
+        """Ids of an answer; None where it is not known."""
         return self.known.get((image, question))
 
     def put(self, image: str, question: str, ids: list[int]) -> None:
@@ -91,16 +98,16 @@ class AnswerStore:
 
 
 class Teacher:
-    """What the unpruned model answers.
+    """The unpruned model's answers to the questions of a conversation, with their probabilities.
 
     Args:
         language: the frozen model.
         answers: ``"model"``: its own greedy answers; ``"data"``: those of the data, where there are any.
         limit: longest answer, in tokens.
         folder: where answers are kept; None keeps them in memory.
-        fingerprint: of the model, so that another model's answers are never reused.
-        looks: also tell what the answers look at.
-        memory: bytes of what is remembered; beyond it, it is computed again each time.
+        fingerprint: hash of the model's weights, so that another model's answers are never reused.
+        looks: also record what the answers attend to.
+        memory: bytes of probabilities to remember; what does not fit is computed anew each time.
     """
 
     def __init__(
@@ -114,32 +121,44 @@ class Teacher:
         memory: int = 2 * 2**30,
     ):
         self.language, self.answers, self.limit, self.looks, self.memory = language, answers, limit, looks, memory
+
+        # Everything that an answer depends on beside image and question is in the file's name: nothing stale is read.
         settings = language.model.generation_config.to_dict()
         settings.pop("transformers_version", None)
-        told = f"{fingerprint} {limit} {json.dumps(settings, sort_keys=True, default=str)}"
-        key = hashlib.sha256(told.encode()).hexdigest()[:16]
+        identity = f"{fingerprint} {limit} {json.dumps(settings, sort_keys=True, default=str)}"
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         self.store = AnswerStore(None if folder is None else Path(folder) / f"answers-{key}.jsonl")
         self._remembered: dict[tuple[str, ...], Taught] = {}
 
     @torch.no_grad()
     def __call__(self, encoded: Encoded, conversation: Conversation) -> Taught:
-        """Answers the questions, and says with what probabilities."""
+        """The answers to learn and the model's probabilities along them.
+
+        Args:
+            encoded: the conversation's image, alone.
+            conversation: prefix and questions, with the data's answers where there are any.
+        """
+        # Answers are part of the key: with ``answers="data"`` they decide what is learned.
         image = _image_key(conversation)
         given = [None if branch.answer is None else branch.answer.tolist() for branch in conversation.branches]
         key = image, *(_question_key(conversation, branch) for branch in conversation.branches), str(given)
         if key not in self._remembered:
-            found = self._learned(encoded, conversation, image)
-            found = replace(found, conversation=replace(found.conversation, pixels={}))  # nothing reads them again
-            if self.memory < found.bytes:
-                return found
-            self.memory -= found.bytes
-            self._remembered[key] = found
+            taught = self._learned(encoded, conversation, image)
+            taught = replace(taught, conversation=replace(taught.conversation, pixels={}))  # nothing reads them again
+
+            # First come, first kept: epochs ask in another order each, so that evicting would gain nothing.
+            if self.memory < taught.bytes:
+                return taught
+            self.memory -= taught.bytes
+            self._remembered[key] = taught
         return self._remembered[key]
 
     def _learned(self, encoded: Encoded, conversation: Conversation, image: str) -> Taught:
-        """Finds the answers to learn; what the model has not answered before is generated."""
+        """Finds the answers to learn; questions that the model has not answered before are put to it."""
         own = self.answers == "model"
         device = conversation.prefix.device
+
+        # The best known answer to each question: the model's own from the store, else the data's.
         keys = [_question_key(conversation, branch) for branch in conversation.branches]
         wanted = [own or branch.answer is None for branch in conversation.branches]  # from the model, not the data
         known = [self.store.get(image, key) if ours else None for key, ours in zip(keys, wanted, strict=True)]
@@ -158,30 +177,35 @@ class Teacher:
                 done or (answer is not None and torch.equal(logs.argmax(-1), answer)) for done, logs, answer in pairs
             ]
 
+        # The rest is generated, one question at a time, and every answer of the model's is stored.
         for index, key in enumerate(keys):
             answer = answers[index]
             if answer is None or not settled[index]:
                 answer = answers[index] = self.language.own_answer(encoded, conversation, index, self.limit)
             if wanted[index] and known[index] is None:
                 self.store.put(image, key, answer.tolist())
+
+        # Where all answers held, the pass that checked them is the result.
         return taught if taught is not None and all(settled) else self._pass(encoded, conversation, answers)
 
     def _pass(self, encoded: Encoded, conversation: Conversation, answers: Sequence[Tensor | None]) -> Taught:
-        """What the model says along these answers, with every visual token there."""
+        """The model's probabilities along these answers, with every visual token."""
         answered = conversation.answered([answer for answer in answers if answer is not None])
         row = self.language.row(encoded.packed[0], encoded.image_token_id, answered.prefix, answered.branches)
         if not self.looks:
             return Taught(answered, self.language.log_probs(row), [])
+
         logs, looks = self.language.attention_to_image(row)
         return Taught(answered, logs, list(looks * encoded.tokens.is_patch[0]))
 
 
 def _question_key(conversation: Conversation, branch: Branch) -> str:
-    """The question, and a hash of the ids around the image: another chat template is another question."""
+    """The question, and a hash of all ids of its prompt: with another chat template it is another question."""
     ids = conversation.prefix.tolist(), branch.prompt.tolist()
     return f"{hashlib.sha256(str(ids).encode()).hexdigest()[:12]} {branch.question}"
 
 
 def _image_key(conversation: Conversation) -> str:
+    """A hash of the image as the processor hands it on: the same picture in other tiles is another one."""
     pixels = conversation.pixels["pixel_values"].detach().cpu().float().contiguous()
     return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:24]

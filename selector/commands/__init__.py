@@ -1,1 +1,1 @@
-"""The commands behind `selector.cli`, one a file: they load, run, draw and print; measuring is done elsewhere."""
+"""The commands behind `selector.cli`, one per file: they load, run, draw and print; measuring is done elsewhere."""

@@ -1,4 +1,4 @@
-"""`selector bench`: one table of times and ratios a budget."""
+"""`selector bench`: one table of times and ratios per budget."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def run(settings: dict[str, Any]) -> int:
     Raises:
         UsageError: a setting out of its range, or a budget that removes nothing from the image.
     """
+    # Mistakes in the settings are errors before a model is loaded.
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     repeats = positive("repeats", settings["repeats"])
+    # Any image will do: times depend on the number of tiles, not on what it shows.
     image = (
         open_image(Path(settings["image"])) if settings["image"] else pages(whole("seed", settings["seed"]))[0].image
     )
@@ -40,6 +42,7 @@ def run(settings: dict[str, Any]) -> int:
         try:
             result = speed.measure(model, processor, selectors, budget, image, repeats)
         except ValueError as error:
+            # Only now is it known how many tokens the image has.
             raise UsageError(f"keep={budget}: {error}") from error
         where = f"{model.device.type}, {torch.get_num_threads()} threads"
         terminal.print(speed.table(result, f"{settings['model']} · keep {budget} · {where} · median of {repeats}"))

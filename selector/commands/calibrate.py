@@ -42,7 +42,7 @@ def run(settings: dict[str, Any]) -> int:
     Raises:
         UsageError: a setting out of its range, a selector without scores, or a share that no threshold meets.
     """
-    # All that can be wrong with the settings is said before a model is loaded.
+    # Mistakes in the settings are errors before a model is loaded.
     shares, policies = _shares(settings["shares"]), _policies(settings["newlines"])
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("calibrate", settings["tasks"], settings["skip_unreadable"])
@@ -54,10 +54,11 @@ def run(settings: dict[str, Any]) -> int:
     source = _source(spec)
     out = _target(settings["out"], spec, source)
     ((label, selector),) = choose(settings | {"selectors": [spec]}).items()
-    if not isinstance(selector, RankSelector):
+    if not isinstance(selector, RankSelector):  # a threshold needs scores
         raise UsageError(f"{label}: a {type(selector).__name__} has no scores; calibrate what it is made of")
 
     model, processor, _ = load_all(settings, {label: selector})  # a module moves in place
+    # What the thresholds depend on is stored with them: they hold for this model and for such images.
     about = {
         "model": str(settings["model"]),
         "fingerprint": fingerprint(model),
@@ -66,7 +67,7 @@ def run(settings: dict[str, Any]) -> int:
         "seed": seed,
     }
     try:
-        with Progress(console=Console(stderr=True)) as progress:  # it ends before an error is printed
+        with Progress(console=Console(stderr=True)) as progress:  # ends before an error is printed
             stream = progress.track(
                 _samples(tasks, samples, seed), sum(about["tasks"].values()), description="encoding"
             )
@@ -76,7 +77,7 @@ def run(settings: dict[str, Any]) -> int:
         raise UsageError(f"{label}: {error}") from error
     name_unreadable(tasks)
 
-    # It stays the checkpoint that it was, but for its thresholds: its card and metadata go with it.
+    # The checkpoint stays what it was, except for its thresholds: its card and metadata are written with it.
     metadata, card = hub.about(source) if source else ({}, None)
     with output(out):
         selector.save_pretrained(out, card=card, metadata=metadata)
@@ -86,13 +87,15 @@ def run(settings: dict[str, Any]) -> int:
 
 
 def _target(out: str | None, spec: str, source: str | None) -> Path:
-    """The folder to write to: the one named, else that of the selector itself."""
+    """The folder to write to: the one named, else that of the selector itself, which must be the user's own."""
     if out == "":
         raise UsageError("out must be the name of a folder, got ''")
     if out is None and (source is None or not Path(source).is_dir()):
         raise UsageError(f"out must name the folder to write: {spec!r} is no folder that could be calibrated in place")
+    # An installed package is not the user's to change; an update would undo it, too.
     if out is None and Path(source or "").resolve().is_relative_to(INSTALLED):
         raise UsageError(f"out must name the folder to write: {spec!r} is part of the installed package")
+
     place = Path(out or source or "")
     check_output(place)
     return place
@@ -114,7 +117,7 @@ def _encoded(model: Any, processor: Any, selector: RankSelector, samples: Iterab
 
 
 def _print(calibration: Calibration, title: str, out: Path) -> None:
-    """The thresholds as a table, what their shares are of, and where the checkpoint is."""
+    """Prints the thresholds as a table, what their shares refer to, and where the checkpoint is."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for header in ("keep", "newlines", "score above", "measured %"):
         table.add_column(header, justify="left" if header in ("keep", "newlines") else "right")
@@ -135,20 +138,23 @@ def _print(calibration: Calibration, title: str, out: Path) -> None:
 
 def _source(spec: str) -> str | None:
     """The folder (or hub repository) that a spec names and whose metadata and card stay; None for a method's name."""
+    # NAME=SPEC or a spec alone.
     named = str(loading.label_of(spec)[1])
     if named.startswith("hf:"):
         return named.removeprefix("hf:")
+    # A method's name is not looked up as a folder that ships with the package.
     folder = loading.find_folder(named) if "/" in named or Path(named).is_dir() else None
     return None if folder is None else str(folder)
 
 
 def _shares(values: Sequence[Any]) -> list[float]:
+    """The shares to calibrate for, each in (0, 1) and there once; YAML may give numbers or texts."""
     shares = []
     for value in values:
         try:
             share = float(value)
         except (TypeError, ValueError):
-            share = -1.0
+            share = -1.0  # out of range like any other mistake
         if isinstance(value, bool) or not 0 < share < 1:
             raise UsageError(f"shares must lie between 0 and 1, got {value!r}")
         if share in shares:
@@ -160,6 +166,7 @@ def _shares(values: Sequence[Any]) -> list[float]:
 
 
 def _policies(values: Sequence[str]) -> list[Newlines]:
+    """The newline policies to calibrate for, each known and there once."""
     for i, value in enumerate(values):
         if value not in get_args(Newlines) or value in values[:i]:
             raise UsageError(f"newlines must be of {', '.join(get_args(Newlines))}, each once, got {value!r}")

@@ -1,4 +1,4 @@
-"""`selector compare`: runs, watches, prints the table of what is done (also when interrupted)."""
+"""`selector compare`: runs a comparison behind a progress bar, and prints its tables (also when interrupted)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from selector.tasks import PLACEHOLDER, Task
 
 
 def run(settings: dict[str, Any]) -> int:
-    """Runs a comparison, or what is left of it, and prints the table of what is done.
+    """Runs a comparison, or what is left of it, and prints the tables of what is done.
 
     Args:
         settings: by the names of ``DEFAULTS["compare"]`` in `selector.cli`; ``given`` lists those not left to the
@@ -45,7 +45,7 @@ def run(settings: dict[str, Any]) -> int:
     Raises:
         UsageError: a setting out of its range, or a sample that cannot be measured.
     """
-    # All that can be wrong with the settings is said before a model is loaded.
+    # Mistakes in the settings are errors before a model is loaded.
     samples = sample_limit(settings["samples"])
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     tasks = _asked(settings, find_tasks("compare", settings["tasks"], settings["skip_unreadable"]))
@@ -57,10 +57,13 @@ def run(settings: dict[str, Any]) -> int:
     check_output(Path(settings["out"]))
     selectors = choose(settings)
     baseline = _baseline(settings, selectors)
+    # A stray RANK in the environment would otherwise make a partial run in silence.
     if shard != WHOLE and settings.get("shard") is None:
         _announce(shard)
 
     model, processor, selectors = load_all(settings, selectors)
+
+    # Lazy: nothing is measured until the steps are taken one by one.
     steps = compare(
         model,
         processor,
@@ -112,17 +115,18 @@ def _asked(settings: dict[str, Any], tasks: list[Task]) -> list[Task]:
 
 
 def _baseline(settings: dict[str, Any], selectors: Mapping[str, TokenSelector]) -> str | None:
-    """The label of the baseline; the default one is done without where it is not among the selectors."""
+    """The label of the baseline; None where the default one is not among the selectors, which is no mistake."""
     baseline = settings["baseline"]
     if baseline in selectors:
         return baseline
+    # Only a baseline that the user named must be there.
     if "baseline" in settings["given"] and baseline is not None:
         raise UsageError(f"baseline must be one of the selectors {', '.join(selectors)}, got {baseline!r}")
     return None
 
 
 def _announce(shard: Shard) -> None:
-    """Names the environment that made this process take a part: nobody asked for one on the command line."""
+    """Names the environment variables that made this process take a part, since no flag asked for one."""
     print(
         f"selector compare: RANK={shard[0]} and WORLD_SIZE={shard[1]} in the environment: this process takes shard "
         f"{shard[0]}/{shard[1]} of the samples; --shard 0/1 takes them all",
@@ -131,23 +135,25 @@ def _announce(shard: Shard) -> None:
 
 
 def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> bool:
-    """Drives the run behind a progress bar; True when the user interrupted it."""
+    """Drives the run behind progress bars, one per task; True if the user interrupted it."""
     text = TextColumn("{task.description:<12} {task.fields[seen]}", markup=False)
     clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
 
-    # Of the task at work: what the model got right, unpruned and pruned, and what share of its tokens stayed.
+    # Of the task at work: whether answers were right, unpruned and pruned, and the shares of tokens that stayed.
     right: dict[str, list[float]] = {"full": [], "pruned": []}
     shares: list[float] = []
 
     with Progress(text, *clock, console=Console(stderr=True)) as progress:
         bars = {name: progress.add_task(name, total=size, seen="") for name, size in sizes.items()}
-        shown = None
+        current = None
         try:
             for step in steps:
-                if step.task != shown:
-                    right, shares, shown = {"full": [], "pruned": []}, [], step.task
+                # Tasks run one after the other; each has figures of its own.
+                if step.task != current:
+                    right, shares, current = {"full": [], "pruned": []}, [], step.task
 
                 record = step.record
+                # The blind reference has no tokens, and its accuracy is no measure of the model's.
                 if step.row.label != "blind":
                     if "correct" in record:
                         score = record.get("score", record["correct"])
@@ -155,7 +161,8 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
                     if step.row.selector:
                         shares.append(record["tokens"] / max(1, record["full_tokens"]))
 
-                progress.update(bars[step.task], advance=1, seen=_seen(right, shares))
+                progress.update(bars[step.task], advance=1, seen=_so_far(right, shares))
+        # Every finished record is on disk: an interrupted run is reported like a finished one.
         except KeyboardInterrupt:
             return True
 
@@ -163,8 +170,8 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
     return False
 
 
-def _seen(right: dict[str, list[float]], shares: list[float]) -> str:
-    """The running figures behind a bar: "full 81% · pruned 74% · kept 25%"."""
+def _so_far(right: dict[str, list[float]], shares: list[float]) -> str:
+    """The figures so far, next to a bar: "full 81% · pruned 74% · kept 25%"."""
     parts = [f"{name} {100 * sum(hits) / len(hits):.0f}%" for name, hits in right.items() if hits]
     if shares:
         parts.append(f"kept {100 * sum(shares) / len(shares):.0f}%")
@@ -172,7 +179,7 @@ def _seen(right: dict[str, list[float]], shares: list[float]) -> str:
 
 
 def _shard(value: Any) -> Shard:
-    """ "1/4" as numbers; without one, the place that torchrun or accelerate gave this process, if any."""
+    """A shard such as "1/4" as numbers; without one, the rank that torchrun or accelerate gave this process, if any."""
     if value is None:
         rank, number = loading.place_of("RANK", 0), loading.place_of("WORLD_SIZE", 1)
         if rank >= number:
@@ -181,7 +188,9 @@ def _shard(value: Any) -> Shard:
                 "unset them"
             )
         return rank, number
-    found = re.fullmatch(r"(\d+)/(\d+)", str(value), re.ASCII)
-    if not found or int(found[1]) >= int(found[2]):
+
+    # ASCII digits only: int takes those of other scripts, too.
+    match = re.fullmatch(r"(\d+)/(\d+)", str(value), re.ASCII)
+    if not match or int(match[1]) >= int(match[2]):
         raise UsageError(f"shard must be i/n with 0 <= i < n, such as 0/2 and 1/2, got {value!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])

@@ -1,4 +1,4 @@
-"""Does the change of the inverse participation ratio (IPR) say how consistent a pruned model is? A study, and its data.
+"""Does the change of the inverse participation ratio (IPR) predict how consistent a pruned model is? Study and data.
 
     python -m selector.commands.ipr --out configs/compare/ipr.json
     python -m selector.commands.ipr configs/compare/ipr.json
@@ -8,7 +8,7 @@ The first line measures `SETTINGS` and writes the data, the second reads them; b
 
 *Silent Hazards of Token Reduction* (arXiv 2503.06794) says that |ΔIPR| goes with consistency: the larger it is, the
 more answers differ from the unpruned ones, so a rank correlation with agreement is **negative** where the claim
-holds. The text that we could read fixes neither the layer, nor whether the mean is taken off, nor what the correlation
+holds. The text that we could read fixes neither the layer, nor whether the mean is subtracted, nor what the correlation
 runs over; the study crosses them. In all three ways of counting a figure is a mean of Spearman's ρ over groups:
 
 - ``budgets``: a group per selector, a point per budget (the IPR of few tokens differs from that of many);
@@ -56,9 +56,10 @@ SETTINGS: dict[str, Any] = {
 MEANS = ("uncentred", "centred")
 OVER = ("budgets", "selectors", "questions")
 UNIT, NLL_UNIT = 1e-5, 1e-3
-"""What the data count ΔIPR and ΔNLL in: whole numbers are short."""
+"""Units of ΔIPR and ΔNLL in the data, so that whole numbers do: the file stays small."""
 
 Data = dict[str, Any]
+"""The settings of a study and its rows, see `measure`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class Correlation:
     """Mean rank correlation of |ΔIPR| with consistency.
 
     Attributes:
-        groups: over which ρ is defined (in the others every answer is equal, or none).
+        layer: whose visual tokens the spectrum is of; 0 is what enters the language model.
+        mean: ``"uncentred"``, or ``"centred"``: the mean token is subtracted first.
+        over: what the points of a group differ in, one of `OVER`.
+        groups: in which ρ is defined (in the others every answer is equal, or none).
         points: of all those groups together.
         rank: in [-1, 1]; negative where the claim holds.
         interval: 95%, a bootstrap over the questions.
@@ -83,14 +87,17 @@ class Correlation:
 
 
 def measure(settings: Mapping[str, Any]) -> Data:
-    """Runs the study; a row per task, selector and budget, in each a figure per question.
+    """Runs the study: one row per task, selector and budget, with one figure per question.
 
     Args:
         settings: as `SETTINGS`.
 
     Returns:
-        The settings and ``rows``: ``same`` (a 1 per answer that stayed), ``nll`` (ΔNLL of the unpruned answer, in
-        `NLL_UNIT` nats per token) and ``ipr`` (ΔIPR in `UNIT`, by mean and layer).
+        The settings and ``rows``: ``same`` (1 or 0 per question: whether the answer stayed), ``nll`` (ΔNLL of the
+        unpruned answer, in `NLL_UNIT` nats per token) and ``ipr`` (ΔIPR in `UNIT`, by mean and layer).
+
+    Raises:
+        UsageError: a model, selector or budget that cannot be, or a sample without an image.
     """
     model, processor = load_model(settings["model"], "cpu")
     selectors = load_selectors(settings["selectors"], model.device)
@@ -101,6 +108,7 @@ def measure(settings: Mapping[str, Any]) -> Data:
         for budget in budgets
         for name in selectors
     }
+
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
     for task in settings["tasks"]:
         samples = load_task(task).samples(settings["questions"], settings["seed"])
@@ -110,61 +118,71 @@ def measure(settings: Mapping[str, Any]) -> Data:
                 encoded = encode(model, inputs, needs)
             if encoded is None:
                 raise UsageError(f"the samples of {task} must have an image, {sample.id} has none")
+
+            # The unpruned model answers once; every pruned one then reads that answer, and gives one of its own.
             whole = prune_inputs(model, inputs, None, encoded=encoded)
-            said = answer(model, processor, whole.inputs, 48).ids
-            before, nll = _read(model, whole, said, settings["layers"], encoded.image_token_id)
+            reference = answer(model, processor, whole.inputs, 48).ids
+            before, nll = _read(model, whole, reference, settings["layers"], encoded.image_token_id)
             for budget in budgets:
                 for name, selector in selectors.items():
                     pruned = prune_inputs(model, inputs, selector, budget, encoded=encoded)
-                    after, later = _read(model, pruned, said, settings["layers"], encoded.image_token_id)
+                    after, later = _read(model, pruned, reference, settings["layers"], encoded.image_token_id)
                     other = answer(model, processor, pruned.inputs, 48).ids
+
                     row = rows[task, name, str(budget)]
-                    row["same"] += str(int(torch.equal(said, other)))
+                    row["same"] += str(int(torch.equal(reference, other)))
                     row["nll"].append(round((later - nll) / NLL_UNIT))
                     for kind, values in after.items():
                         row["ipr"][kind].append(round((values - before[kind]) / UNIT))
+            # One line, overwritten with every question.
             print(f"\r{task}: {number} of {settings['questions']}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
     return {**settings, "rows": list(rows.values())}
 
 
 def _empty(layers: Sequence[int]) -> dict[str, Any]:
+    """A row before its first question."""
     return {"same": "", "nll": [], "ipr": {_kind(mean, layer): [] for mean in MEANS for layer in layers}}
 
 
 def _kind(mean: str, layer: int) -> str:
+    """The key of a series of ΔIPR in a row; JSON has no tuples."""
     return f"{mean} {layer}"
 
 
 def _read(
-    model: Any, pruned: Pruned, said: Int[Tensor, "A"], layers: Sequence[int], image_token_id: int
+    model: Any, pruned: Pruned, reference: Int[Tensor, "A"], layers: Sequence[int], image_token_id: int
 ) -> tuple[dict[str, float], float]:
     """(IPR of the visual tokens by mean and layer, NLL of the unpruned answer), in one pass of the language model."""
-    read = forced(model, pruned.inputs, said, layers, image_token_id)
-    found = {}
+    read = forced(model, pruned.inputs, reference, layers, image_token_id)
+    ratios = {}
     for layer, tokens in read.visual.items():
-        found[_kind("uncentred", layer)] = spectrum(tokens).ipr
-        found[_kind("centred", layer)] = spectrum(_centred(tokens)).ipr
-    return found, answer_nll(read.logits, said)
+        ratios[_kind("uncentred", layer)] = spectrum(tokens).ipr
+        ratios[_kind("centred", layer)] = spectrum(_centred(tokens)).ipr
+    return ratios, answer_nll(read.logits, reference)
 
 
 def _centred(tokens: Float[Tensor, "L d"]) -> Float[Tensor, "L d"]:
-    return (tokens.double() - tokens.double().mean(0)).to(tokens.dtype)
+    return (tokens.double() - tokens.double().mean(0)).to(tokens.dtype)  # float64: the mean can be far from 0
 
 
 def correlations(data: Data, consistency: str = "same", draws: int = 1000, seed: int = 0) -> list[Correlation]:
     """Every correlation of the study for which some group has a ρ.
 
     Args:
+        data: as `measure` returns it.
         consistency: ``same``, whether an answer stayed; or ``nll``, minus the ΔNLL of the unpruned answer.
-        draws: of the bootstrap over the questions; 0 gives intervals of no width.
+        draws: of the bootstrap over the questions, seeded with `seed`; 0 gives intervals of no width.
     """
     if consistency not in ("same", "nll"):
         raise ValueError(f"consistency must be 'same' or 'nll', got {consistency!r}")
+
+    # Draw 0 is the questions as they are: it gives ρ itself, the others its interval.
     count = data["questions"]
     resampled = np.random.default_rng(seed).integers(count, size=(draws, count))
     picks = np.concatenate([np.arange(count)[None], resampled])
-    found = []
+
+    results = []
     for task in data["tasks"]:
         for layer in data["layers"]:
             for mean in MEANS:
@@ -176,31 +194,37 @@ def correlations(data: Data, consistency: str = "same", draws: int = 1000, seed:
                     if groups:  # else nothing varies, and there is nothing to say
                         low, high = np.nanquantile(ranks, [0.025, 0.975])
                         interval = (float(low), float(high))
-                        found.append(Correlation(task, layer, mean, over, float(ranks[0]), interval, groups, points))
-    return found
+                        results.append(Correlation(task, layer, mean, over, float(ranks[0]), interval, groups, points))
+    return results
 
 
 def _consistency(row: Mapping[str, Any], kind: str) -> list[float]:
+    """Per question, higher where the model changed less."""
     return [float(c) for c in row["same"]] if kind == "same" else [-float(value) for value in row["nll"]]
 
 
 def _table(data: Data, task: str, values: Any) -> np.ndarray:
-    """``[selectors, budgets, questions]``"""
+    """The values of a task's rows, ``[selectors, budgets, questions]``."""
     rows = {(row["selector"], row["keep"]): row for row in data["rows"] if row["task"] == task}
     return np.array([[values(rows[name, str(keep)]) for keep in data["keep"]] for name in data["selectors"]], float)
 
 
 def _over(shift: np.ndarray, steady: np.ndarray, picks: np.ndarray, over: str) -> tuple[np.ndarray, int, int]:
-    """(mean ρ of every draw, groups in which the first draw has one, their points)."""
+    """(mean ρ of every draw, groups in which the first has one, their points); `picks` is ``[draws, questions]``."""
     if over == "questions":
+        # Points are questions: a draw has some of them several times, which is faster counted than repeated.
         counts = np.stack([np.bincount(pick, minlength=shift.shape[2]) for pick in picks])
         cells = zip(_flat(abs(shift)), _flat(steady), strict=True)
         ranks = np.stack([counted_correlations(a, b, counts) for a, b in cells], -1)
     else:
+        # Points are means over the questions, which every draw takes anew; of the signed shift first, then its size.
         x, y = (table[:, :, picks].mean(-1).transpose(2, 0, 1) for table in (shift, steady))  # [draws, S, K]
         x = abs(x)
         ranks = rank_correlations(x, y) if over == "budgets" else rank_correlations(x.swapaxes(1, 2), y.swapaxes(1, 2))
+
+    # Each draw is a mean over the groups that have a ρ in it.
     groups = int(np.isfinite(ranks[0]).sum())
+    # Points of a group.
     size = {"budgets": shift.shape[1], "selectors": shift.shape[0], "questions": shift.shape[2]}[over]
     defined = np.isfinite(ranks)
     total, number = np.where(defined, ranks, 0).sum(-1), defined.sum(-1)
@@ -212,19 +236,26 @@ def _flat(table: np.ndarray) -> np.ndarray:
 
 
 def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's ρ along the last axis, mean ranks for ties; NaN where either does not vary. `statistics.spearman` in
-    bulk."""
+    """Spearman's ρ along the last axis, mean ranks for ties; NaN where either does not vary.
+
+    `selector.report.statistics.spearman` in bulk.
+
+    Example:
+        >>> import numpy as np
+        >>> rank_correlations(np.array([[1, 2, 3], [1, 2, 3]]), np.array([[2, 4, 9], [3, 3, 3]])).tolist()
+        [1.0, nan]
+    """
     a, b = _ranks(x), _ranks(y)
     product = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     return np.divide((a * b).sum(-1), product, out=np.full(product.shape, np.nan), where=product > 0)
 
 
 def counted_correlations(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`rank_correlations` of points each of which is there several times, or not at all.
+    """`rank_correlations` of points that count several times each, or not at all.
 
     Args:
-        x: ``[n]``, like `y`.
-        counts: ``[draws, n]``.
+        x, y: ``[n]``
+        counts: ``[draws, n]``, how often each draw has each point.
 
     Returns:
         ``[draws]``
@@ -238,29 +269,32 @@ def _counted_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """``[draws, n]`` mean ranks, less their mean."""
     level = np.unique(values, return_inverse=True)[1]
     belongs = np.eye(level.max() + 1)[level]  # [n, levels]: equal values share a rank
+
+    # The mean rank of equal values: all points below them, and half of their own.
     held = counts @ belongs
     return (held.cumsum(1) - held / 2 - counts.sum(1, keepdims=True) / 2) @ belongs.T
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Mean ranks along the last axis, less their mean."""
+    # Pairwise: groups are small, and ties come out right by themselves.
     below = (values[..., None] > values[..., None, :]).sum(-1)
     above = (values[..., None] < values[..., None, :]).sum(-1)
     return (below - above) / 2
 
 
-def markdown(found: Sequence[Correlation]) -> str:
-    """A table of the correlations, their intervals, and how many points each is from."""
+def markdown(results: Sequence[Correlation]) -> str:
+    """A Markdown table of the correlations, their intervals, and how many groups and points each is from."""
     lines = ["| over | layer | mean | task | ρ [95%] | groups | points |", "|---|---|---|---|---|---|---|"]
-    for each in sorted(found, key=lambda c: (OVER.index(c.over), c.layer, -MEANS.index(c.mean))):
+    for each in sorted(results, key=lambda c: (OVER.index(c.over), c.layer, -MEANS.index(c.mean))):
         low, high = each.interval
         figures = f"{each.rank:+.2f} [{low:+.2f}, {high:+.2f}] | {each.groups} | {each.points}"
         lines.append(f"| {each.over} | {each.layer} | {each.mean} | {each.task} | {figures} |")
     return "\n".join(lines)
 
 
-def figure(found: Sequence[Correlation]) -> str:
-    """The correlations as SVG: a panel per way of counting, in it layers and means; a colour and mark per task."""
+def figure(results: Sequence[Correlation]) -> str:
+    """The correlations as SVG: one panel per entry of `OVER`, by layer and mean; a colour and mark per task."""
     import io
 
     import matplotlib
@@ -268,25 +302,27 @@ def figure(found: Sequence[Correlation]) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = list(dict.fromkeys(each.task for each in found))
-    layers = sorted({each.layer for each in found})
+    tasks = list(dict.fromkeys(each.task for each in results))
+    layers = sorted({each.layer for each in results})
     titles = {
         "budgets": "over the budgets of one selector",
         "selectors": "over the selectors at one budget",
         "questions": "over the questions of one row",
     }
-    # The text stays text (small, searchable), and the file is the same every time.
+    # Text stays text (small, searchable), and a fixed salt for the ids makes the file the same every time.
     with pyplot.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "ipr", "font.size": 9, "font.family": "sans-serif"}
     ):
         drawn, panels = pyplot.subplots(1, len(OVER), figsize=(10, 3.4), sharey=True, layout="constrained")
         for panel, over in zip(panels, OVER, strict=True):
             for i, task in enumerate(tasks):
-                own = [each for each in found if (each.over, each.task) == (over, task)]
+                own = [each for each in results if (each.over, each.task) == (over, task)]
+                # Tasks stand side by side around the place of their layer and mean.
                 x = [2 * layers.index(c.layer) + MEANS.index(c.mean) + 0.22 * (i - (len(tasks) - 1) / 2) for c in own]
                 spans = np.abs([[c.rank - c.interval[0] for c in own], [c.interval[1] - c.rank for c in own]])
                 style = {"fmt": "osD^v"[i % 5], "markersize": 4.5, "capsize": 2, "elinewidth": 1, "color": f"C{i}"}
                 panel.errorbar(x, [c.rank for c in own], yerr=spans, label=task, **style)
+
             panel.axhline(0, color="0.4", linewidth=0.8)
             panel.set_title(titles[over], fontsize=10)
             places = [(layer, mean) for layer in layers for mean in MEANS]
@@ -303,20 +339,22 @@ def figure(found: Sequence[Correlation]) -> str:
 
 def _compact(data: Data) -> str:
     """JSON with a row per line: small, and a change shows where it is."""
+    # Row by row, so that a diff shows which row changed.
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in data["rows"])
     head = json.dumps({name: value for name, value in data.items() if name != "rows"})
     return f'{head[:-1]}, "rows": [\n{rows}\n]}}\n'
 
 
 def check(data: Any) -> Data:
-    """The data, if they are such: every row there, with a figure for every question.
+    """The data, if every row is there, with a figure for every question.
 
     Raises:
-        UsageError: something is missing; says what.
+        UsageError: names what is missing.
     """
     missing = [name for name in (*SETTINGS, "rows") if name not in data] if isinstance(data, dict) else ["everything"]
     if missing:
         raise UsageError(f"data must be what this command wrote, they lack {', '.join(missing)}")
+
     rows = {(row["task"], row["selector"], row["keep"]): row for row in data["rows"]}
     for task, name, keep in _cells(data):
         row = rows.get((task, name, keep))
@@ -334,6 +372,11 @@ def _cells(data: Data) -> Iterator[tuple[str, str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command of this module.
+
+    Returns:
+        The exit code: 0, or 2 with one line of error.
+    """
     parser = argparse.ArgumentParser(prog="python -m selector.commands.ipr", description=__doc__)
     parser.add_argument("data", type=Path, nargs="?", help="data of an earlier run; without, the study is measured")
     parser.add_argument("--out", type=Path, help="where measured data are written")
@@ -342,16 +385,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give either data to read, or --out to measure")
     try:
         data = measure(SETTINGS) if options.data is None else json.loads(options.data.read_text(encoding="utf-8"))
-        found = correlations(check(data))
+        results = correlations(check(data))
+
+        # The figure goes next to the data, which are written only where they were measured.
         target: Path = options.data or options.out
         with output(target):
             if options.out:
                 write_text(target, _compact(data))
-            write_text(target.with_suffix(".svg"), figure(found))
+            write_text(target.with_suffix(".svg"), figure(results))
     except (UsageError, OSError, json.JSONDecodeError) as error:
         print(f"ipr: error: {error}", file=sys.stderr)
         return 2
-    print(markdown(found))
+    print(markdown(results))
     return 0
 
 

@@ -14,9 +14,18 @@ HEADERS = ("name", "paper", "trained", "needs", "acts", "time", "rule")
 
 
 def run(settings: dict[str, Any]) -> int:
+    """Prints the methods and the checkpoints.
+
+    Args:
+        settings: ``markdown`` prints the table of methods as Markdown, and nothing else.
+
+    Returns:
+        The exit code, 0.
+    """
     if settings.get("markdown"):
         print(markdown())
         return 0
+    # Imported here: the Markdown needs no terminal.
     from rich.table import Table
 
     from selector.commands.printing import console
@@ -26,25 +35,28 @@ def run(settings: dict[str, Any]) -> int:
         table.add_column(header, no_wrap=header == "name")
     for row in rows():
         table.add_row(*row)
+
     terminal = console()
     terminal.print(table)
-    terminal.print("time: an image; N tokens, D channels, K kept, W inner width, P pivots", highlight=False)
+    terminal.print("time: per image; N tokens, D channels, K kept, W inner width, P pivots", highlight=False)
     for folder, class_path in _checkpoints():
         terminal.print(f"checkpoint {folder}: {class_path}", highlight=False, markup=False)
     return 0
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """One a method: what it says of itself."""
+    """One row per method, from what its class says of itself: the cells below `HEADERS`."""
     for name, cls in available_selectors().items():
+        # The first paragraph of the docstring is the rule.
         rule = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
         acts = f"{cls.acts} the LM" + (", merges" if cls.merges else "")
+        # A composition needs what the selectors in it need, which its class cannot know.
         needs = "as its parts" if cls.paper == "composition" else ", ".join(sorted(cls.needs)) or "nothing"
         yield name, cls.paper, "yes" if cls.learned else "no", needs, acts, cls.cost, rule
 
 
 def markdown() -> str:
-    """The table of the README."""
+    """The methods as a Markdown table, which the README shows."""
     lines = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
     for name, *rest in rows():
         lines.append(f"| `{name}` | " + " | ".join(rest) + " |")
@@ -52,11 +64,12 @@ def markdown() -> str:
 
 
 def _checkpoints() -> Iterator[tuple[str, str]]:
+    """(folder, class) of every selector checkpoint below ``checkpoints``."""
     root = find_folder("checkpoints")
     for config in sorted(root.glob("*/config.json")) if root else []:
         try:
             about = json.loads(config.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
-            continue  # of something else: a list is not the place to complain
+            continue  # no checkpoint of ours: a list is not the place for errors about it
         if isinstance(about, dict) and isinstance(about.get("class_path"), str):
             yield f"checkpoints/{config.parent.name}", about["class_path"]

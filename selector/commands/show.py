@@ -1,4 +1,4 @@
-"""`selector show`: a PNG with a row per image and budget, and a panel per selector; and what it shows in words."""
+"""`selector show`: a PNG with a row per image and budget and a panel per selector, and the same in words."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(settings: dict[str, Any]) -> int:
     Raises:
         UsageError: a setting out of its range, an image that cannot be read, or a place that cannot be written to.
     """
-    # All that can be wrong with the settings is said before a model is loaded.
+    # Mistakes in the settings are errors before a model is loaded.
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     out = Path(settings["out"])
     if out.suffix.lower() != ".png":
@@ -45,6 +45,7 @@ def run(settings: dict[str, Any]) -> int:
     positions = loading.check_positions(settings["positions"])
 
     model, processor, selectors = load_all(settings, choose(settings))
+
     strips = []
     for sample in samples:
         for strip, words in gallery.strips(

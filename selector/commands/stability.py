@@ -1,4 +1,4 @@
-"""`selector stability`: whether a selector keeps the same places of a changed image, and its trainings agree."""
+"""`selector stability`: whether a selector keeps the same places of a changed image, and whether trainings agree."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ from selector.tasks.sample import Sample
 from selector.tokens import VisualTokens
 
 SEEDS = "other seed"
-Found = dict[tuple[str, str, str], list[tuple[Overlap | None, Overlap | None]]]
-"""By selector, budget and change: for every image the overlap, and that of random choices of as many tokens."""
+"""The "change" of a comparison of trainings: the image is the same, the seed is not."""
+Overlaps = dict[tuple[str, str, str], list[tuple[Overlap | None, Overlap | None]]]
+"""By selector, budget and change: per image the overlap, and that of random choices of as many tokens."""
 
 
 def run(settings: dict[str, Any]) -> int:
-    """Prints how far selectors keep the same places of changed images, and trainings of one recipe the same places.
+    """Prints how far selectors keep the same places of changed images, and how far trainings of one recipe agree.
 
     Args:
         settings: by the names of ``DEFAULTS["stability"]`` in `selector.cli`.
@@ -49,7 +50,7 @@ def run(settings: dict[str, Any]) -> int:
     Raises:
         UsageError: a setting out of its range, or a sample on which a selector cannot choose.
     """
-    # All that can be wrong with the settings is said before a model is loaded.
+    # Mistakes in the settings are errors before a model is loaded.
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("stability", settings["tasks"], settings["skip_unreadable"])
@@ -62,8 +63,10 @@ def run(settings: dict[str, Any]) -> int:
     _check_calibrated(selectors | seeds, budgets)
 
     model, processor, selectors = load_all(settings, selectors)
+    # `load_all` moved the other selectors.
     seeds = {label: selector.to(model.device) for label, selector in seeds.items()}
 
+    # What the figures depend on is written with them.
     result: dict[str, Any] = {
         "model": str(settings["model"]),
         "fingerprint": fingerprint(model),
@@ -78,8 +81,8 @@ def run(settings: dict[str, Any]) -> int:
         for task in tasks:
             count = sample_count(task, samples)
             stream = progress.track(task.samples(count, seed), count, description=task.name)
-            found = measure(model, processor, selectors, seeds, budgets, stream)
-            result["rows"] += [{"task": task.name} | row for row in summarize(found)]
+            overlaps = measure(model, processor, selectors, seeds, budgets, stream)
+            result["rows"] += [{"task": task.name} | row for row in summarize(overlaps)]
     name_unreadable(tasks)
 
     print(markdown(result))
@@ -97,12 +100,12 @@ def _target(name: str | None) -> Path | None:
     out = Path(name)
     if out.suffix.lower() != ".json":
         raise UsageError(f"out must be the name of a JSON file, got {name!r}")
-    check_output(out.parent)
+    check_output(out.parent)  # hours of work must not end at a folder that cannot be written to
     return out
 
 
 def _check_calibrated(selectors: Mapping[str, TokenSelector], budgets: Sequence[Budget]) -> None:
-    """Refuses a budget that a selector's calibration does not know: better said now than at the first sample."""
+    """Refuses a budget that a selector's calibration does not know, now and not at the first sample."""
     for label, selector in selectors.items():
         for budget in budgets:
             try:
@@ -118,20 +121,26 @@ def measure(
     seeds: Mapping[str, TokenSelector],
     budgets: Sequence[Budget],
     samples: Iterable[Sample],
-) -> Found:
-    """The overlaps of every image, for every selector, budget and change; of `seeds`, those of every pair, averaged.
+) -> Overlaps:
+    """The overlaps per image, for every selector, budget and change; for `seeds`, the mean over all pairs of them.
 
     Args:
-        selectors, seeds: by label, on the model's device; `seeds` may be empty.
+        selectors, seeds: by label, on the model's device; `seeds`, trainings of one recipe, may be empty.
+        budgets: each for every selector.
+        samples: whose images are changed.
+
+    Returns:
+        By selector, budget and change, see `Overlaps`; `seeds` are one selector, and `SEEDS` is their change.
 
     Raises:
         UsageError: a selector cannot choose on a sample, which is named.
     """
     everyone = [*selectors.values(), *seeds.values()]
     needs = frozenset({"features"}).union(*(selector.needs for selector in everyone))
+    # Two seeds: one random selector would agree with itself.
     chance = [load_selector(f"random:seed={number}").to(model.device) for number in (0, 1)]
 
-    found: Found = {}
+    overlaps: Overlaps = {}
     for sample in samples:
         try:
             before = _encoded(model, processor, sample.image, sample.question, needs)
@@ -144,7 +153,7 @@ def measure(
                 at = pairs(places, before.valid, change)
                 for budget, named in itertools.product(budgets, selectors.items()):
                     each = _compared((named, named), (before, after), budget, at, chance)
-                    found.setdefault((named[0], str(written(budget)), change.name), []).append(each)
+                    overlaps.setdefault((named[0], str(written(budget)), change.name), []).append(each)
 
             # Every training against every other, on the same image.
             at = pairs(places, before.valid, Change(SEEDS, sample.image))
@@ -152,10 +161,10 @@ def measure(
                 couples = itertools.combinations(seeds.items(), 2)
                 agreed = [_compared(couple, (before, before), budget, at, chance) for couple in couples]
                 key = (", ".join(seeds), str(written(budget)), SEEDS)
-                found.setdefault(key, []).append((_mean([x for x, _ in agreed]), _mean([x for _, x in agreed])))
+                overlaps.setdefault(key, []).append((_mean([x for x, _ in agreed]), _mean([x for _, x in agreed])))
         except ValueError as error:
             raise UsageError(f"on sample {sample.id!r}: {error}") from error
-    return found
+    return overlaps
 
 
 def _encoded(
@@ -175,7 +184,7 @@ def _compared(
     at: Pairs,
     chance: Sequence[TokenSelector],
 ) -> tuple[Overlap | None, Overlap | None]:
-    """(overlap of what the first keeps of the first image with what the second keeps of the second, that of chance)."""
+    """(overlap of what the first selector keeps of the first image and the second of the second, that of chance)."""
     kept, drawn = [], []
     for (label, selector), random, tokens in zip(named, chance, images, strict=True):
         try:
@@ -183,7 +192,7 @@ def _compared(
         except ValueError as error:
             raise ValueError(f"{label} at keep={written(budget)}: {error}") from error
         kept.append(tokens.tiles_of(keep))
-        # As many tokens as this choice has, so that the chance of an adaptive budget is its own.
+        # As many tokens as this choice has: with an adaptive budget, chance depends on the image.
         as_many = Budget(int(keep.sum()), budget.scope, budget.newlines)
         drawn.append(tokens.tiles_of(_kept(random, tokens, as_many)))
     return overlap_of(kept[0], kept[1], at), overlap_of(drawn[0], drawn[1], at)
@@ -194,19 +203,26 @@ def _kept(selector: TokenSelector, tokens: VisualTokens, budget: Budget) -> Bool
         return selector(tokens, budget)
 
 
-def _mean(found: Sequence[Overlap | None]) -> Overlap | None:
-    some = [each for each in found if each is not None]
+def _mean(overlaps: Sequence[Overlap | None]) -> Overlap | None:
+    some = [each for each in overlaps if each is not None]
     return Overlap(*(sum(part) / len(some) for part in zip(*some, strict=True))) if some else None
 
 
-def summarize(found: Found) -> list[dict[str, Any]]:
-    """Means and bootstrap intervals over images; images of which nothing is kept in sight of both do not count."""
+def summarize(overlaps: Overlaps) -> list[dict[str, Any]]:
+    """Means and bootstrap intervals over images; images of which no paired patch is kept do not count.
+
+    Args:
+        overlaps: as `measure` returns them.
+
+    Returns:
+        One row per selector, budget and change: number of images, figures and intervals, and the same for chance.
+    """
     rows = []
-    for (label, keep, change), each in found.items():
+    for (label, keep, change), each in overlaps.items():
         row: dict[str, Any] = {"selector": label, "keep": keep, "change": change}
         for name, part in (("", 0), ("chance_", 1)):
             some = [pair[part] for pair in each if pair[part] is not None]
-            row[f"{name}images"] = len(some)
+            row[f"{name}images"] = len(some)  # of chance its own: a random choice may miss all pairs
             for field in Overlap._fields:
                 values = [getattr(one, field) for one in some]
                 mean, low, high = bootstrap_mean(values) if values else (None, None, None)
@@ -216,7 +232,7 @@ def summarize(found: Found) -> list[dict[str, Any]]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A table per task, of the figures that `run` collects."""
+    """The figures that `run` collects as Markdown, one table per task."""
     headers = ("selector", "keep", "change", "n", "Jaccard [95%]", "chance", "in common [95%]", "chance")
     lines = [f"# Stability of what is kept: {result['model']}"]
     for task in dict.fromkeys(row["task"] for row in result["rows"]):
@@ -226,6 +242,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             for field in Overlap._fields:
                 cells += [_written(row, field), _number(row[f"chance_{field}"])]
             lines.append("| " + " | ".join(cells) + " |")
+
     note = (
         "Kept patches of an image against those of the changed image (or of another training), where they lie in the "
         "image; 1 is the same. Jaccard: kept by both, of those kept by either; in common: share of the kept patches "
@@ -247,10 +264,11 @@ def _number(value: float | None) -> str:
 
 
 def _seeds(settings: Mapping[str, Any]) -> dict[str, TokenSelector]:
-    """The selectors of one recipe; none where none are named."""
+    """The trainings of one recipe; none where none are named."""
     if not settings["seeds"]:
         return {}
     seeds = loading.load_selectors(settings["seeds"], loading.find_device(settings["device"]), settings["allow"])
+    # Of one class at least: whether they share a recipe cannot be seen from here.
     kinds = dict.fromkeys(type(selector).__name__ for selector in seeds.values())
     if len(seeds) < 2 or len(kinds) > 1:
         raise UsageError(

@@ -1,1 +1,1 @@
-"""Asks the questions and writes records: what was answered, at which cost, and what changed inside."""
+"""Asks the questions and writes records: what was answered, at what cost, and what changed inside the model."""

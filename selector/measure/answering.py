@@ -1,6 +1,6 @@
 """Questions and answers: one user turn [image, question] through the model's own processor and chat template.
 
-Greedy decoding, one row at a time, so that every time measured is one sample's.
+Decoding is greedy and one sample at a time, so that every measured time belongs to one sample.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from selector.models import adapter_of, available_adapters, model_type_of
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """What the model answered.
 
     Attributes:
         text: decoded, without special tokens.
-        ids: ``[A]`` the new tokens.
-        logits: ``[A, V]`` raw logits that each was chosen from.
+        ids: ``[A]`` ids of the new tokens.
+        logits: ``[A, V]`` raw logits from which each token was chosen.
         prefill_seconds: from the finished prompt to the first new token.
-        decode_seconds: a token after the first; None of an answer of one token.
-        peak_bytes: highest memory allocated meanwhile, weights included; None but on a GPU.
+        decode_seconds: per token after the first; None for an answer of one token.
+        peak_bytes: highest memory allocated meanwhile, weights included; None except on a GPU.
     """
 
     text: str
@@ -49,10 +49,16 @@ class Answer:
 def prepare(
     processor: Any, image: Image.Image | None, question: str | None, device: torch.device, system: str = ""
 ) -> dict[str, Any]:
-    """Model inputs for one user turn. Without a question the turn is the image alone; without an image, text alone.
+    """Model inputs for one user turn, through the processor's chat template.
 
     Args:
+        image: None for a turn of text alone.
+        question: None for a turn of the image alone.
+        device: where the tensors go.
         system: what a system turn before it says; "" for none.
+
+    Returns:
+        The keyword arguments of the model's ``generate`` and ``forward``, for a batch of one.
 
     Raises:
         UsageError: the model's chat template has no place for a system turn.
@@ -60,27 +66,48 @@ def prepare(
     content: list[dict[str, str]] = [{"type": "image"}] if image is not None else []
     if question is not None:
         content.append({"type": "text", "text": question})
-    turns = [{"role": "user", "content": content}]
+
+    turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system:
         turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
     if system not in text:  # some templates drop a turn that they do not know
         raise UsageError(f"system must be empty for this model, whose chat template has no system turn, got {system!r}")
+
+    # A text alone leaves the argument out: not every processor takes ``images=None``.
     arguments = {"text": text} if image is None else {"text": text, "images": image}
     return dict(processor(**arguments, return_tensors="pt").to(device))
 
 
 def without_image(inputs: Mapping[str, Any], image_token_id: int) -> dict[str, Any]:
-    """The blind prompt: the same text with every visual placeholder taken out, and no pixels."""
+    """The blind prompt: the same text with every visual placeholder taken out, and no pixels.
+
+    Args:
+        inputs: of a batch of one, as `prepare` returns them.
+        image_token_id: id of the placeholder.
+    """
     words = inputs["input_ids"][0] != image_token_id
     return {name: inputs[name][:, words] for name in ("input_ids", "attention_mask")}
 
 
 def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Answer:
-    """Greedy answer to prepared (and perhaps pruned) inputs."""
+    """Greedy answer to prepared (and perhaps pruned) inputs.
+
+    Args:
+        inputs: of a batch of one, as `prepare` or `selector.plug.prune_inputs` gives them.
+        max_new_tokens: at least 1.
+
+    Raises:
+        RuntimeError: ``generate`` returned without a new token.
+    """
     clock, memory = GenerationClock(), PeakMemory(model.device)
+
+    # Many chat models have no padding token; ``generate`` then warns with every call.
     tokenizer = processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    # The sampling settings of a checkpoint's generation config are set aside one by one: transformers warns of any that
+    # is left while ``do_sample`` is off. The clock is the streamer, so that times come from this very call.
     with torch.no_grad(), memory:
         output = model.generate(
             **_fresh(inputs),
@@ -95,6 +122,7 @@ def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
             output_logits=True,
             streamer=clock,
         )
+
     ids = output.sequences[0, inputs["input_ids"].shape[1] :]
     if clock.prefill_seconds is None:
         raise RuntimeError("generate returned without a new token: nothing to score")
@@ -104,10 +132,10 @@ def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
 
 @dataclass(frozen=True)
 class Forced:
-    """One forward pass over a prompt and a given answer.
+    """One forward pass over a prompt and a given answer (teacher forcing).
 
     Attributes:
-        logits: ``[A, V]`` each predicts the answer's token of its number.
+        logits: ``[A, V]`` row i predicts answer token i.
         visual: hidden states of the visual tokens, ``[L, d]`` for each layer asked for.
     """
 
@@ -122,33 +150,40 @@ def forced(
     layers: Sequence[int] = (),
     image_token_id: int | None = None,
 ) -> Forced:
-    """The model reads a given answer after prepared inputs.
+    """The model reads a given answer after prepared inputs, in one pass (teacher forcing).
 
     Args:
-        layers: whose hidden states to return: 0 is what enters the language model, k what leaves its k-th block (the
+        target: ids of the answer to read.
             last: normed).
         image_token_id: what marks the visual tokens; needed with layers.
     """
     new = _fresh(inputs)
     target = target.to(new["input_ids"].device)
     prompt = new["input_ids"]
+
+    # The answer is appended to everything that has one entry per prompt token.
     new["input_ids"] = torch.cat([prompt, target[None]], 1)
     new["attention_mask"] = torch.cat([new["attention_mask"], new["attention_mask"].new_ones(1, len(target))], 1)
-    if "position_ids" in new:  # gaps stay where tokens were dropped; the answer goes on after the last
+    if "position_ids" in new:  # gaps stay where tokens were dropped; the answer continues after the last one
         more = torch.arange(1, len(target) + 1, device=target.device)
         new["position_ids"] = torch.cat([new["position_ids"], new["position_ids"][..., -1:] + more], -1)
+    # Families have inputs of their own per token (token types, say); their adapter names the value for text.
     rows = adapter_of(model).rows if model_type_of(model) in available_adapters() else {}
     for name in rows.keys() & new.keys():
         new[name] = torch.cat([new[name], new[name].new_full((1, len(target)), rows[name][1])], 1)
+
+    # One logit more than the answer has tokens: the last token of the prompt predicts the first of the answer, and what
+    # the last token of the answer predicts is dropped below.
     with torch.no_grad():
         output = model(**new, use_cache=False, logits_to_keep=len(target) + 1, output_hidden_states=bool(layers))
+
     seen = prompt[0] == image_token_id
     visual = {k: output.hidden_states[k][0, : prompt.shape[1]][seen] for k in layers}
     return Forced(output.logits[0, :-1], visual)
 
 
 def _fresh(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with their own encoder output object: what reads it may also edit it."""
+    """The inputs with an encoder output object of their own: a model's forward may edit the one it is given."""
     new = dict(inputs)
     if "mm_encoder_outputs" in new:
         new["mm_encoder_outputs"] = {name: type(output)(**output) for name, output in new["mm_encoder_outputs"].items()}

@@ -13,17 +13,26 @@ from transformers.generation.streamers import BaseStreamer
 class GenerationClock(BaseStreamer):
     """Measures prefill and decoding inside ``generate`` itself, without a second forward pass.
 
-    ``generate`` hands a streamer the prompt just before the prefill, and every new token right after it is chosen; all
-    of them arrive on the CPU, so the device is in step. One row at a time, no beams.
+    ``generate`` hands a streamer the prompt just before the prefill, and every new token right after it is chosen. All
+    of them arrive on the CPU, so that the device has finished by then. One row at a time, no beams.
+
+    Example:
+        >>> clock = GenerationClock()
+        >>> for token in ("the prompt", "first", "second"):  # what ``generate(streamer=clock)`` does
+        ...     clock.put(token)
+        >>> clock.prefill_seconds >= 0, clock.decode_seconds >= 0
+        (True, True)
     """
 
     def __init__(self) -> None:
-        self._ticks: list[float] = []
+        self._ticks: list[float] = []  # of the prompt, then of every new token
 
     def put(self, value: Any) -> None:
+        """Notes the time; `value`, the prompt or a token, does not count."""
         self._ticks.append(time.perf_counter())
 
     def end(self) -> None:
+        """Nothing to do: the last token was the last tick."""
         pass
 
     @property
@@ -33,13 +42,21 @@ class GenerationClock(BaseStreamer):
 
     @property
     def decode_seconds(self) -> float | None:
-        """A token, after the first; None where there was no second."""
-        later = len(self._ticks) - 2
+        """Per token after the first; None where there was no second."""
+        later = len(self._ticks) - 2  # neither the prompt nor the first token, which the prefill gives
         return (self._ticks[-1] - self._ticks[1]) / later if later > 0 else None
 
 
 class PeakMemory:
-    """Highest memory allocated on a GPU within the block, weights included; None on other devices."""
+    """Highest memory allocated on a GPU within a ``with`` block, weights included; None on other devices.
+
+    Example:
+        >>> import torch
+        >>> with PeakMemory(torch.device("cpu")) as memory:
+        ...     _ = torch.zeros(1000)
+        >>> memory.bytes is None
+        True
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -47,7 +64,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)  # else the peak of the whole process
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,14 +73,25 @@ class PeakMemory:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits until the work queued on a GPU is done, without which a clock times the launch alone; elsewhere nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device, repeats: int, warmup: int = 2) -> list[float]:
-    """Wall time of each of `repeats` calls, after `warmup` calls that do not count."""
+    """Wall time of each of `repeats` calls, after `warmup` calls that do not count.
+
+    Args:
+        work: called without arguments.
+        device: whose queue is waited for before and after each call.
+
+    Raises:
+        ValueError: repeats below 1 or warmup below 0.
+    """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be >= 1 and warmup >= 0, got {repeats} and {warmup}")
+
+    # A first call allocates memory and picks kernels.
     times = []
     for call in range(warmup + repeats):
         synchronize(device)

@@ -1,15 +1,15 @@
-"""Evidence: which share of the area of the answer's boxes lies under kept tokens. Needs no language model.
+"""Evidence: the share of the answer's boxes, by area, that lies under kept tokens. Needs no language model.
 
-Every patch of a LLaVA-NeXT is mapped back to the pixels of the original image, along the way its processor came: the
+Every patch of a LLaVA-NeXT is mapped back to the pixels of the original image by inverting the processor's steps: the
 best of the model's resolutions, an aspect-preserving resize, centred padding, tiles, patches. Patches of the tiles do
 not overlap, so the covered area is a sum. Padding covers nothing.
 
 Only the high-resolution tiles count: a box is covered where the patch *of a tile* survives. The base view sees the
-whole image coarsely (text is unreadable in it), so its coverage is reported apart. Boxes are weighted by area, and
-boxes that overlap count each for itself. The unpruned model can be a little under 1: its unpadding rounds a part of a
-border row away.
+whole image coarsely (text is unreadable in it), so its coverage is reported separately. Boxes are weighted by area, and
+boxes that overlap each count in full. The unpruned model can be a little under 1: its unpadding rounds away part of a
+border row.
 
-Shapes: T tiles (the first is the base view), N patches a tile.
+Shapes: T tiles (the first is the base view), N patches per tile.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Canvas:
         image: (width, height) of the original image.
         tiles: (rows, columns) of tiles.
         grid: (rows, columns) of patches in a tile.
+
+    Example:
+        >>> canvas = canvas_of((336, 672), pinpoints=[(336, 672), (672, 672)], tile=336, grid=(24, 24))
+        >>> canvas.tiles, list(canvas.rectangles().shape)  # two tiles beside each other, and the base view
+        ((1, 2), [3, 576, 4])
     """
 
     size: tuple[int, int]
@@ -47,15 +52,21 @@ class Canvas:
         """Borders of the columns and of the rows of patches in pixels of the original image, clamped to it."""
         left, top, inner_w, inner_h = self.inner
         width, height = self.image
+
+        # From canvas to image pixels: the padding off, and each axis by its own scale, since the resize rounds both.
         xs = (_steps(self.size[0], self.tiles[1] * self.grid[1]) - left) * width / inner_w
         ys = (_steps(self.size[1], self.tiles[0] * self.grid[0]) - top) * height / inner_h
         return xs.clamp(0, width), ys.clamp(0, height)
 
     def rectangles(self) -> Float[Tensor, "T N 4"]:
-        """Where each patch lies in the original image: x0, y0, x1, y1 in its pixels; without area in the padding."""
+        """``[T, N, 4]`` x0, y0, x1, y1 of each patch in pixels of the original image; no area in the padding."""
         rows, columns = self.tiles
+
+        # The canvas has its patches row by row over all tiles, the model has them tile by tile.
         whole = _rectangles(*self.edges()).view(rows, self.grid[0], columns, self.grid[1], 4)
         tiles = whole.transpose(1, 2).reshape(rows * columns, -1, 4)
+
+        # The base view is the whole image squeezed into one tile, without padding.
         width, height = self.image
         base = _rectangles(_steps(width, self.grid[1]), _steps(height, self.grid[0])).view(1, -1, 4)
         return torch.cat([base, tiles])
@@ -64,13 +75,13 @@ class Canvas:
 def canvas_of(
     image_size: tuple[int, int], pinpoints: Sequence[Sequence[int]], tile: int, grid: tuple[int, int]
 ) -> Canvas:
-    """The canvas of an image.
+    """The canvas of an image, as the processor of LLaVA-NeXT lays it out.
 
     Args:
         image_size: (height, width) of the original image.
         pinpoints: the model's resolutions, (height, width) each.
         tile: side of a tile in pixels.
-        grid: patches of a tile, (rows, columns).
+        grid: patches per tile, (rows, columns).
     """
     from transformers.image_processing_utils import select_best_resolution
 
@@ -82,7 +93,15 @@ def canvas_of(
 
 
 def model_canvas(model_config: object, image_size: tuple[int, int], grid: tuple[int, int]) -> Canvas:
-    """`canvas_of` with the resolutions and tile side of a LLaVA-NeXT's config."""
+    """`canvas_of` with the resolutions and tile side of a LLaVA-NeXT's config.
+
+    Args:
+        image_size: (height, width) of the original image.
+        grid: patches per tile, (rows, columns).
+
+    Raises:
+        ValueError: a config of another family.
+    """
     pinpoints = getattr(model_config, "image_grid_pinpoints", None)
     if pinpoints is None:
         kind = getattr(model_config, "model_type", type(model_config).__name__)
@@ -93,15 +112,28 @@ def model_canvas(model_config: object, image_size: tuple[int, int], grid: tuple[
 def evidence(
     kept: Bool[Tensor, "_ _"], rectangles: Float[Tensor, "T N 4"], boxes: Sequence[Box]
 ) -> tuple[float, float] | None:
-    """(share under kept tokens of the tiles, share under kept tokens of the base view); None without any box area."""
+    """(share under kept tokens of the tiles, share under kept tokens of the base view); None without any box area.
+
+    Args:
+        kept: ``[T, N]`` patches whose token is kept.
+        rectangles: of the same patches, see `Canvas.rectangles`.
+        boxes: (x0, y0, x1, y1) in pixels of the original image.
+
+    Raises:
+        ValueError: kept and rectangles are not of the same patches.
+    """
     if kept.shape != rectangles.shape[:2]:
         raise ValueError(f"kept is {tuple(kept.shape)}, the image has {tuple(rectangles.shape[:2])} (tiles, patches)")
+
+    # What of a box lies outside the image cannot be covered, and does not count.
     box = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
     limit = rectangles[0, -1, 2:]  # the base view ends where the image ends
     box = torch.minimum(box.clamp(min=0), limit.repeat(2))
     area = ((box[:, 2] - box[:, 0]).clamp(min=0) * (box[:, 3] - box[:, 1]).clamp(min=0)).sum()
     if area == 0:
         return None
+
+    # Every patch against every box, in float64: the areas of many small overlaps are summed.
     lower = torch.maximum(rectangles[:, :, None, :2], box[:, :2])
     upper = torch.minimum(rectangles[:, :, None, 2:], box[:, 2:])
     covered = (upper - lower).clamp(min=0).prod(-1).sum(-1) * kept.cpu()  # [T, N]
@@ -109,7 +141,7 @@ def evidence(
 
 
 def _resized(height: int, width: int, canvas_h: int, canvas_w: int) -> tuple[int, int]:
-    """Size after the processor's aspect-preserving resize into the canvas."""
+    """(height, width) after the processor's aspect-preserving resize into the canvas, rounded up as there."""
     if canvas_w / width < canvas_h / height:
         return min(math.ceil(height * (canvas_w / width)), canvas_h), canvas_w
     return canvas_h, min(math.ceil(width * (canvas_h / height)), canvas_w)

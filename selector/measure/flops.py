@@ -1,12 +1,12 @@
-"""Floating-point operations by formula: 2 for a multiply-add, products of matrices alone, as torch counts them.
+"""Floating-point operations by formula: 2 per multiply-add, matrix products only, as torch counts them.
 
 With S tokens, width D, hidden width m of the MLP, query width q = heads · head width, key and value width k:
 
-    tower, a layer     8·S·D² + 4·S²·D + 4·S·D·m            S: patches of a tile, and CLS where there is one
-    tower, once        2·N·D·3·patch² (embedding) + SigLIP's pooling head, which transformers computes and drops
-    projector          2·N·(D·d + d²)                        every patch of every tile, before unpadding
-    language, a layer  4·S·d·(q + k) + 4·S·C·q + 6·S·d·m     S tokens in, each over a context of C (no causal discount)
-    head               2·d·V                                 one position: all that generation needs
+    tower, per layer    8·S·D² + 4·S²·D + 4·S·D·m           S: patches of a tile, and CLS where there is one
+    tower, once         2·N·D·3·patch² (embedding) + SigLIP's pooling head, which transformers computes and drops
+    projector           2·N·(D·d + d²)                       every patch of every tile, before unpadding
+    language, per layer 4·S·d·(q + k) + 4·S·C·q + 6·S·d·m    S tokens in, each over a context of C (no causal discount)
+    head                2·d·V                                one position: all that generation needs
 
 A prefill of S tokens has C = S; a decoded token has S = 1 and C = what is in the cache, itself included. Tests hold
 the formulas against ``torch.utils.flop_counter``. A selector is counted by that counter itself, and its decompositions,
@@ -28,41 +28,71 @@ LANGUAGES = ("llama", "mistral", "qwen2")
 
 
 def tower_flops(config: Any, tiles: int) -> int | None:
-    """Vision tower and projector of a LLaVA-NeXT over its tiles; None for a tower of another kind."""
+    """Vision tower and projector of a LLaVA-NeXT over its tiles.
+
+    Args:
+        config: of the whole model.
+        tiles: their number, the base view included.
+
+    Returns:
+        Operations; None for a tower of another kind.
+    """
     vision, width = config.vision_config, config.text_config.hidden_size
     if vision.model_type not in TOWERS:
         return None
     d, m, patches = vision.hidden_size, vision.intermediate_size, (vision.image_size // vision.patch_size) ** 2
-    clip = vision.model_type == TOWERS[0]
+    clip = vision.model_type == TOWERS[0]  # it alone has a CLS token
     s = patches + int(clip)
+
+    # Projections and output (8), scores and their product with the values (4), both layers of the MLP (4).
     layers = vision.num_hidden_layers * (8 * s * d**2 + 4 * s**2 * d + 4 * s * d * m)
     embedding = 2 * patches * d * vision.num_channels * vision.patch_size**2
     pooling = 0
     if not clip and getattr(vision, "vision_use_head", True):  # one query over the patches, and an MLP
         pooling = 2 * d**2 * (2 + 2 * patches) + 4 * patches * d + 4 * d * m
+
     return tiles * (embedding + layers + pooling + 2 * patches * (d * width + width**2))
 
 
 def language_flops(config: Any, tokens: int, context: int) -> int | None:
-    """The language model reading `tokens` over a context of `context`, and one row of logits; None where not known."""
+    """The language model reading `tokens` over a context of `context`, and one row of logits.
+
+    Args:
+        config: of the whole model.
+        tokens: that go in: the prompt for a prefill, 1 for a decoded token.
+        context: what each of them attends to, itself included.
+
+    Returns:
+        Operations; None for a language model whose layers are of another kind.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlavaNextConfig
+        >>> text = LlamaConfig(
+        ...     hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=128, vocab_size=100
+        ... )
+        >>> language_flops(LlavaNextConfig(text_config=text), tokens=1, context=1)
+        177152
+    """
     text = config.text_config
     if text.model_type not in LANGUAGES:
         return None
     d, head = text.hidden_size, _head_width(text)
+    # Grouped queries: fewer heads of keys and values than of queries.
     q, k = text.num_attention_heads * head, text.num_key_value_heads * head
     layer = 4 * tokens * d * (q + k) + 4 * tokens * context * q + 6 * tokens * d * text.intermediate_size
     return text.num_hidden_layers * layer + 2 * d * text.vocab_size
 
 
 def cache_bytes(config: Any, tokens: int, element: int) -> int:
-    """Keys and values of `tokens` in every layer, `element` bytes a number."""
+    """Bytes of the keys and values of `tokens` in every layer, `element` bytes per number."""
     text = config.text_config
     return 2 * text.num_hidden_layers * text.num_key_value_heads * _head_width(text) * element * tokens
 
 
 def counted_flops(work: Callable[[], Any]) -> int:
-    """What a call multiplies, by torch's own counter; decompositions by the formulas above."""
+    """Operations of a call, by torch's own counter; decompositions by the formulas above."""
     aten = torch.ops.aten
+    # The counter knows no decomposition: it would count none of its work.
     formulas = {
         aten._linalg_eigh: _eigh,
         aten.linalg_qr: lambda shape, *_, **__: math.prod(shape[:-2]) * 4 * max(shape[-2:]) * min(shape[-2:]) ** 2,
@@ -74,6 +104,7 @@ def counted_flops(work: Callable[[], Any]) -> int:
 
 
 def _eigh(shape: Any, *_: Any, **__: Any) -> int:
+    # Leading dimensions are a batch of matrices, here and below.
     return math.prod(shape[:-2]) * 9 * shape[-1] ** 3
 
 
@@ -83,4 +114,5 @@ def _svd(shape: Any, *_: Any, **__: Any) -> int:
 
 
 def _head_width(text: Any) -> int:
+    # Some configs have the field and leave it None.
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -1,8 +1,8 @@
-"""Pictures of a run: small copies of the images that were asked about, and the lines of their patches, for the report.
+"""Pictures of a run: small copies of the images that were asked about, and the borders of patches, for the report.
 
 ``RUN/images/<name>.jpg`` and ``<name>.json`` ({size, xs, ys, tiles, grid, boxes, dark}: borders of the columns and rows
 of patches and the boxes of the answer's evidence in the pixels of the copy, tiles and patches of a tile as rows and
-columns, and whether a dark veil would not show on it). They are no part of a record: a run without them has the same
+columns, and whether a dark veil would not show on it). They are not part of a record: a run without them has the same
 figures.
 """
 
@@ -20,18 +20,29 @@ from selector.records import IMAGES
 from selector.tasks.sample import Box
 
 LONGEST = 640
+"""Pixels of the longer side of a copy."""
 FIRST = 200
-"""Of each task, the images of so many samples are kept."""
+"""Samples per task whose images are kept."""
 
 
 def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas, boxes: Sequence[Box] = ()) -> None:
-    """Writes both files, each whole or not at all; what is there already stays."""
+    """Writes both files, each whole or not at all; existing ones stay.
+
+    Args:
+        run: folder of the run.
+        name: of both files, without ending; see `selector.records.image_name`.
+        image: as the model was given it.
+        canvas: how the processor cuts it into tiles.
+        boxes: (x0, y0, x1, y1) of the evidence, in pixels of the image.
+    """
     folder = run / IMAGES
     if (folder / f"{name}.json").is_file():
         return
+
     small = image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
 
+    # The page draws patches over the copy, so that borders and boxes are in its pixels.
     scale = small.width / image.width
     xs, ys = ([round(v * scale, 1) for v in edges.tolist()] for edges in canvas.edges())
     lines = {"size": list(small.size), "xs": xs, "ys": ys, "tiles": list(canvas.tiles), "grid": list(canvas.grid)}

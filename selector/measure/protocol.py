@@ -1,4 +1,4 @@
-"""How every sample of a comparison is measured. Imports no torch: the command line reads its defaults here."""
+"""How every sample of a comparison is measured. Imports no torch: the command line reads its defaults from here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ class Protocol:
     one field here and one flag in `selector.cli`.
 
     Attributes:
-        seed: of the samples.
+        seed: from which tasks draw their samples.
         answers: False skips generation: tokens, time and evidence only.
-        max_new_tokens: of an answer, at least 1.
+        max_new_tokens: per answer, at least 1.
         positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
-        layer: of the language model, whose visual tokens the spectrum is taken of; 0 is what enters it.
-        repeats: of every timed piece of work; the median counts. Each is done once before, untimed.
+        layer: of the language model, at which the spectrum of the visual tokens is taken; 0 is what enters it.
+        repeats: timed runs of every piece of work, of which the median is recorded, after one untimed warm-up.
+
+    Example:
+        >>> Protocol(answers=False, repeats=5).max_new_tokens
+        48
     """
 
     seed: int = 0

@@ -1,4 +1,4 @@
-"""One answer against the right one and against the unpruned model's, as the plain values of a record."""
+"""One answer compared with the right one and with the unpruned model's, as the plain values of a record."""
 
 from __future__ import annotations
 
@@ -16,36 +16,42 @@ from selector.tasks.sample import Sample
 
 
 def answer_record(
-    sample: Sample, said: Answer, full: Answer, read: Float[Tensor, "A V"], metric: str = "exact"
+    sample: Sample, answer: Answer, full: Answer, forced_logits: Float[Tensor, "A V"], metric: str = "exact"
 ) -> dict[str, Any]:
-    """What was said, how right it is, and how far it is from the unpruned model.
+    """What was answered, how right it is, and how far it is from the unpruned model.
 
     Args:
-        said, full: the answers of the pruned and of the unpruned model.
-        read: logits of the pruned model over the unpruned model's answer, teacher-forced.
+        answer, full: the answers of the pruned and of the unpruned model.
+        forced_logits: logits of the pruned model over the unpruned model's answer, teacher-forced.
         metric: of the task, see `selector.record.METRICS`.
+
+    Returns:
+        Fields of `selector.record.Record`; those of a right answer only where the sample has one.
     """
-    agrees = said.text == full.text
-    found: dict[str, Any] = {
+    agrees = answer.text == full.text
+    fields: dict[str, Any] = {
         "question": sample.question,
         "target": sample.answer,
-        "answer": said.text,
+        "answer": answer.text,
         "full_answer": full.text,
         "agrees": agrees,
-        "prefill_ms": 1e3 * said.prefill_seconds,
-        "decode_ms": None if said.decode_seconds is None else 1e3 * said.decode_seconds,
-        "peak_bytes": said.peak_bytes,
+        "prefill_ms": 1e3 * answer.prefill_seconds,
+        "decode_ms": None if answer.decode_seconds is None else 1e3 * answer.decode_seconds,
+        "peak_bytes": answer.peak_bytes,
     }
+
     if sample.references:
-        found |= _rightness(sample, said.text, full.text, metric)
-    kl, js = divergences(full.logits[:1], said.logits[:1])
-    forced_kl, forced_js = divergences(full.logits, read)
-    return found | {
+        fields |= _rightness(sample, answer.text, full.text, metric)
+
+    # The first token's logits come from generation: both models predict it from the prompt alone.
+    kl, js = divergences(full.logits[:1], answer.logits[:1])
+    forced_kl, forced_js = divergences(full.logits, forced_logits)
+    return fields | {
         "first_token_kl": kl,
         "first_token_js": js,
         "forced_kl": forced_kl,
         "forced_js": forced_js,
-        "nll_shift": answer_nll(read, full.ids) - full.nll,
+        "nll_shift": answer_nll(forced_logits, full.ids) - full.nll,
     }
 
 

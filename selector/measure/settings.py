@@ -15,7 +15,13 @@ from selector.tasks import Task
 
 
 def written(budget: Budget | None) -> str | None:
-    """How the table writes a budget: what stays, and scope and newlines where they are not the usual ones."""
+    """How tables write a budget: what stays, and scope and newlines where they are not the defaults.
+
+    Example:
+        >>> from selector.budget import Budget
+        >>> written(Budget(64)), written(Budget(0.25, scope="tile"))
+        ('64', '0.25 tile')
+    """
     if budget is None:
         return None
     unusual = [budget.scope] if budget.scope != "image" else []
@@ -25,7 +31,7 @@ def written(budget: Budget | None) -> str | None:
 
 
 def environment(model: Any) -> dict[str, Any]:
-    """What the figures were measured with and on, in words for the report."""
+    """The versions and the machine that figures were measured with, as plain values for the report."""
     import transformers
 
     cuda = model.device.type == "cuda"
@@ -40,22 +46,25 @@ def environment(model: Any) -> dict[str, Any]:
 
 
 def common_settings(model: Any, processor: Any) -> dict[str, Any]:
-    """What the records of every row depend on, beside the `Protocol`: code, model and processor."""
+    """What the records of every row depend on, besides the `Protocol`: code, model and processor."""
     import transformers
 
     config = model.config.to_dict()
+    # Every entry is part of the key of a record: what is missing here lets two different runs share records.
     return {
         "format": records.FORMAT,
         "code": code(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": fingerprint(model),
+        # Weights do not tell the config (rope, scaling, patch sizes); its path and version do not matter.
         "config": records.key_of(
             {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
         ),
         "dtype": str(model.dtype),
         "device": model.device.type,
         "attention": str(getattr(model.config, "_attn_implementation", None)),
+        # The PIL and the torchvision image processor differ in the second decimal of pixels.
         "processor": type(processor.image_processor).__name__,
         "processing": records.key_of(
             {"image": processor.image_processor.to_json_string(), "chat": str(processor.chat_template)}
@@ -73,11 +82,10 @@ def row_settings(row: Row, task: Task) -> dict[str, Any]:
             "scope": row.budget.scope,
             "newlines": row.budget.newlines,
         }
-    return (
-        {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint}
-        | asked(task)
-        | chosen
-    )
+
+    # A folder is what it holds, not what it is called: moved, it keeps its records.
+    name = task.name if task.size is None else "folder"
+    return {"task": name, "task_fingerprint": task.fingerprint} | asked(task) | chosen
 
 
 def asked(task: Task) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""`selector bench`: what selection costs beside what it saves, all measured in one run on one machine.
+"""`selector bench`: what selection costs and what it saves, measured in one run on one machine.
 
-Selection time means scoring plus budget on encoded features. It is set against the full SVD of the same features (the
-primitive that leverage methods are often written with) and against the prefill of the language model, unpruned and
-pruned. Ratios travel between machines better than milliseconds do.
+Selection time means scoring plus budget on encoded features. It is compared with the full SVD of the same features (the
+primitive that leverage methods are often written with) and with the prefill of the language model, unpruned and
+pruned. Ratios carry over to other machines better than milliseconds do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from selector.base import TokenSelector
 from selector.budget import Budget
+from selector.groups import Groups
 from selector.measure.answering import prepare
 from selector.measure.cost import seconds_of
 from selector.models import encode
@@ -27,7 +28,7 @@ from selector.plug import prune_inputs
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one piece of work over `calls` timed calls, and the visual tokens it left."""
+    """Median milliseconds of one piece of work over `calls` timed calls, and the visual tokens that it left, if any."""
 
     name: str
     milliseconds: float
@@ -37,7 +38,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """Timings of one run: the references, then one a selector, then the prefill at its budget."""
+    """Timings of one run: the references, and one timing per selector; `pruned_prefill` is that of the first one."""
 
     encode: Timing
     prefill: Timing
@@ -54,10 +55,15 @@ def measure(
     image: Image.Image,
     repeats: int = 20,
 ) -> Bench:
-    """Times every selector on one image, and what surrounds it.
+    """Times every selector on one image, and the work around it.
+
+    Args:
+        selectors: by name, on the model's device; what they need is encoded once for all of them.
+        budget: the same for every selector.
+        repeats: timed calls per piece of work, after two untimed ones.
 
     Raises:
-        ValueError: no selectors, or repeats below 1.
+        ValueError: no selectors, repeats below 1, or a model or budget that does not fit the image.
     """
     if not selectors:
         raise ValueError("selectors must name at least one, got none")
@@ -74,10 +80,11 @@ def measure(
         return model(**ready, use_cache=True, logits_to_keep=1)
 
     def selection(selector: TokenSelector) -> list[float]:
-        """What the plug itself measures: selector, budget, merging."""
+        """Seconds as the plug itself measures them: selector, budget and merging, without the prompt."""
         runs = [prune_inputs(model, inputs, selector, budget, encoded=encoded) for _ in range(repeats + 2)]
-        return [run.selection_seconds for run in runs[2:]]
+        return [run.selection_seconds for run in runs[2:]]  # two warm-up calls, as in `seconds_of`
 
+    # Everything is encoded and pruned once before any clock starts: a budget that does not fit fails here.
     with torch.no_grad():
         encoded = encode(model, inputs, needs)
         if encoded is None:
@@ -85,7 +92,9 @@ def measure(
         whole = prune_inputs(model, inputs, None, encoded=encoded)
         pruned = [prune_inputs(model, inputs, s, budget, encoded=encoded) for s in selectors.values()]
     tokens = encoded.tokens
-    matrix = tokens.by_image(tokens.features.float())[0]
+
+    # The packed tokens of the image, as spectral methods see them, in the type of the decomposition.
+    matrix = Groups.of(tokens, "image").gather(tokens.features.float())
     return Bench(
         encode=timed("vision tower and projector", lambda: encode(model, inputs, needs)),
         prefill=timed("prefill, every token", lambda: prefill(whole.inputs), sum(whole.measured)),
@@ -99,11 +108,21 @@ def measure(
 
 
 def table(bench: Bench, title: str) -> Table:
-    """References first, then selectors; a net gain is what the shorter prefill saves minus the selection."""
+    """The timings as a table: references first, then selectors.
+
+    Args:
+        bench: as `measure` returns it.
+        title: shown above, as plain text.
+
+    Returns:
+        A row per timing; the net gain of a selector is what the shorter prefill saves minus the selection itself.
+    """
     shown = Table(title=Text(title), title_justify="left", title_style="bold")
     shown.add_column("work")
     for header in ("tokens", "ms", "of the full prefill", "of the full SVD", "net gain ms"):
         shown.add_column(header, justify="right", no_wrap=True)
+
+    # At one budget every selector leaves about as many tokens: one pruned prefill stands for all.
     references = (bench.encode, bench.prefill, bench.pruned_prefill, bench.svd)
     for i, timing in enumerate((*references, *bench.selectors)):
         saved = bench.prefill.milliseconds - bench.pruned_prefill.milliseconds - timing.milliseconds
@@ -114,6 +133,6 @@ def table(bench: Bench, title: str) -> Table:
             f"{100 * timing.milliseconds / bench.prefill.milliseconds:.1f}%",
             f"{100 * timing.milliseconds / bench.svd.milliseconds:.1f}%",
             "" if i < len(references) else f"{saved:+.1f}",
-            end_section=i + 1 == len(references),
+            end_section=i + 1 == len(references),  # a rule between references and selectors
         )
     return shown

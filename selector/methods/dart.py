@@ -16,8 +16,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import grained, greedy, precise, unit
+from selector.greedy import greedy
 from selector.groups import Groups, ranks
+from selector.numerics import grained, precise, unit
 from selector.tokens import VisualTokens
 
 

@@ -14,8 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import Products, directions, farthest
+from selector.greedy import Products, farthest
 from selector.groups import Groups
+from selector.numerics import directions
 from selector.tokens import VisualTokens
 
 

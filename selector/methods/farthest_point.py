@@ -11,8 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import Products, farthest, grained, take, within_unit, working
+from selector.greedy import Products, farthest
 from selector.groups import Groups
+from selector.numerics import grained, take, within_unit, working
 from selector.tokens import VisualTokens
 
 

@@ -66,7 +66,7 @@ class GridPool(RankSelector):
 
     def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Cells]:
         """A ranking with the middles of the cells first, and the cells."""
-        wanted = Groups.of(tokens, "image").patches(tokens, budget)
+        wanted = Groups.of(tokens, "image").quota(tokens, budget)
 
         where = places(tokens, budget.scope)
         size, (_, _, _, height, width) = sizes(where.view, tokens), extents(where, tokens)

@@ -58,7 +58,7 @@ class HiPrune(RankSelector):
         late = groups.gather(tokens.read("received_attention", self)).float()
 
         # An anchor comes with four neighbours, hence a fifth; half is rounded to even, as by Python's round.
-        count = (groups.patches(tokens, budget).double() * self.alpha / 5).round().long()
+        count = (groups.quota(tokens, budget).double() * self.alpha / 5).round().long()
         rank = ranks(middle, groups.mask)
         anchor = groups.mask & (rank < count[:, None])
         around = groups.gather(beside(groups.scatter(anchor.float(), tokens) > 0, tokens, budget.scope)) > 0

@@ -70,11 +70,11 @@ class HiRED(RankSelector):
         name = attention_field(self.attention)
         late, early = tokens.read(name, self).float(), tokens.read(f"{name}@0", self).float()
         if budget.scope == "tile":
-            Groups.of(tokens, "tile").patches(tokens, budget)  # a fixed budget, or an error
+            Groups.of(tokens, "tile").quota(tokens, budget)  # a fixed budget, or an error
             return late
 
         groups = Groups.of(tokens, "image")
-        quota = self._quotas(early, groups.patches(tokens, budget), tokens)
+        quota = self._quotas(early, groups.quota(tokens, budget), tokens)
 
         # What quotas leave over goes round in the order of tiles, the base view first.
         rank, turn = ranks(late, tokens.valid), torch.arange(len(quota), device=quota.device)

@@ -25,8 +25,8 @@ from torch import Tensor
 from selector.attention import Attention, attention_field
 from selector.base import RankSelector
 from selector.budget import Budget
-from selector.greedy import grained, precise, unit
 from selector.groups import Groups, ranks, shared_out
+from selector.numerics import grained, precise, unit
 from selector.tokens import VisualTokens
 
 
@@ -65,7 +65,7 @@ class HoloV(RankSelector):
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
         """Attention within each run, cut so that every prefix holds the runs in proportion to their quotas."""
         groups = Groups.of(tokens, budget.scope)
-        count = groups.patches(tokens, budget)
+        count = groups.quota(tokens, budget)
         attention = precise(groups.gather(tokens.read(attention_field(self.attention), self)))
         rows = unit(groups.gather(tokens.read("projected", self)))
 

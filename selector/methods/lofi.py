@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
+from selector.groups import Groups
 from selector.spectrum import check_rank, check_seed, leverage_scores
 from selector.tokens import VisualTokens
 
@@ -52,17 +53,14 @@ class LoFi(ScoreSelector):
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         """Leverage in [0, 1], of each token in the matrix of its image; a token's score depends on all others."""
-        matrix, mask = tokens.by_image(tokens.read("projected", self))
-        # The two ways to truncate exclude each other.
-        energy = None if self.rank is not None else self.energy
-        return tokens.unpacked(
-            leverage_scores(
-                matrix,
-                rank=self.rank,
-                energy=energy,
-                center=self.center,
-                mask=mask,
-                method=self.method,
-                seed=self.seed,
-            ).scores
+        groups = Groups.of(tokens, "image")
+        leverage = leverage_scores(
+            groups.gather(tokens.read("projected", self)),
+            rank=self.rank,
+            energy=None if self.rank is not None else self.energy,  # the two ways to truncate exclude each other
+            center=self.center,
+            mask=groups.mask,
+            method=self.method,
+            seed=self.seed,
         )
+        return groups.scatter(leverage.scores, tokens)

@@ -15,6 +15,7 @@ from torch import Tensor
 from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.grid import places
+from selector.groups import Groups
 from selector.merging import Flow, Selection, nearest
 from selector.tokens import VisualTokens
 
@@ -61,7 +62,8 @@ class Merge(TokenSelector):
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         """The same mask, and every dropped token flowing whole into the kept one most like it."""
         keep = self(tokens, budget)
-        table, patch = tokens.by_image(tokens.read("features", self))
+        image = Groups.of(tokens, "image")
+        table, patch = image.gather(tokens.read("features", self)), image.mask
         # Newline tokens take no part: they are learned, not of the image.
         into = nearest(table, patch & ~keep, patch & keep, places(tokens, budget.scope).view)
         return Selection(keep, Flow.mean(into))

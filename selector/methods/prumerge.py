@@ -24,9 +24,10 @@ from torch import Tensor
 from selector.attention import Attention, attention_field
 from selector.base import ScoreSelector
 from selector.budget import Budget
-from selector.greedy import grained, precise, unit
 from selector.grid import places
+from selector.groups import Groups
 from selector.merging import Flow, Selection
+from selector.numerics import grained, precise, unit
 from selector.tokens import VisualTokens
 
 Weights = Literal["published", "scaled", "attention"]
@@ -133,7 +134,8 @@ def absorbing(
     Returns:
         Edges with plain attention as weight, a patch's own included; they do not sum to one.
     """
-    rows, patch = tokens.by_image(keys)
+    image = Groups.of(tokens, "image")
+    rows, patch = image.gather(keys), image.mask
     kept = keep & patch & (~keep & patch).any(1, keepdim=True)
     view = places(tokens, budget.scope).view
 

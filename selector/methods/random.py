@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selector.base import ScoreSelector
-from selector.greedy import precise
 from selector.groups import Groups
+from selector.numerics import precise
 from selector.spectrum import check_seed
 from selector.tokens import VisualTokens
 

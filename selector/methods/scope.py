@@ -16,8 +16,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import BLOCK, directions, extents, grained, gram, lazily, precise, take
+from selector.greedy import lazily
 from selector.groups import Groups
+from selector.numerics import BLOCK, directions, extents, grained, gram, precise, take
 from selector.tokens import VisualTokens
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selector.base import ScoreSelector
+from selector.groups import Groups
 from selector.spectrum import check_rank, check_seed, leverage_scores
 from selector.tokens import VisualTokens
 
@@ -63,19 +64,15 @@ class SVDPrune(ScoreSelector):
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         """Leverage in [0, 1] of each token in the matrix of its image, or of its tile."""
-        if self.matrix == "tile":
-            table, mask = tokens.features, tokens.valid
-        else:
-            # Every token once: what unpadding removes is in no row.
-            table, mask = tokens.by_image(tokens.features)
-        scores = leverage_scores(
-            table,
+        groups = Groups.of(tokens, self.matrix)  # every token once: what unpadding removes is in no row
+        leverage = leverage_scores(
+            groups.gather(tokens.read("features", self)),
             rank=self.rank,
             energy=None if self.rank is not None else self.energy,
             center=self.center,
             normalize_rows=self.normalize_rows,
-            mask=mask,
+            mask=groups.mask,
             method=self.method,
             seed=self.seed,
-        ).scores
-        return scores if self.matrix == "tile" else tokens.unpacked(scores)
+        )
+        return groups.scatter(leverage.scores, tokens)

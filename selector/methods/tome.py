@@ -76,13 +76,13 @@ class ToMe(RankSelector):
         # A number per member: the base view and the tiles must not match with each other.
         view = tokens.unpacked(places(tokens, budget.scope).view.float(), -1.0)
         members = groups.gather(view).long()
-        place, parent = eliminate(
+        rank, parent = eliminate(
             groups.gather(tokens.read(self.metric, self)), groups.mask, self.drop, members, merge=True
         )
         # In double, which holds every index; + 1 and - 1, since `scatter` leaves zero where a token has no slot.
         token = groups.index.gather(1, parent.clamp(min=0)).masked_fill(parent < 0, -1)
         into = groups.scatter((token + 1).double(), tokens).long() - 1
-        return groups.scatter(-place.float(), tokens), into
+        return groups.scatter(-rank.float(), tokens), into
 
 
 def ancestors(parent: Int[Tensor, "T N"], keep: Bool[Tensor, "I L"], tokens: VisualTokens) -> Int[Tensor, "I L"]:

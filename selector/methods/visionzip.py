@@ -69,8 +69,9 @@ class VisionZip(RankSelector):
 
         # Only targets that the budget has left take anything in.
         target = keep & (tokens.packed(targets.float(), 0.0) > 0)
-        keys, patch = tokens.by_image(tokens.read("keys", self))
-        into = nearest(keys, patch & ~keep, target, places(tokens, budget.scope).view)
+        image = Groups.of(tokens, "image")
+        keys = image.gather(tokens.read("keys", self))
+        into = nearest(keys, image.mask & ~keep, target, places(tokens, budget.scope).view)
         return Selection(keep, self._averages(into, target))
 
     def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Bool[Tensor, "T N"]]:
@@ -80,7 +81,7 @@ class VisionZip(RankSelector):
         rank = ranks(attention, groups.mask)
 
         # With contextual=1 no token is dominant; otherwise one is at least.
-        count = groups.patches(tokens, budget)
+        count = groups.quota(tokens, budget)
         other = (count * self.contextual + 0.5).long().clamp(max=count - 1 if self.contextual < 1 else count)
         dominant = count - other
 

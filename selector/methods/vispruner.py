@@ -59,7 +59,7 @@ class VisPruner(RankSelector):
         """Important and diverse tokens interleaved, so that every prefix holds both in proportion; then all others."""
         groups = Groups.of(tokens, budget.scope)
         attention = groups.gather(tokens.read(attention_field(self.attention), self)).float()
-        rank, count = ranks(attention, groups.mask), groups.patches(tokens, budget)
+        rank, count = ranks(attention, groups.mask), groups.quota(tokens, budget)
 
         # A product that rounding puts a hair below a whole number must not cost one token.
         chosen = (count.double() * self.important + 1e-9).floor().long()

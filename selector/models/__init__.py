@@ -24,18 +24,19 @@ Relevance = Callable[[VisualTokens, Mapping[str, Any]], Tensor]
 """(tokens, processor outputs) -> ``[T, N]``, how relevant each token is to the prompt; higher is more."""
 
 ENTRY_POINTS = "visual_token_selector.adapters"
+"""Group of entry points by which an installed package adds adapters."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The images of a batch, encoded once by the model's own code; can be pruned any number of times.
+    """The images of a batch, encoded once by the model's own code; they can be pruned any number of times.
 
     Attributes:
         tokens: what a selector reads.
         packed: per image ``[L_i, d]``, the projected tokens in the order in which the language model sees them.
         output: the encoder output object as the model returned it.
         image_token_id: placeholder in ``input_ids`` that each packed token replaces.
-        approximate: whether packed tokens are mixtures of the encoder's, each traced to the nearest of them.
+        approximate: whether packed tokens are mixtures of encoder tokens, each traced to the nearest of them.
         modality: ``"image"``, or ``"video"`` where each video counts as an image whose frames are its tiles.
     """
 
@@ -50,12 +51,13 @@ class Encoded:
     def deepstack(self) -> list[list[Tensor]]:
         """Features that layers of the language model add at the visual tokens: per layer and image ``[L_i, d]``.
 
-        None for most models; what becomes of a packed token becomes of these too.
+        Empty for most models; they are cut and merged as their packed tokens are.
         """
         return [list(layer) for layer in getattr(self.output, "deepstack_features", None) or ()]
 
 
 Encode = Callable[[Any, Mapping[str, Any], frozenset[str], Relevance | None], Encoded]
+"""(model, processor outputs, fields that are read, relevance) -> the images, see `Adapter`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Adapter:
         positions: where a position id has several axes (M-RoPE): (model, processor outputs) -> ``[3, B, S]``, those of
             the unpruned prompt. None: one axis, which the plug counts.
         rows: arguments of the prompt's own shape ``[B, S]`` beside ids, mask, positions and labels, which the plug
-            shortens with the prompt; and of each, the value at padding and the value at the tokens of an answer.
+            shortens with the prompt; for each, its value at padding and its value at the tokens of an answer.
         videos: whether `encode` takes ``pixel_values_videos``.
     """
 
@@ -85,9 +87,10 @@ def register_adapter(model_type: str, adapter: Adapter) -> None:
     """Adds an adapter for models whose ``config.model_type`` is `model_type`, or replaces a registered one.
 
     Raises:
-        TypeError: no adapter.
-        ValueError: a type that this package has an adapter for.
+        TypeError: `adapter` is no `Adapter`.
+        ValueError: a model type that this package has an adapter for.
     """
+    # A shipped one is not replaced: what this repository measured would silently mean something else.
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
     if model_type in _shipped():
@@ -101,12 +104,13 @@ def available_adapters() -> list[str]:
 
 
 def adapter_of(model: Any) -> Adapter:
-    """The adapter of a model, by its ``config.model_type``.
+    """The adapter of a model, by its ``config.model_type``: a shipped, a registered, or an installed one.
 
     Raises:
         ValueError: there is none.
         TypeError: an entry point that is no adapter.
     """
+    # Imported on demand, since an adapter may import its model's code from transformers.
     kind = model_type_of(model)
     if kind in _shipped():
         return importlib.import_module(f"selector.models.{kind}").ADAPTER
@@ -122,12 +126,13 @@ def adapter_of(model: Any) -> Adapter:
 
 
 def model_type_of(model: Any) -> str:
-    """The type by which a model finds its adapter."""
+    """The type by which a model's adapter is found; the class's name where its config states none."""
     return str(getattr(model.config, "model_type", type(model).__name__))
 
 
 def has_visuals(inputs: Mapping[str, Any]) -> bool:
     """Whether processor outputs hold images or videos."""
+    # An empty tensor or list counts as none.
     given = (inputs.get(name) for name in ("pixel_values", "pixel_values_videos"))
     return any(pixels is not None and len(pixels) > 0 for pixels in given)
 
@@ -141,6 +146,8 @@ def encode(
     """Encodes the images in processor outputs with the model's own ``get_image_features``; None without images.
 
     Args:
+        model: of a type with an adapter.
+        inputs: processor outputs; ``input_ids`` are needed only by some models and for the question.
         needs: fields of `VisualTokens` that the selectors to come read; only these are computed.
         relevance: computes `text`, for a model that has no text tower beside its vision tower.
 
@@ -150,6 +157,8 @@ def encode(
     """
     if not has_visuals(inputs):
         return None
+
+    # Checked here for all adapters: one that takes no videos would encode the images and leave the videos out.
     adapter = adapter_of(model)
     if inputs.get("pixel_values_videos") is not None and not adapter.videos:
         raise ValueError(f"pixel_values_videos: no tokens are selected in videos for a {model_type_of(model)!r} model")
@@ -157,4 +166,5 @@ def encode(
 
 
 def _shipped() -> set[str]:
+    """Model types that have a file here."""
     return {info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")}

@@ -30,7 +30,14 @@ class Canvas(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sequence[tuple[int, int]], device: torch.device) -> Canvas:
-        """For images of so many (rows, columns) of visual tokens, packed row by row."""
+        """The canvas of a batch.
+
+        Args:
+            sizes: (rows, columns) of visual tokens of each image, which are packed row by row.
+            device: of the index maps.
+        """
+        # An image's tokens take the upper left h x w cells of its own table; the other cells are in no slot, so that
+        # selectors ignore them as they ignore what unpadding removes.
         rows, columns = (max(side) for side in zip(*sizes, strict=True))
         table = torch.arange(rows * columns, device=device).view(rows, columns)
         cell = [table[:h, :w].flatten() for h, w in sizes]
@@ -38,11 +45,12 @@ class Canvas(NamedTuple):
 
     @property
     def image(self) -> Int[Tensor, "I"]:
-        """The image of each tile: its own."""
+        """``[I]`` the image of each tile: as many tiles as images, in the same order."""
         return torch.arange(len(self.cell), device=self.slots.device)
 
     def spread(self, values: Sequence[Tensor]) -> Tensor:
         """Per image ``[L_i, C]`` to ``[I, rows * columns, C]``, zero where there is no token."""
+        # One index through all tiles, so that a single copy places every image.
         size = self.grid[0] * self.grid[1]
         index = torch.cat([cell + i * size for i, cell in enumerate(self.cell)])
         table = values[0].new_zeros(len(values) * size, values[0].shape[-1])
@@ -50,11 +58,11 @@ class Canvas(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Tiles of equal size, those of an image one behind the other.
+    """Tiles of equal size, those of an image one behind the other, reordered so that its base view comes first.
 
     Attributes:
-        order: ``[T]`` the tile of the encoder that stands at each place of the table: base views come first.
-        image: ``[T]`` the image of each place.
+        order: ``[T]`` number of the encoder's tile at each position of the reordered table.
+        image: ``[T]`` the image of each position.
         slots: ``[I, L]`` see `selector.tokens.VisualTokens`; packed as the encoder has them.
     """
 
@@ -64,13 +72,20 @@ class Tiles(NamedTuple):
 
     @classmethod
     def base_last(cls, counts: Sequence[int], patches: int, device: torch.device) -> Tiles:
-        """For images of so many tiles, of which the last of several is the downscaled base view."""
+        """The order of a batch whose encoder puts the downscaled base view last.
+
+        Args:
+            counts: tiles of each image; a single one is the whole image.
+            patches: visual tokens per tile.
+            device: of the index maps.
+        """
+        # Packed order stays the encoder's, and only the table is reordered: slots point to where tiles have gone.
         order, maps, first = [], [], 0
         for count in counts:
             tile = torch.arange(count, device=device)
             order.append(first + tile.roll(1))
-            place = first + (tile + 1) % count  # the last tile stands first
-            maps.append((place[:, None] * patches + torch.arange(patches, device=device)).flatten())
+            position = first + (tile + 1) % count  # the last tile stands first
+            maps.append((position[:, None] * patches + torch.arange(patches, device=device)).flatten())
             first += count
         image = torch.repeat_interleave(torch.tensor(counts, device=device))
         return cls(torch.cat(order), image, padded(maps))
@@ -91,7 +106,8 @@ class Runs(NamedTuple):
 
     @classmethod
     def of(cls, ids: Int[Tensor, "B S"], image_token_id: int) -> Runs:
-        """The runs of `image_token_id`."""
+        """The runs of `image_token_id` in a batch of prompts."""
+        # Padded with one column on each side, so that a run at the edge of a row has a start and an end too.
         visual = torch.nn.functional.pad(ids == image_token_id, (1, 1)).int().diff(dim=1)
         row, start = (visual == 1).nonzero(as_tuple=True)
         _, end = (visual == -1).nonzero(as_tuple=True)
@@ -105,14 +121,15 @@ def padded(maps: Sequence[Int[Tensor, "_"]]) -> Int[Tensor, "I L"]:
 
 
 def gathered(values: Tensor, patch: Int[Tensor, "N blocks"]) -> Tensor:
-    """Per patch to per visual token that several patches make.
+    """From values per patch to values per visual token, where a block of patches makes one token.
 
     Args:
         values: attention ``[T, patches]`` or keys ``[T, patches, C]``.
-        patch: the patches of each token.
+        patch: ``[N, blocks]`` the patches of each token.
 
     Returns:
         Attention ``[T, N]`` as their sum, keys ``[T, N, C]`` as their mean.
     """
+    # Attention sums to one over all keys, and a sum keeps it so; keys are averaged as heads are.
     parts = values[:, patch]
     return parts.sum(2) if values.ndim == 2 else parts.mean(2)

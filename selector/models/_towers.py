@@ -1,4 +1,4 @@
-"""What adapters share that have a vision tower with queries and keys of its own, and a projector behind it."""
+"""What adapters share whose models have a vision tower with queries and keys, and a projector behind it."""
 
 from __future__ import annotations
 
@@ -33,19 +33,25 @@ def check_needs(
     """Refuses, by name, what this model cannot give.
 
     Args:
-        attention: what it gives of `HEARD` beside `ALWAYS`, of its feature layer and of any other.
-        why: the reason for which others are missing.
+        model: named in the error.
+        needs: fields that the selectors read.
+        attention: what the model gives of `HEARD` beside `ALWAYS`, of its feature layer and of any other.
+        why: the reason why the rest of `HEARD` is missing.
+        relevance: see `selector.models.encode`.
 
     Raises:
         ValueError: something else is needed, or ``text`` without a relevance.
     """
     kind, gives = model_type_of(model), ALWAYS | attention
+
+    # Before anything runs: an encoder call of a large model is too long to end in this error.
     missing = sorted(need for need in needs if need not in gives and _quantity(need) not in attention)
     if missing:
         instead = "; selectors that read attention take attention=received" if "received_attention" in gives else ""
         raise ValueError(
             f"a {kind!r} model gives no {', '.join(missing)} to a selector ({why}); it gives {sorted(gives)}{instead}"
         )
+
     if "text" in needs and relevance is None:
         raise ValueError(
             f"text: a {kind!r} model has no text tower to compare visual tokens with; pass relevance=, a function "
@@ -71,7 +77,8 @@ def prefix_of(model: Any, inputs: Mapping[str, Any]) -> int:
 
 
 def encoder_output(model: Any, inputs: Mapping[str, Any], modality: str = "image") -> Any:
-    """What the model's own encoding gives, called with whatever of the inputs it takes."""
+    """The output of the model's own encoding, called with whatever it takes of the inputs."""
+    # By its signature: models add arguments of their own (image_sizes, grids), and refuse those of others.
     encoder = getattr(model.base_model, f"get_{modality}_features")
     names = inspect.signature(encoder).parameters
     return encoder(**{name: inputs[name] for name in names if inputs.get(name) is not None}, return_dict=True)
@@ -79,36 +86,45 @@ def encoder_output(model: Any, inputs: Mapping[str, Any], modality: str = "image
 
 @contextmanager
 def overheard(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
-    """Attention ``[T, patches]`` and keys ``[T, patches, k]``, by the names of the fields that are needed.
-
-    The mapping is empty while the tower runs, and holds what was asked for when the block has ended.
+    """Reads attention ``[T, patches]`` and keys ``[T, patches, k]`` off a tower that runs within the block.
 
     Args:
+        tower: the vision tower.
+        layer: the feature layer, which fields without ``@`` are of.
         prefix: tokens before the patches, which the fields leave out.
+        needs: fields that the selectors read; others than `HEARD` are ignored.
+
+    Yields:
+        The values by field name: empty while the tower runs, filled when the block has ended.
 
     Raises:
-        ValueError: the tower has no such attention, or normalises its queries and keys, which nobody overhears.
+        ValueError: the tower has no such attention, or normalises its queries and keys behind the projections.
     """
     wanted: frozenset[str] = frozenset(need for need in needs if _quantity(need) in HEARD)
     fields: dict[str, Tensor] = {}
+
+    # The hooks hear what the projections return; a norm behind them would make other queries and keys of it. Some
+    # towers keep an identity in its place, which changes nothing.
     if wanted and any(isinstance(getattr(part, "q_norm", None), torch.nn.Module) for part in tower.modules()):
         norms = [part.q_norm for part in tower.modules() if hasattr(part, "q_norm")]
         if any(not isinstance(norm, torch.nn.Identity) for norm in norms):
             raise ValueError(f"{' and '.join(sorted(wanted))}: this vision tower normalises its queries and keys")
     with _listening(tower, layer, wanted) as heard:
         yield fields
+
+    # Only after the block: the caller holds the same mapping.
     fields |= {need: _read(need, heard[need], prefix) for need in wanted}
 
 
 def with_fields(tokens: VisualTokens, fields: Mapping[str, Tensor]) -> VisualTokens:
-    """Adds what was overheard, those of a layer of their own to `layers`."""
+    """Adds what was overheard: the feature layer's to the fields of that name, that of named layers to `layers`."""
     plain = {name: values for name, values in fields.items() if name in HEARD}
     layers = {name: values for name, values in fields.items() if name not in HEARD}
     return replace(tokens, **plain, layers=layers)
 
 
 def attention_of(prefix: int) -> frozenset[str]:
-    """What a tower gives of `HEARD`: without a CLS token, no attention from it."""
+    """What a tower gives of `HEARD`: without a CLS token (no `prefix`), no attention from it."""
     return HEARD if prefix else HEARD - {"cls_attention"}
 
 
@@ -121,10 +137,13 @@ def completed(
     relevance: Relevance | None,
     placeholder: int | None = None,
 ) -> VisualTokens:
-    """Adds what is read off the tokens once they are there: `projected`, `text` and `question`, where needed.
+    """Adds what follows from the tokens and the prompt: `projected`, `text` and `question`, where needed.
 
     Args:
-        placeholder: what stands for a visual token in the prompt, if not the ``image_token_id`` of the config.
+        tokens: with features and slots.
+        packed: per image the projected tokens in packed order.
+        model, inputs, needs, relevance: see `selector.models.encode`.
+        placeholder: id that stands for a visual token in the prompt, if not the ``image_token_id`` of the config.
     """
     if "projected" in needs:
         tokens = _with_projected(tokens, packed)

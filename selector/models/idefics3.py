@@ -23,9 +23,12 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     """See `selector.models.encode`."""
     base, config = model.base_model, model.config
     check_needs(model, needs, attention_of(0), "its vision tower has no CLS token", relevance)
+
+    # The tower masks hidden patches as keys alone.
     mask = inputs.get("pixel_attention_mask")
     if any("received_attention" in need for need in needs) and mask is not None and not bool(mask.all()):
         raise ValueError("received_attention: the patches that pixel_attention_mask hides would be queries too")
+
     with overheard(base.vision_model, -1, 0, needs) as fields:
         output = encoder_output(model, inputs)
     hidden = output.last_hidden_state
@@ -34,6 +37,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     number = torch.arange(hidden.shape[1], dtype=torch.float64, device=hidden.device).view(1, -1, 1)
     patch = base.connector.pixel_shuffle(number, config.scale_factor)[0].long()
 
+    # The base view, which the encoder has last, moves to the front of each image.
     count = len(patch)
     tiles = Tiles.base_last(_tiles_of_images(inputs, config.image_token_id, len(hidden), count), count, hidden.device)
     grid = int(count**0.5)
@@ -49,7 +53,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
 
 
 def _tiles_of_images(inputs: Mapping[str, Any], image_token_id: int, tiles: int, patches: int) -> list[int]:
-    """Tiles of each image, see above; without a prompt every tile is an image."""
+    """Number of tiles of each image, read off the prompt as above; without a prompt every tile is an image."""
     if inputs.get("input_ids") is None:
         return [1] * tiles
     runs = Runs.of(inputs["input_ids"], image_token_id)
@@ -58,6 +62,8 @@ def _tiles_of_images(inputs: Mapping[str, Any], image_token_id: int, tiles: int,
             f"input_ids must hold {patches} image placeholders together for each of {tiles} tiles; "
             f"got runs of {runs.length.tolist()} placeholders"
         )
+
+    # What stands before the last tile of a row is <global-img>, whichever id it has: the config does not name it.
     last = torch.ones_like(runs.row, dtype=torch.bool)
     last[:-1] = runs.row[1:] != runs.row[:-1]
     ends = torch.isin(runs.before, runs.before[last]).nonzero().flatten()

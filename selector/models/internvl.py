@@ -2,8 +2,8 @@
 
 `features` are the tower's hidden states of a token's patches side by side, as the projector reads them; attention is
 their sum, keys are their mean. The model is not told which tiles belong to one image: in its prompts the placeholders
-of an image stand together, and that is what counts here. Of several tiles the last is the thumbnail, the view of the
-whole image that the processor adds (``use_thumbnail``). Frames of a video stand apart in the prompt: images each.
+of an image stand together, and are counted here. Of several tiles the last is the thumbnail, the view of the whole
+image that the processor adds (``use_thumbnail``). Frames of a video stand apart in the prompt: each is an image.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     check_needs(model, needs, attention, "vision_feature_select_strategy is 'full'", relevance)
     with overheard(base.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs)
+
+    # As the model itself reads them: layer -1 means what the tower returns, not its last hidden state before that.
     hidden = (output.last_hidden_state if layer == -1 else output.hidden_states[layer])[:, prefix:]
 
     # [N, 4]: the patches of each visual token, by the model's own shuffle of their numbers.
@@ -43,6 +45,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     number = torch.arange(side**2, dtype=torch.float64, device=hidden.device).view(1, side, side, 1)
     patch = base.pixel_shuffle(number, scale_factor=config.downsample_ratio)[0].flatten(0, 1).long()
 
+    # The thumbnail, which the encoder has last, moves to the front of each image.
     count = len(patch)
     tiles = Tiles.base_last(_tiles_of_images(inputs, config.image_token_id, len(hidden), count), count, hidden.device)
     grid = int(count**0.5)
@@ -50,15 +53,17 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     features = hidden[:, patch].flatten(2)[tiles.order]
     tokens = with_fields(VisualTokens(features, (grid, grid), tiles.image, tiles.slots), fields)
 
+    # Packed tokens stay in the encoder's order, as they stand in the prompt.
     packed = [own.flatten(0, 1) for own in output.pooler_output.split(torch.bincount(tiles.image).tolist())]
     tokens = completed(tokens, packed, model, inputs, needs, relevance)
     return Encoded(tokens, packed, output, config.image_token_id)
 
 
 def _tiles_of_images(inputs: Mapping[str, Any], image_token_id: int, tiles: int, patches: int) -> list[int]:
-    """Tiles of each image: of the placeholders that stand together; without a prompt every tile is an image."""
+    """Number of tiles of each image, by placeholders that stand together; without a prompt every tile is an image."""
     if inputs.get("input_ids") is None:
         return [1] * tiles
+
     length = Runs.of(inputs["input_ids"], image_token_id).length
     if bool((length % patches).any()) or int(length.sum()) != tiles * patches:
         raise ValueError(

@@ -28,6 +28,8 @@ from selector.tokens import VisualTokens
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
     """See `selector.models.encode`."""
     layer, prefix = feature_layer(model, inputs), prefix_of(model, inputs)
+
+    # Only Pixtral's processor gives the sizes of images: CLIP and SigLIP see squares.
     if inputs.get("image_sizes") is not None:
         tokens, output = _of_any_size(model, inputs, needs, relevance, layer)
     else:
@@ -47,10 +49,12 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
 def _of_any_size(
     model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None, layer: int
 ) -> tuple[VisualTokens, Any]:
-    """(tokens, encoder output) of a tower that takes images of any size, one behind the other."""
+    """(tokens, encoder output) of a tower that reads images of any size as one sequence."""
     why = "its vision tower reads all images as one sequence, without a CLS token"
     check_needs(model, needs, frozenset(), why, relevance)
     output = encoder_output(model, inputs)
+
+    # One row of all images' patches, cut up by their sizes.
     hidden = output.hidden_states[layer][0]
     side = model.config.vision_config.patch_size
     sizes = [(int(h) // side, int(w) // side) for h, w in inputs["image_sizes"]]

@@ -25,6 +25,7 @@ from selector.tokens import NEWLINE, PAD, VisualTokens
 HEARD = frozenset({"cls_attention", "received_attention", "keys"})
 """Read off an attention layer of the vision tower: of the feature layer under these names, of layer L as ``NAME@L``."""
 GIVES = frozenset({"features", "projected", "text", "question"}) | HEARD
+"""Fields of `VisualTokens` that this model gives, beside those of named layers."""
 
 
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
@@ -33,9 +34,11 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     base, config = model.base_model, model.config
     layer = _setting(inputs, config, "vision_feature_layer")
     strategy = _setting(inputs, config, "vision_feature_select_strategy")
-    if not isinstance(layer, int):
+    if not isinstance(layer, int):  # several layers: no single attention produced them
         raise ValueError(f"vision_feature_layer must be one layer for selection, got {layer}")
     prefix = 1 if strategy == "default" else 0  # tokens before the patches that the model itself cuts off: CLS
+
+    # What is read off attention layers; without a CLS token nothing is attended to from it.
     wanted = frozenset(need for need in needs if _quantity(need) in HEARD)
     without_cls = sorted(need for need in wanted if _quantity(need) == "cls_attention")
     if without_cls and prefix == 0:
@@ -53,6 +56,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     features = output.hidden_states[layer][:, prefix:]
     packed = list(output.pooler_output)
 
+    # Where the tokens lie: tiles per image by the model's own rule, and the index map.
     tiles = [
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
         for size in inputs["image_sizes"]
@@ -87,6 +91,7 @@ def _check_needs(needs: frozenset[str], relevance: Relevance | None) -> None:
             f"a LLaVA-NeXT gives no {', '.join(sorted(unknown))} to a selector; it gives {sorted(GIVES)}, and of any "
             f"layer L of its vision tower NAME@L and joint_NAME@L for {sorted(HEARD)}"
         )
+
     if "text" in needs and relevance is None:
         raise ValueError(
             "text: a LLaVA-NeXT has the vision half of its CLIP only, no text tower to compare tokens with; pass "
@@ -110,6 +115,7 @@ def _index_map(base: Any, tiles: list[int], features: Tensor, sizes: Tensor, str
 
 def _with_projected(tokens: VisualTokens, packed: list[Tensor]) -> VisualTokens:
     """Adds the projected tokens, read back from the packed ones (projecting twice would cost more)."""
+    # The newlines' rows have no encoder token, and tokens that unpadding removed stay zero.
     shape = tokens.features.shape[:2]
     table = packed[0].new_zeros(shape[0] * shape[1], packed[0].shape[-1])
     for slots, feats in zip(tokens.slots, packed, strict=True):
@@ -125,6 +131,7 @@ def _with_question(
     ids = inputs.get("input_ids")
     if ids is None:
         raise ValueError("question: a selector that reads the question needs input_ids beside the images")
+
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     visual = ids == (model.config.image_token_id if placeholder is None else placeholder)
@@ -137,6 +144,8 @@ def _with_question(
         raise ValueError(
             f"input_ids hold {len(position)} image placeholders, the images give {int(last[-1]) + 1} tokens"
         )
+
+    # Words behind the last placeholder of each image, in its row; other images' placeholders are no words.
     row, position = row[last], position[last]
     words = mask.bool() & ~visual
     if inputs.get("labels") is not None:  # what is to be predicted is no part of the question
@@ -191,8 +200,9 @@ def _listening(tower: Any, layer: int, wanted: frozenset[str]) -> Iterator[dict[
 def _attention_of(tower: Any, layer: int, name: str) -> Any:
     """The attention module that a name speaks of: that of its own layer, or the one that made the feature layer."""
     attentions = [m for m in tower.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")]
-    if not attentions:
+    if not attentions:  # queries and keys in one projection, for instance
         raise ValueError(f"{name}: no attention with q_proj and k_proj in the vision tower {type(tower).__name__}")
+
     if "@" in name:
         index = int(name.partition("@")[2])
     elif layer == 0:
@@ -200,6 +210,7 @@ def _attention_of(tower: Any, layer: int, name: str) -> Any:
     else:
         # hidden_states has one more entry than there are attentions: the embeddings come first.
         index = layer if layer < 0 else layer - 1
+
     if not -len(attentions) <= index < len(attentions):
         raise ValueError(f"{name}: the vision tower has attention layers 0 to {len(attentions) - 1}, got {index}")
     return attentions[index]
@@ -207,15 +218,18 @@ def _attention_of(tower: Any, layer: int, name: str) -> Any:
 
 def _read(need: str, heard: Mapping[str, Any], prefix: int) -> Tensor:
     """What a need asks of the queries and keys of its layer, for the patches behind `prefix` other tokens."""
+    # Joint: all heads side by side as a single one, whose scale is by the common width.
     queries, keys, scale = heard["q_proj"], heard["k_proj"], heard["scale"]
     if need.startswith("joint_"):
         queries, keys = (part.transpose(1, 2).flatten(2)[:, None] for part in (queries, keys))
         scale = keys.shape[-1] ** -0.5
+
     quantity = _quantity(need)
     if quantity == "keys":
         return keys.mean(1)[:, prefix:]
     if quantity == "cls_attention":
         return _attention(queries[:, :, :1], keys, scale).mean((1, 2))[:, prefix:]
+
     # A tile at a time: all of them would be heads · S² numbers each.
     return torch.stack([_attention(q, k, scale).mean((0, 1))[prefix:] for q, k in zip(queries, keys, strict=True)])
 

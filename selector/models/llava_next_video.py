@@ -2,7 +2,7 @@
 
 A budget per image is a budget per video then, and one per tile gives every frame its share. Frames are pooled by the
 model (2 x 2 patches to one visual token), and so are `features`, attention and keys here; no newline tokens. Methods
-that know a base view take the first frame for it. Images and videos in one batch are refused.
+that treat a base view apart take the first frame for it. Images and videos in one batch are refused.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         return llava_next.encode(model, inputs, needs, relevance)
     if inputs.get("pixel_values") is not None:
         raise ValueError("pixel_values and pixel_values_videos must not be in one batch: give images or videos")
+
     base, config = model.base_model, model.config
     layer, prefix = feature_layer(model, inputs), prefix_of(model, inputs)
     attention = attention_of(prefix)
@@ -39,12 +40,16 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     if config.spatial_pool_mode == "conv":
         attention, why = frozenset(), "spatial_pool_mode is 'conv', which pools nothing but features"
     check_needs(model, needs, attention, why, relevance)
+
     with overheard(base.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs, "video")
 
+    # By the model's own pooling; attention goes in as a table of one channel.
     pool = base.vision_resampler
     features = pool(output.hidden_states[layer][:, prefix:])
     fields = {name: pool(v) if v.ndim == 3 else pool(v[..., None])[..., 0] for name, v in fields.items()}
+
+    # The pixels of all videos are one tensor, so each has the same number of frames.
     videos, (frames, count) = len(output.pooler_output), features.shape[:2]
     tokens = VisualTokens(
         features=features,
@@ -53,6 +58,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         slots=torch.arange(frames * count, device=features.device).view(videos, -1),
     )
     tokens = with_fields(tokens, fields)
+
     packed = list(output.pooler_output)
     tokens = completed(tokens, packed, model, inputs, needs, relevance, config.video_token_id)
     return Encoded(tokens, packed, output, config.video_token_id, modality="video")

@@ -42,10 +42,12 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     attention = attention_of(prefix)
     why = "vision_feature_select_strategy is 'full': its vision tower has no CLS token"
     check_needs(model, needs, attention, why, relevance)
+
     with overheard(model.base_model.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs)
     features, packed = output.hidden_states[layer][:, prefix:], list(output.pooler_output)
 
+    # Slots of each image by itself, then counted through the batch.
     tiles = _tiles(model, inputs)
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     maps, exact, first = [], True, 0
@@ -61,7 +63,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
 
 
 def _tiles(model: Any, inputs: Mapping[str, Any]) -> list[int]:
-    """Tiles of each image, the base view included: one each where a prompt has several images."""
+    """Number of tiles of each image, the base view included: one where a prompt has several images."""
     counts = inputs.get("batch_num_images")
     alone = [True] * len(inputs["image_sizes"]) if counts is None else [n == 1 for n in counts for _ in range(int(n))]
     config = model.config
@@ -76,9 +78,16 @@ def _slots(
 ) -> tuple[Int[Tensor, "L"], bool]:
     """Where each packed token of an image comes from: coordinates sent through the model's own packing and shrinking.
 
+    Args:
+        size: height and width of the image in pixels.
+        tiles: tiles of the image, the base view included.
+        side: patches per row of a tile.
+
     Returns:
         ``[L]`` ``tile * side² + patch`` of the nearest encoder token, or `NEWLINE`; and whether that is exactly it.
     """
+    # [tiles, side², 2] row and column of every patch, in place of its features. Bilinear shrinking averages them as it
+    # does features, so that what comes out is the point that a packed token shows.
     line = torch.arange(side, dtype=torch.float64, device=device)
     within = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).flatten(0, 1)
     places, width = within.repeat(tiles, 1, 1), 1
@@ -89,19 +98,21 @@ def _slots(
 
     newline = torch.full((2,), float(NEWLINE), dtype=torch.float64, device=device)
     limit = _setting(inputs, model.config, "vision_aspect_ratio")
-    (found,), _ = model.base_model.pack_image_features(
+    (points,), _ = model.base_model.pack_image_features(
         [places], [size], image_newline=newline, vision_aspect_ratio=limit
     )
-    y, x = found.round().long().unbind(-1)
+
+    # From the nearest point back to a tile and a patch in it.
+    y, x = points.round().long().unbind(-1)
     tile = 1 + y.div(side, rounding_mode="floor") * width + x.div(side, rounding_mode="floor")
     tile[: side**2] = 0  # the base view, or the only one
     patch = y.remainder(side) * side + x.remainder(side)
-    slots = (tile * side**2 + patch).masked_fill(found[:, 0] < 0, NEWLINE)
-    return slots, bool((found == found.round()).all())
+    slots = (tile * side**2 + patch).masked_fill(points[:, 0] < 0, NEWLINE)
+    return slots, bool((points == points.round()).all())
 
 
 def _grid(model: Any, size: Tensor) -> Sequence[int]:
-    """Rows and columns of tiles."""
+    """Rows and columns in which the tiles of an image of that size are laid out."""
     config = model.config
     return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
 

@@ -26,6 +26,8 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     packed = list(output.pooler_output)
 
     side, merge = config.vision_config.patch_size, config.spatial_merge_size
+
+    # The tower's one row of all images' patches, cut up by their sizes; unfold puts each 2 x 2 block side by side.
     sizes = [(int(h) // side, int(w) // side) for h, w in inputs["image_sizes"]]
     rows = output.hidden_states[layer][0].split([h * w for h, w in sizes])
     blocks = [

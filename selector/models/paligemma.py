@@ -15,6 +15,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     check_needs(model, needs, attention_of(0), "its vision tower has no CLS token", relevance)
     with overheard(model.base_model.vision_tower, -1, 0, needs) as fields:
         output = encoder_output(model, inputs)
+
     tokens = with_fields(VisualTokens.from_features(output.last_hidden_state), fields)
     packed = list(output.pooler_output)
     tokens = completed(tokens, packed, model, inputs, needs, relevance)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL; that its tower attends in windows is undone before its tokens leave it."""
+"""Qwen2.5-VL: as Qwen2-VL. Its tower sorts patches into windows, and sorts its tokens back before it returns them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The tower's own last step merges patches, so its tokens are those that the language model sees: `features` and
 `projected` are the same. Each image lies in the upper left corner of a grid that fits them all. Positions are those of
-the unpruned prompt (time, row and column of every visual token), which nothing may close up.
+the unpruned prompt (time, row and column of every visual token); gaps between them must not be closed.
 
 The model keeps an offset between positions and lengths of its last prompt (``rope_deltas``). ``generate`` does not read
 it within a pruned prompt; a loop of one's own around ``forward`` has to give ``position_ids`` for every new token.
@@ -27,6 +27,8 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     why = "its vision tower has no CLS token, and queries and keys in one projection"
     check_needs(model, needs, frozenset(), why, relevance)
     output = encoder_output(model, inputs)
+
+    # Sizes in patches before merging; an image has one frame, so time is left out.
     packed, merge = list(output.pooler_output), model.config.vision_config.spatial_merge_size
     canvas = Canvas.of([(int(h) // merge, int(w) // merge) for _, h, w in inputs["image_grid_thw"]], packed[0].device)
 
@@ -43,6 +45,8 @@ def positions(model: Any, inputs: Mapping[str, Any]) -> Int[Tensor, "3 B S"]:
     """
     if inputs.get("mm_token_type_ids") is None:
         raise ValueError("mm_token_type_ids must be given with images: they tell the model's rule where the images are")
+
+    # Its second value is the offset for later tokens, which the plug does without.
     axes, _ = model.base_model.get_rope_index(
         inputs["input_ids"],
         inputs["mm_token_type_ids"],

@@ -1,1 +1,1 @@
-"""Reads records and shows what they say: tables, a page, standings. Imports neither torch nor what measures."""
+"""Reads records and shows what they say: tables, a page, standings. Imports neither torch nor `selector.measure`."""

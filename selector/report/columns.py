@@ -1,4 +1,4 @@
-"""The columns of every table: how a figure is written, what it is sorted by, and what it means."""
+"""The columns of every table: how a figure is written, what rows are sorted by, and what the header means."""
 
 from __future__ import annotations
 
@@ -13,23 +13,35 @@ Summary = dict[str, Any]
 MARK = "†"
 LEGEND = f"{MARK} sees the question: what is kept of an image differs per question."
 
-
 POOLED = "all tasks"
-"""What the tables call the tasks together."""
+"""What tables call all tasks taken together."""
 
 
 def share_of(keep: str | None) -> str | None:
-    """What budgets are grouped by: ``auto:0.2`` is 0.2 on average, and stands beside it."""
+    """What budgets are grouped by: ``auto:0.2`` is 0.2 on average, and is shown next to it.
+
+    Example:
+        >>> share_of("auto:0.2"), share_of("64")
+        ('0.2', '64')
+    """
     return None if keep is None else keep.removeprefix("auto:")
 
 
 def is_auto(row: Figures) -> bool:
+    """Whether the budget of a row is a share on average over images."""
     return share_of(row["keep"]) != row["keep"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: how a row is written, what it is sorted by, and what the header means."""
+    """One column of a table.
+
+    Attributes:
+        header: what stands above it.
+        text: writes the cell of a row.
+        value: what the column is sorted by; None for a row without the figure.
+        note: what the header means, for the legend.
+    """
 
     header: str
     text: Callable[[Figures], str]
@@ -38,20 +50,23 @@ class Column:
 
 
 def marked(label: str, sees_question: bool) -> str:
-    """How tables write a selector; `LEGEND` says what the mark means."""
+    """How tables write a selector: with `MARK` if it sees the question; `LEGEND` says what the mark means."""
     return label + MARK if sees_question else label
 
 
 def selector_name(row: Figures) -> str:
+    """What tables call the selector of a row."""
     return marked(row["selector"], row["sees_question"])
 
 
 def legend(summary: Summary) -> list[str]:
-    """What the mark means, where a selector of the run has it."""
+    """What the mark means, as the lines to print: none where no selector of the run has it."""
     return [LEGEND] if any(row["sees_question"] for row in summary["rows"]) else []
 
 
 def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) -> Column:
+    """A figure without an interval, times `scale`: bytes as GB, for example."""
+
     def value(row: Figures) -> Any:
         return None if row.get(field) is None else scale * row[field]
 
@@ -59,7 +74,7 @@ def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) 
 
 
 def _shift(header: str, field: str, digits: int, note: str) -> Column:
-    """A mean with its interval."""
+    """A mean difference with its sign and interval."""
 
     def text(row: Figures) -> str:
         if row[field] is None:
@@ -71,6 +86,7 @@ def _shift(header: str, field: str, digits: int, note: str) -> Column:
 
 
 def _flips(header: str, name: str, note: str) -> Column:
+    """How many answers changed in one way, see `selector.measure.metrics.flip`."""
     return Column(
         header,
         lambda r: "–" if r["flips"] is None else str(r["flips"][name]),
@@ -80,8 +96,11 @@ def _flips(header: str, name: str, note: str) -> Column:
 
 
 def _versus(header: str, field: str, note: str) -> Column:
+    """A paired difference of accuracy in points, with its interval; a star: significant after Holm's correction."""
+
     def text(row: Figures) -> str:
         if row[field] is None:
+            # The references have nothing to be compared with; a selector may just lack the other row.
             return "" if row["keep"] is None else "–"
         low, high = row[field]["interval"]
         star = "*" if row[field]["p_holm"] < 0.05 else ""
@@ -109,13 +128,13 @@ FIXED = _flips("w→r", "wrong_to_right", "answers that selection fixed")
 
 
 def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
-    """Head to head: what was right, what stayed the same, what it took. Columns without any figure are left out.
+    """Head to head: what was right, what stayed the same, what it cost. Columns without any figure are left out.
 
     Args:
         summary: the figures of a run, see `selector.report.summary.summarize`.
-        task: the one whose table it is; None or `POOLED` for all.
+        task: whose table it is; None or `POOLED` for that of all tasks.
     """
-    # Only tasks that say so are scored by how near an answer comes.
+    # Only tasks that ask for it are scored by how near an answer comes.
     wanted = summary["tasks"].values() if task in (None, POOLED) else [summary["tasks"][task]]
     metrics = [about.get("metric", "exact") for about in wanted]
     anls = [_plain("ANLS", "anls", 1, "mean normalised Levenshtein similarity × 100", 100.0)]
@@ -135,17 +154,17 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         _versus("vs full", "versus_full", "points right more than the unpruned model, paired; *: McNemar, Holm < 0.05"),
         _versus(f"vs {summary['baseline']}", "versus_baseline", "the same against the baseline at the same budget"),
         _versus("vs fixed", "versus_fixed", "a share on average against the same share of every image, same selector"),
-        # What changed, whether right or not, and whether the evidence was still in sight.
+        # What changed, whether right or not, and whether the evidence was still visible.
         SAME,
         TOKENS,
         SAMPLES,
         BROKEN,
         FIXED,
-        _plain("ΔNLL", "nll_shift", 2, "nats a token that the unpruned model's own answer loses"),
+        _plain("ΔNLL", "nll_shift", 2, "increase of the NLL of the unpruned model's own answer, nats per token"),
         Column(
             "evidence % (base)", _evidence, lambda r: r["evidence"], "share of the answer's boxes under kept tokens"
         ),
-        # What it took.
+        # What it cost.
         Column("select ms", _selection, lambda r: r["selection_ms"] if r["keep"] else None, "selector and budget"),
         _plain("prefill ms", "prefill_ms", 1, "prompt to first token"),
     ]
@@ -181,7 +200,7 @@ def scored(summary: Summary) -> list[str]:
 
 
 def consistency_columns(summary: Summary) -> list[Column]:
-    """How far a pruned model moves from itself."""
+    """How far a pruned model moves away from the unpruned one. Columns without any figure are left out."""
 
     def needed(row: Figures) -> Any:
         return None if row["versus_full"] is None else row["versus_full"]["samples_for_a_point"]
@@ -197,14 +216,17 @@ def consistency_columns(summary: Summary) -> list[Column]:
         Column("evidence % [95%]", _kept, lambda r: r["evidence"], "share of the boxes kept, bootstrap interval"),
         BROKEN,
         FIXED,
+        # Answers that flips show, and whether chance explains them.
         _flips("w→w", "wrong_to_wrong", "wrong before and after, in other words"),
         Column("p (Holm)", chance, lambda r: r["versus_full"] and r["versus_full"]["p"], "exact McNemar against full"),
         Column("n for 1 pt", lambda r: f"{needed(r):,}" if needed(r) else "–", needed, "samples to see 1 point"),
+        # The distributions behind the answers.
         _plain("KL first", "first_token_kl", 3, "KL(full ‖ pruned) of the first answer token, nats"),
         _plain("JS first", "first_token_js", 3, "Jensen-Shannon of the same"),
         _plain("KL answer", "forced_kl", 3, "KL over the unpruned model's answer, teacher-forced"),
         _plain("JS answer", "forced_js", 3, "Jensen-Shannon of the same"),
-        _shift("ΔNLL [95%]", "nll_shift", 2, "nats a token that the unpruned model's own answer loses"),
+        _shift("ΔNLL [95%]", "nll_shift", 2, "increase of the NLL of the unpruned model's own answer, nats per token"),
+        # The visual tokens themselves.
         _shift("ΔIPR [95%]", "ipr_shift", 4, "inverse participation ratio of the visual tokens' spectrum"),
         _shift("Δ effective rank", "rank_shift", 2, "effective rank of the visual tokens' spectrum"),
         _plain("energy shift", "energy_shift", 3, "total variation between the energy distributions, 0 to 1"),
@@ -213,38 +235,43 @@ def consistency_columns(summary: Summary) -> list[Column]:
 
 
 def cost_columns(summary: Summary) -> list[Column]:
-    """What goes in, what it takes."""
+    """What enters the language model, and the work and time it takes. Columns without any figure are left out."""
     columns = [
         KEEP,
         SELECTOR,
         TOKENS,
+        # By formula: the same on every machine.
         _plain("prompt", "prompt_tokens", 0, "tokens of the whole prompt, text included"),
         _plain("KV MB", "kv_bytes", 2, "keys and values of the prompt, 10⁶ bytes", 1e-6),
         _plain("tower GF", "tower_flops", 3, "vision tower and projector, 10⁹ operations", 1e-9),
         _plain("selector GF", "selector_flops", 4, "the selector, 10⁹ operations", 1e-9),
         _plain("prefill GF", "prefill_flops", 3, "language model over the prompt, 10⁹ operations", 1e-9),
-        _plain("GF a token", "decode_flops", 4, "language model, first decoded token, 10⁹ operations", 1e-9),
+        _plain("GF per token", "decode_flops", 4, "language model, first decoded token, 10⁹ operations", 1e-9),
+        # By the clock.
         _plain("encode ms", "encode_ms", 1, "vision tower and projector"),
         Column("select ms", _selection, lambda r: r["selection_ms"] if r["keep"] else None, "selector and budget"),
         _plain("prefill ms", "prefill_ms", 1, "prompt to first token"),
-        _plain("ms a token", "decode_ms", 1, "each token after the first"),
+        _plain("ms per token", "decode_ms", 1, "each token after the first"),
         _plain("peak GB", "peak_bytes", 2, "highest GPU memory, weights included, 10⁹ bytes", 1e-9),
     ]
     return _with_figures(columns, summary)
 
 
 def _with_figures(columns: Sequence[Column], summary: Summary) -> list[Column]:
+    # A run without answers has no accuracy, one on a CPU no peak memory: their columns would be empty.
     return [c for c in columns if any(c.value(row) is not None for row in summary["rows"])]
 
 
 def _tokens(row: Figures) -> str:
     if row["tokens"] is None:
         return "–"
+    # Images differ in their tokens: the share is of what they have on average.
     share = f" ({100 * row['tokens'] / row['full_tokens']:.0f}%)" if row["full_tokens"] else ""
     return f"{row['tokens']:.0f}{share}"
 
 
 def _share(row: Figures, field: str) -> str:
+    """A share in percent with its interval."""
     if row[field] is None:
         return "–"
     low, high = row[f"{field}_interval"]
@@ -264,6 +291,7 @@ def _kept(row: Figures) -> str:
 
 
 def _selection(row: Figures) -> str:
+    # The references select nothing: their few microseconds are not a figure.
     return _number(row["selection_ms"] if row["keep"] else None, 1)
 
 
@@ -271,7 +299,7 @@ def _evidence(row: Figures) -> str:
     if row["evidence"] is None:
         return "–"
     text = f"{100 * row['evidence']:.0f} ({100 * row['base_evidence']:.0f})"
-    # Samples without boxes have no evidence: a share of a few must not pass for one of all.
+    # Samples without boxes have no evidence: a share over a few of them must not look like one over all.
     return text if row["evidence_samples"] == row["samples"] else f"{text} n={row['evidence_samples']}"
 
 

@@ -1,8 +1,8 @@
 """The figures of a run: a pure function of its files (``run.json`` and the predictions it names).
 
-Shares carry a 95% Wilson interval; means and every difference (to the unpruned model, and to the baseline selector at
-the same task and budget) that of a seeded bootstrap over the samples that both have; changed answers an exact McNemar
-test, with p values also adjusted (Holm) for how many of them the run holds.
+Shares have a 95% Wilson interval. Means, and every difference (to the unpruned model, and to the baseline selector at
+the same task and budget), have that of a seeded bootstrap over the samples that both have. Changed answers have an
+exact McNemar test, with p values also adjusted (Holm) for the number of tests in the run.
 """
 
 from __future__ import annotations
@@ -38,16 +38,21 @@ from selector.report.tables import markdown
 
 Tables = dict[tuple[str, str, str | None], list[Record]]
 SHARES = {"accuracy": "correct", "agreement": "agrees"}
-"""What tables call a share, and the field of a record that it is the share of."""
+"""Name of a share in tables, and the field of a record whose share it is."""
 SHIFTS = ("ipr_shift", "rank_shift", "energy_shift")
 REPORT_HTML, REPORT_MD, RESULTS = "report.html", "report.md", "results.json"
 
 
 def summarize(run: Path) -> dict[str, Any]:
-    """Figures of every row: {"model", ..., "rows": [...], "pooled": [...], "correlations": [...]}.
+    """The figures of a run.
 
-    Pooled are the same rows over all tasks together, where a budget is a share on average (``auto:0.2``): task by task
-    it does not keep that share.
+    Args:
+        run: a folder that `selector compare` wrote.
+
+    Returns:
+        The plan of the run, with figures as ``rows`` (one per task, selector and budget), ``pooled`` and
+        ``correlations`` (of the spectral shifts with agreement). Pooled are the rows over all tasks together, where a
+        budget is a share on average (``auto:0.2``), which it keeps over all tasks only.
 
     Raises:
         UsageError: no run there, one of an older format, or broken records.
@@ -67,27 +72,32 @@ def summarize(run: Path) -> dict[str, Any]:
 def _rows(
     tables: Tables, baseline: str | None, seeing: frozenset[str], metrics: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """The figures of every row, budgets of one share (0.2 and auto:0.2) beside each other.
+    """The figures of every row; budgets of one share (0.2 and auto:0.2) are next to each other.
 
     Args:
         metrics: of the tasks that are not scored by exact match.
     """
     rows = []
-    for (task, label, keep), found in tables.items():
+    for (task, label, keep), records in tables.items():
+        # What a row is compared with: the baseline at its budget, and for an average share the same share per image.
         against = tables.get((task, baseline or "", keep)) if label != baseline and keep else None
         fixed = tables.get((task, label, share_of(keep))) if keep and share_of(keep) != keep else None
         versus = {
-            "versus_full": _difference(found, _unpruned(found)) if keep else None,
-            "versus_baseline": _difference(found, against) if against else None,
-            "versus_fixed": _difference(found, fixed) if fixed else None,
+            "versus_full": _difference(records, _unpruned(records)) if keep else None,
+            "versus_baseline": _difference(records, against) if against else None,
+            "versus_fixed": _difference(records, fixed) if fixed else None,
         }
         row = {"task": task, "selector": label, "keep": keep, "sees_question": label in seeing}
-        scored = _scored(found, metrics[task]) if task in metrics else {}
-        rows.append(row | _figures(found) | scored | versus)
+        scored = _scored(records, metrics[task]) if task in metrics else {}
+        rows.append(row | _figures(records) | scored | versus)
+
+    # One family of tests per question asked: each column of differences is adjusted for all of its rows.
     for versus in ("versus_full", "versus_baseline", "versus_fixed"):
         tested = [row[versus] for row in rows if row[versus] is not None]
-        for found, adjusted in zip(tested, holm([t["p"] for t in tested]), strict=True):
-            found |= {"p_holm": adjusted, "tests": len(tested)}
+        for comparison, adjusted in zip(tested, holm([each["p"] for each in tested]), strict=True):
+            comparison |= {"p_holm": adjusted, "tests": len(tested)}
+
+    # In the order of the run, but for shares on average, which go where their share is.
     places: dict[tuple[str, str | None], int] = {}
     for row in rows:
         places.setdefault((row["task"], share_of(row["keep"])), len(places))
@@ -95,24 +105,34 @@ def _rows(
 
 
 def _pooled(tables: Tables) -> Tables:
-    """The records of every selector and budget over all tasks: what a share on average is an average over."""
+    """The records of every selector and budget over all tasks, over which a share on average is an average."""
     pooled: Tables = {}
-    for (task, label, keep), found in tables.items():
-        named = [cast(Record, {**record, "id": f"{task}/{record['id']}"}) for record in found]
+    for (task, label, keep), records in tables.items():
+        # Records are paired by id, and tasks may use the same ones.
+        named = [cast(Record, {**record, "id": f"{task}/{record['id']}"}) for record in records]
         pooled.setdefault((POOLED, label, keep), []).extend(named)
     return pooled
 
 
 def read_run(run: Path) -> tuple[dict[str, Any], Tables]:
-    """(what was run, the records of every row by task, label and budget)."""
+    """What a run is, and its records.
+
+    Returns:
+        (the plan from ``run.json``, the records by task, label and budget).
+
+    Raises:
+        UsageError: no run there, one of an older format, or broken records.
+    """
     if not (run / RUN).is_file():
         raise UsageError(f"run must be a folder that `selector compare` wrote, {run / RUN} does not exist")
+
     settings = _read_settings(run / RUN)
     limit = settings["samples"]
     tables = {}
     for row in settings["rows"]:
-        found = [_checked(record, run / row["key"]) for record in read_folder(run / row["key"])]
-        within = [record for record in found if limit is None or record["index"] < limit]
+        records = [_checked(record, run / row["key"]) for record in read_folder(run / row["key"])]
+        # An earlier, longer run may have left more records than this one asked for.
+        within = [record for record in records if limit is None or record["index"] < limit]
         tables[row["task"], row["label"], row["keep"]] = within
     return settings, tables
 
@@ -123,8 +143,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"run must be a folder that `selector compare` wrote, {path} is not JSON ({error})") from error
+
     if isinstance(settings, dict) and settings and "environment" not in settings:
         raise UsageError(f"run must be of this version, {path} is older: run the same `selector compare` again")
+
+    # Checked here once, so that nothing below needs to doubt it: a run can be edited or half copied.
     kinds: dict[str, type | tuple[type, ...]] = {
         **{"model": str, "seed": int, "layer": int, "positions": str, "environment": dict, "tasks": dict},
         **{"unreadable": dict, "rows": list, "samples": (int, type(None)), "baseline": (str, type(None))},
@@ -134,6 +157,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for name, kind in kinds.items():
         if name not in settings or not isinstance(settings[name], kind):
             raise UsageError(f"run must be whole, {path} has {settings.get(name)!r:.80} as {name}")
+
+    # The key of a row is the name of a folder: anything but hexadecimal digits could lead out of the run.
     for row in settings["rows"]:
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("task", "label", "key")):
             raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
@@ -141,6 +166,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
             raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
         if not isinstance(row.get("keep"), (str, type(None))):
             raise UsageError(f"run must be whole, {path} has {row!r:.80} among its rows")
+
     for name, about in settings["tasks"].items():
         if not isinstance(about, dict) or not {"fingerprint", "anls"} <= about.keys():
             raise UsageError(f"run must be whole, {path} has {about!r:.80} as task {name!r}")
@@ -153,14 +179,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _checked(record: Record, folder: Path) -> Record:
-    """What a report reads of a record is there, as the type that it was written with; texts where there are any."""
+    """The record, if it has all that a report reads of it, each with the type that it was written with."""
     wanted = ["tokens", "full_tokens"]
+    # A run without answers has neither.
     if "answer" in record:
         wanted += ["question", "agrees"]
     if "correct" in record:
         wanted += ["full_correct", "flip", "anls", "full_anls"]
     if "score" in record:
         wanted += ["correct", "full_score"]
+
     try:
         check(record)
         for name in wanted:
@@ -174,19 +202,21 @@ def _checked(record: Record, folder: Path) -> Record:
     return record
 
 
-def _figures(found: Sequence[Record]) -> dict[str, Any]:
+def _figures(records: Sequence[Record]) -> dict[str, Any]:
     def values(name: str) -> list[Any]:
-        return [record[name] for record in found if record.get(name) is not None]
+        return [record[name] for record in records if record.get(name) is not None]
 
-    figures: dict[str, Any] = {"samples": len(found), "saturated": sum(values("saturated"))}
+    # A figure that no record has is None: some samples have no boxes, no answer, or no second token.
+    figures: dict[str, Any] = {"samples": len(records), "saturated": sum(values("saturated"))}
     for name, field in SHARES.items():
         hits = values(field)
         figures |= {name: mean(hits), f"{name}_interval": list(wilson(sum(hits), len(hits))) if hits else None}
     for name in summed_by("interval"):
         some = values(name)
         figures |= {name: mean(some), f"{name}_interval": list(bootstrap_mean(some)[1:]) if some else None}
+
     flips = values("flip")
-    peak = values("peak_bytes")
+    peak = values("peak_bytes")  # the highest of any sample: memory must hold that one, too
     return (
         figures
         | {name: mean(values(name)) for name in summed_by("mean")}
@@ -196,12 +226,13 @@ def _figures(found: Sequence[Record]) -> dict[str, Any]:
     )
 
 
-def _scored(found: Sequence[Record], metric: str) -> dict[str, Any]:
+def _scored(records: Sequence[Record], metric: str) -> dict[str, Any]:
     """What a metric that is not exact match says in place of a share: the mean score, and what belongs to it."""
-    answered = [record for record in found if "correct" in record]
+    answered = [record for record in records if "correct" in record]
     values = [_score(record) for record in answered]
     figures: dict[str, Any] = {"metric": metric, "accuracy": mean(values)}
     figures["accuracy_interval"] = list(bootstrap_mean(values)[1:]) if values else None
+
     if metric == "yes_no" and answered:
         # What is not a no is a yes to POPE, so that a wrong answer says the other word than the reference.
         wanted = [str(record.get("target")).strip().lower() == "yes" for record in answered]
@@ -216,26 +247,30 @@ def _score(record: Record) -> float:
     return float(record.get("score", record["correct"]))
 
 
-def _unpruned(found: Sequence[Record]) -> list[Record]:
-    """What the unpruned model did on the same samples."""
+def _unpruned(records: Sequence[Record]) -> list[Record]:
+    """The unpruned model's records on the same samples, which every pruned record carries."""
     return [
         Record(id=r["id"], index=r["index"], correct=r["full_correct"], anls=r["full_anls"])
         | (Record(id=r["id"], index=r["index"], score=r["full_score"]) if "score" in r else {})
-        for r in found
+        for r in records
         if "correct" in r
     ]
 
 
-def _difference(found: Sequence[Record], against: Sequence[Record]) -> dict[str, Any] | None:
+def _difference(records: Sequence[Record], against: Sequence[Record]) -> dict[str, Any] | None:
     """Ours minus theirs over the samples that both have: accuracy (or score) first, then whatever else both measured.
 
     McNemar's test is of right and wrong, whatever the metric.
     """
+    # Paired by id: one of two rows may be unfinished.
     other = {record["id"]: record for record in against}
-    pairs = [(r, other[r["id"]]) for r in found if r["id"] in other]
+    pairs = [(r, other[r["id"]]) for r in records if r["id"] in other]
+
     answered = [(a["correct"], b["correct"]) for a, b in pairs if "correct" in a and "correct" in b]
     if not answered:
         return None
+
+    # Accuracy or score: the difference, and how many answers changed side for and against.
     ours, theirs = ([_score(pair[i]) for pair in pairs if all("correct" in each for each in pair)] for i in (0, 1))
     gap, low, high = paired_bootstrap(ours, theirs)
     broken = sum(b and not a for a, b in answered)
@@ -243,6 +278,8 @@ def _difference(found: Sequence[Record], against: Sequence[Record]) -> dict[str,
     result: dict[str, Any] = {"difference": gap, "interval": [low, high], "pairs": len(answered)}
     result |= {"broken": broken, "fixed": fixed, "p": mcnemar(broken, fixed)}
     result["samples_for_a_point"] = samples_to_see([a - b for a, b in zip(ours, theirs, strict=True)])
+
+    # The others have no test: their intervals stand alone.
     for name in ("anls", "agrees", "evidence", "nll_shift"):
         both = [(a[name], b[name]) for a, b in pairs if a.get(name) is not None and b.get(name) is not None]
         if both:
@@ -252,11 +289,13 @@ def _difference(found: Sequence[Record], against: Sequence[Record]) -> dict[str,
 
 
 def _correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rank correlation of the size of each spectral shift with agreement: over all pruned rows, then a task each."""
-    found = []
+    """Rank correlation of the size of each spectral shift with agreement: over all pruned rows, then per task."""
+    results = []
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    # None stands for all tasks together; with a single task both would be the same.
     for task in (None, *(tasks if len(tasks) > 1 else [])):
         for shift in SHIFTS:
+            # References select nothing, and are no points.
             points = [
                 (abs(r[shift]), r["agreement"])
                 for r in rows
@@ -264,26 +303,33 @@ def _correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             rank = spearman([x for x, _ in points], [y for _, y in points])
             interval = None if rank is None else spearman_interval(rank, len(points))
-            found.append({"task": task, "shift": shift, "rank": rank, "interval": interval, "points": len(points)})
-    return found
+            results.append({"task": task, "shift": shift, "rank": rank, "interval": interval, "points": len(points)})
+    return results
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[dict[str, Any]], Path]:
     """Writes the report of all runs as HTML and Markdown.
 
     Args:
-        out: the HTML file, the Markdown beside it, and nothing else: a run that cannot be written to can be reported.
-            None writes ``report.html`` into the only (or first) run, and ``results.json`` into every run.
+        runs: folders that `selector compare` wrote.
+        out: the HTML file; only it and the Markdown next to it are written, so that a read-only run can be reported.
+            None writes ``report.html`` into the first run, and ``results.json`` into every run.
 
     Returns:
-        The summary of each run, and where the page is.
+        (the summary of each run, the path of the page).
+
+    Raises:
+        UsageError: a folder that is no run or is named twice, or a place that cannot be written to.
     """
+    # Everything is read before anything is written.
     names = run_names(runs)
     summaries = [summarize(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
+        # `results.json` belongs to its run.
         if out is None:
             with output(run / RESULTS):
                 write_json(run / RESULTS, summary)
+
     target = out or runs[0] / REPORT_HTML
     pages = dict(zip(names, summaries, strict=True))
     shown = explorer({name: (run, *read_run(run)) for name, run in zip(names, runs, strict=True)})
@@ -294,10 +340,19 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[di
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
-    """What a report calls its runs: their folders' names, or their paths where two are called the same."""
+    """What a report calls its runs: the names of their folders, or their paths where two have one name.
+
+    Raises:
+        UsageError: no run, or one folder twice.
+
+    Example:
+        >>> from pathlib import Path
+        >>> run_names([Path("runs/first"), Path("runs/second")])
+        ['first', 'second']
+    """
     if not runs:
         raise UsageError("run must name at least one folder, got none")
-    for i, run in enumerate(runs):
+    for i, run in enumerate(runs):  # resolved: one folder may be written in two ways
         if run.resolve() in [other.resolve() for other in runs[:i]]:
             raise UsageError(f"run must name each folder once, {run} is there twice")
     names = [run.resolve().name for run in runs]

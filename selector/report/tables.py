@@ -29,23 +29,30 @@ from selector.report.columns import (
 from selector.report.findings import sentences
 
 EXPENDABLE = ("ANLS", "vs full", "w→r", "r→w", "n", "ΔNLL", "select ms", "prefill ms", "same %", "evidence % (base)")
-"""Columns that a narrow terminal does without, the first to go first; the report has them all."""
+"""Columns that a narrow terminal does without, in the order in which they go; the report has them all."""
 
 
 def fitting_tables(summary: Summary, width: int) -> tuple[list[Table], list[str]]:
-    """The tables with as many columns as `width` characters hold, and the names of the columns left out."""
+    """The tables with as many columns as `width` characters hold, and the headers of the columns left out."""
     ruler, present = Console(width=1000), [column.header for column in main_columns(summary)]
+
+    # Measured, not estimated: a column is as wide as its widest cell. None first tries all of them.
     dropped: list[str] = []
     for name in (None, *(name for name in EXPENDABLE if name in present)):
         dropped += [name] if name else []
         tables = rich_tables(summary, dropped)
         if all(ruler.measure(table).maximum <= width for table in tables):
             return tables, dropped
-    return rich_tables(summary, dropped), dropped
+    return rich_tables(summary, dropped), dropped  # too wide even so: the terminal cuts
 
 
 def rich_tables(summary: Summary, without: Sequence[str] = ()) -> list[Table]:
-    """One table a task (and one of all, where a budget is an average); budgets in groups, the best of each in bold."""
+    """One table per task (and one of all, where a budget is an average), grouped by budget, the best of each in bold.
+
+    Args:
+        summary: the figures of a run, see `selector.report.summary.summarize`.
+        without: headers of columns to leave out.
+    """
     tables = []
     for task in tables_of(summary):
         rows = rows_of(summary, task)
@@ -54,7 +61,9 @@ def rich_tables(summary: Summary, without: Sequence[str] = ()) -> list[Table]:
         shown = [column for column in main_columns(summary, task) if column.header not in without]
         for column in shown:
             side = "left" if column in (KEEP, SELECTOR) else "right"
+            # The name of the baseline is in a header, and may hold brackets, which rich would read as markup.
             table.add_column(escape(column.header), justify=side, no_wrap=True)
+
         best = best_rows(rows)
         for i, row in enumerate(rows):
             group_ends = i + 1 < len(rows) and share_of(rows[i + 1]["keep"]) != share_of(row["keep"])
@@ -65,28 +74,34 @@ def rich_tables(summary: Summary, without: Sequence[str] = ()) -> list[Table]:
 
 
 def markdown(runs: Mapping[str, Summary]) -> str:
-    """The report in Markdown: every table of every run, and the notes."""
+    """The report in Markdown: every table of every run, the notes, and what the columns mean.
+
+    Args:
+        runs: summaries by the name of the run.
+    """
     lines = []
     for name, summary in runs.items():
         lines += [plain(f"# {name}: comparison on {summary['model']}"), "", plain(settings_line(summary)), ""]
         for task in summary["tasks"]:
-            said = " ".join(sentences([row for row in summary["rows"] if row["task"] == task]))
-            lines += [plain(f"## {task}"), "", *([plain(said), ""] if said else [])]
+            findings = " ".join(sentences([row for row in summary["rows"] if row["task"] == task]))
+            lines += [plain(f"## {task}"), "", *([plain(findings), ""] if findings else [])]
             lines += [*_markdown_table(summary, task, main_columns(summary, task)), ""]
             for title, columns in (("consistency", consistency_columns(summary)), ("cost", cost_columns(summary))):
-                if len(columns) > 3:
+                if len(columns) > 3:  # more than budget, selector and tokens
                     lines += [plain(f"### {task}: {title}"), "", *_markdown_table(summary, task, columns), ""]
         if summary["pooled"]:
             lines += [f"## {POOLED}", "", *_markdown_table(summary, POOLED, main_columns(summary)), ""]
         lines += [f"- {plain(note)}" for note in notes(summary)] + [""]
-    seen: dict[str, str] = {}
+
+    # Every column is explained once, whichever run and table has it.
+    meanings: dict[str, str] = {}
     for summary in runs.values():
         # A table has the metric of its task in a header; all tasks together may have several.
         each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
         for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
-            seen.setdefault(column.header, column.note)
-    legend = "; ".join(f"*{plain(header)}*: {note}" for header, note in seen.items())
-    return "\n".join([*lines, f"Columns: {legend}."])
+            meanings.setdefault(column.header, column.note)
+    terms = "; ".join(f"*{plain(header)}*: {note}" for header, note in meanings.items())
+    return "\n".join([*lines, f"Columns: {terms}."])
 
 
 def _markdown_table(summary: Summary, task: str, columns: Sequence[Column]) -> list[str]:
@@ -103,19 +118,26 @@ def plain(text: str) -> str:
     """The text as Markdown that shows it and does nothing else: no tag, no link, no image that a viewer would fetch.
 
     Brackets around numbers, such as an interval, stay as they are.
+
+    Example:
+        >>> print(plain("50 [40, 60] <b> | ![x](http://example.org)"))
+        50 [40, 60] &lt;b> \\| \\!\\[x](http://example.org)
     """
+    # Questions and answers come from files and models. A line break would end a table's row.
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"([\\`!|])", r"\\\1", text)
     return re.sub(r"\[(?![-+−\d., %]+\](?![(\[:]))", r"\\[", text)
 
 
 def done(summary: Summary, task: str) -> str:
-    """What of a task is there, where it is not all of it: "shard 0/4: 2 of 8 samples"; else nothing."""
-    if task == POOLED:  # each of its tasks says so itself
+    """How much of a task is done, such as "shard 0/4: 2 of 8 samples"; nothing for a whole task."""
+    if task == POOLED:  # its tasks say so one by one
         return ""
     total = summary["tasks"][task].get("samples")
     counts = [row["samples"] for row in summary["rows"] if row["task"] == task]
-    missing = len(summary["unreadable"].get(task, []))
+    missing = len(summary["unreadable"].get(task, []))  # without records, and not for want of time
+
+    # Runs of an older version do not say how many samples a task has.
     if total is None or not counts or min(counts) + missing >= total:
         return ""
     least, most = min(counts), max(counts)
@@ -124,9 +146,10 @@ def done(summary: Summary, task: str) -> str:
 
 
 def settings_line(summary: Summary) -> str:
-    """The settings that figures depend on, in one line."""
+    """The settings that figures depend on, in one line: samples, seed, machine and versions."""
     where = summary["environment"]
-    number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples a task"
+    # Without the machine and its threads, times mean nothing.
+    number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples per task"
     number = f"shard {summary['shard']} of {number}" if summary.get("shard") else number
     threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
     return (
@@ -136,19 +159,21 @@ def settings_line(summary: Summary) -> str:
 
 
 def notes(summary: Summary) -> list[str]:
-    """What the whole run says beside its tables."""
+    """What a reader must know besides the tables: positions, correlations, multiple testing, missing samples."""
     how = {"original": "those of the whole prompt, with gaps", "contiguous": "counted anew, without gaps"}
     lines = legend(summary)
     lines += scored(summary)
     lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
-    for found in summary["correlations"]:
-        if found["rank"] is not None and found["shift"] == "ipr_shift":
-            where = f" on {found['task']}" if found["task"] else ""
-            between = f" [{found['interval'][0]:+.2f}, {found['interval'][1]:+.2f}]" if found["interval"] else ""
+
+    for each in summary["correlations"]:
+        if each["rank"] is not None and each["shift"] == "ipr_shift":
+            where = f" on {each['task']}" if each["task"] else ""
+            between = f" [{each['interval'][0]:+.2f}, {each['interval'][1]:+.2f}]" if each["interval"] else ""
             lines.append(
-                f"Rank correlation of |ΔIPR| with agreement over {found['points']} rows{where}: "
-                f"{found['rank']:+.2f}{between} (Spearman)."
+                f"Rank correlation of |ΔIPR| with agreement over {each['points']} rows{where}: "
+                f"{each['rank']:+.2f}{between} (Spearman)."
             )
+
     tests = max((row["versus_full"]["tests"] for row in summary["rows"] if row["versus_full"]), default=0)
     if tests:
         lines.append(
@@ -158,9 +183,10 @@ def notes(summary: Summary) -> list[str]:
     for task in summary["tasks"]:
         if done(summary, task):
             rest = "the others are for other shards" if summary.get("shard") else "the others are not done"
-            lines.append(f"{task}: {done(summary, task)}, {rest}. n says how many a row has.")
+            lines.append(f"{task}: {done(summary, task)}, {rest}. n says how many each row has.")
     for task, names in summary["unreadable"].items():
         lines.append(f"{task}: {len(names)} images cannot be read and are left out: {', '.join(names)}")
+
     saturated = sum(row["saturated"] for row in summary["rows"])
     if saturated:
         lines.append(f"{saturated} records are saturated: the image has no more tokens than the budget, so all stayed.")
@@ -168,7 +194,7 @@ def notes(summary: Summary) -> list[str]:
 
 
 def footnotes(summary: Summary, run: Path) -> str:
-    """What the columns of the terminal's table mean, and the notes."""
+    """Below the tables of the terminal: what their columns mean, the notes, and where the records are."""
     columns = [c for c in main_columns(summary) if c not in (KEEP, SELECTOR, SAMPLES)]
     meanings = "; ".join(f"{column.header}: {column.note}" for column in columns)
     return "\n".join([meanings, *notes(summary), f"Records: {run}"])
@@ -180,16 +206,21 @@ def tables_of(summary: Summary) -> list[str]:
 
 
 def rows_of(summary: Summary, task: str) -> list[Figures]:
+    """The rows of one task, or of all tasks together (`POOLED`)."""
     return [row for row in (*summary["rows"], *summary["pooled"]) if row["task"] == task]
 
 
 def best_rows(rows: Sequence[Figures]) -> set[int]:
-    """The most accurate rows of each budget (evidence where nothing was answered); ties too, but not if all tie.
+    """The most accurate rows of each budget (by evidence where nothing was answered); ties too, but not if all tie.
 
     A share on average competes with the fixed share over all tasks only: task by task it keeps more or less.
+
+    Returns:
+        The ``id`` of each such row, which is a dictionary and has no hash.
     """
     best = set()
     field = "accuracy" if any(row["accuracy"] is not None for row in rows) else "evidence"
+
     budget_of = [share_of(row["keep"]) if row["task"] == POOLED else row["keep"] for row in rows]
     for keep in set(budget_of) - {None}:
         group = [row for row, own in zip(rows, budget_of, strict=True) if own == keep and row[field] is not None]

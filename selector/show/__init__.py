@@ -1,1 +1,1 @@
-"""Pictures of what is kept."""
+"""Pictures of what selectors keep of an image."""

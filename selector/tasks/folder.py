@@ -34,15 +34,19 @@ from selector.tasks import Task, check_question
 from selector.tasks.sample import Box, Sample
 
 ANNOTATIONS = "annotations.jsonl"
+"""The file that makes a folder a task."""
 Row = tuple[int, dict[str, Any]]
 """A line of the annotations: its number, and what it says."""
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What stands behind the ? of a spec: the share of images to show, only those with boxes, scored by ANLS.
+    """What follows the ? of a spec.
 
     Attributes:
+        held_out: show the images whose `split_place` is below this share; 1 shows all.
+        boxes: show only images and questions with boxes.
+        anls: also score answers by ANLS.
         questions: every question of an image is a sample; else one of them, drawn by the seed.
         metric: of `selector.record.METRICS`.
     """
@@ -55,16 +59,29 @@ class Filters:
 
 
 def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
-    """The task of a folder. Every line is checked here, before anything runs; an image is decoded in its turn.
+    """The task of a folder. Every line is checked here, before anything runs; an image is decoded when its turn comes.
 
     The fingerprint is of the annotations and of every image's bytes, read once here.
+
+    Args:
+        name: the spec as the user wrote it, for messages and `Task.name`.
+        path: what follows "folder:": the folder, with filters behind a ? if any.
+        skip_unreadable: leave images out that cannot be decoded (named in `Task.unreadable`) instead of raising.
+
+    Raises:
+        UsageError: no folder, no annotations, a line that breaks a rule, an image that is not there, or none to show.
+        UnreadableImage: a file that cannot be read, unless `skip_unreadable`.
     """
     path, filters = _filters(name, path)
+
+    # `Path("")` is the current folder: an empty path must not run on it.
     folder = Path(path)
     if not path or not folder.is_dir():
         raise UsageError(f"task {name!r}: PATH must be a folder with {ANNOTATIONS} and images, got {path!r}")
     if not (folder / ANNOTATIONS).is_file():
         raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} is missing")
+
+    # Line numbers are kept, since the checks below name them too.
     rows = [
         (number, shown)
         for number, row in read_annotations(folder / ANNOTATIONS)
@@ -73,21 +90,26 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
     ]
     if not rows:
         raise UsageError(f"task {name!r}: {folder / ANNOTATIONS} names no image (held out, or with boxes, where asked)")
+
     files = _find_all(folder, rows)
     for file, (number, row) in zip(files, rows, strict=True):
         _check_sizes(file, row, folder / ANNOTATIONS, number)
     if filters.questions:
         rows, files = _one_question_each(rows, files)
+
+    # With boxes=true the same files may ask fewer questions; held_out shows in the list of files below.
     digest = hashlib.sha256(
         (folder / ANNOTATIONS).read_bytes() + b"boxes" * filters.boxes + b"questions" * filters.questions
     )
     for file in dict.fromkeys(files):
         digest.update(f"{file.name} {content(file, skip_unreadable)}\n".encode())
+
     unreadable: list[str] = []
 
     def samples(count: int, seed: int) -> Iterator[Sample]:
         order = list(range(len(rows)))
         Random(f"folder/{seed}").shuffle(order)
+
         for place in order[:count]:
             row = rows[place][1]
             try:
@@ -98,6 +120,7 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
                 if str(files[place]) not in unreadable:
                     unreadable.append(str(files[place]))
                 continue
+
             yield _sample(row, image, seed, filters.questions)
 
     return Task(name, samples, len(rows), digest.hexdigest()[:16], unreadable, filters.anls, filters.metric)
@@ -115,10 +138,12 @@ def _one_question_each(rows: list[Row], files: list[Path]) -> tuple[list[Row], l
 
 
 def _filters(name: str, path: str) -> tuple[str, Filters]:
-    """The folder, and what to take of it."""
+    """Splits off what follows the last ? of `path`: the folder, and what to show of it."""
     folder, mark, query = path.rpartition("?")
     if not mark:
         return path, Filters()
+
+    # An empty query parses to no pair at all; it is passed on, to be refused below.
     chosen: dict[str, Any] = {}
     for key, value in parse_qsl(query, keep_blank_values=True) or [(query, "")]:
         if key == "held_out" and _is_share(value):
@@ -132,10 +157,12 @@ def _filters(name: str, path: str) -> tuple[str, Filters]:
                 f"task {name!r}: behind ? stand held_out=SHARE with a share in (0, 1), boxes=true and anls=true, "
                 f"questions=all, metric=NAME (one of {', '.join(METRICS)}), got {query!r}"
             )
+
     return folder, Filters(**chosen)
 
 
 def _is_share(text: str) -> bool:
+    # NaN fails the comparison, so it is refused like a text.
     try:
         return 0 < float(text) < 1
     except ValueError:
@@ -143,7 +170,7 @@ def _is_share(text: str) -> bool:
 
 
 def _with_boxes(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row with those of its questions that have boxes (its objects, where there is no question); None: no box."""
+    """The row without its questions that lack boxes; None if no box is left (nor of an object, if it asks nothing)."""
     if row.get("qa"):
         turns = [turn for turn in row["qa"] if turn.get("boxes")]
         return row | {"qa": turns} if turns else None
@@ -151,12 +178,19 @@ def _with_boxes(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def split_place(file: str) -> float:
-    """Where in [0, 1) a file's name falls, by a hash: below the held-out share, it is not trained on."""
+    """The place in [0, 1) of a file's name, by a hash: files below the held-out share are not trained on.
+
+    A hash of the name alone, so that a file stays on its side when others are added, and on every machine.
+
+    >>> split_place("a.png") == split_place("a.png") < 1
+    True
+    """
     return int(hashlib.sha256(file.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def _sample(row: dict[str, Any], image: Image.Image, seed: int, numbered: bool) -> Sample:
     if row.get("qa"):
+        # One generator per image: what one image asks does not depend on which others are shown before it.
         turn = Random(f"folder/{seed}/{row['image']}").choice(row["qa"])
         name = f"{row['image']}#{row['turn']}" if numbered else row["image"]
         return Sample(name, image, turn["q"], answer_of(turn), _boxes(turn.get("boxes") or []))
@@ -164,7 +198,11 @@ def _sample(row: dict[str, Any], image: Image.Image, seed: int, numbered: bool) 
 
 
 def answer_of(turn: dict[str, Any]) -> str | None:
-    """The answer as a text, 5 as "5": answers of VQA sets are often numbers. None where there is none."""
+    """The answer as a text: those of VQA sets are often numbers. None where there is none.
+
+    >>> answer_of({"q": "how many?", "a": 5})
+    '5'
+    """
     return None if turn.get("a") is None else str(turn["a"])
 
 
@@ -173,9 +211,11 @@ def _boxes(boxes: Any) -> tuple[Box, ...]:
 
 
 def _box(box: Any) -> Box:
+    # `type`, not `isinstance`: true and false are ints to Python, but no coordinates.
     numbers = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
     if not numbers or not all(math.isfinite(side) for side in box):
         raise ValueError(f"a box must be four finite numbers [x0, y0, x1, y1], got {box!r}")
+
     x0, y0, x1, y1 = (float(side) for side in box)
     if not (0 <= x0 < x1 and 0 <= y0 < y1):
         raise ValueError(f"a box must be [x0, y0, x1, y1] with 0 <= x0 < x1 and 0 <= y0 < y1, got {box!r}")
@@ -183,7 +223,10 @@ def _box(box: Any) -> Box:
 
 
 def read_annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and rows of an ``annotations.jsonl``, checked but for what needs the images.
+    """Line numbers and rows of an ``annotations.jsonl``, checked except for what needs the images.
+
+    Yields:
+        (line number from 1, the row as parsed); empty lines are skipped.
 
     Raises:
         UsageError: not UTF-8, or a line that breaks a rule, with its number.
@@ -192,11 +235,14 @@ def read_annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         text = path.read_bytes().decode("utf-8-sig")  # editors on Windows put a mark before the first line
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} must be UTF-8: {error}") from error
+
     seen: set[str] = set()
+
     # At newlines only: a question may hold U+2028 and the like, at which str.splitlines would cut it.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+
         try:
             row = json.loads(line, parse_constant=_no_constant)
             _check(row)
@@ -205,6 +251,8 @@ def read_annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path} line {number}: needs an image and, optionally, qa [{{q, a, boxes}}] and "
                 f"objects [{{box}}], got {line[:80]!r} ({error!r})"
             ) from error
+
+        # "a.png" and "./a.png" are one file.
         image = posixpath.normpath(row["image"])
         if image in seen:
             raise UsageError(f"{path} line {number}: image {row['image']!r} is there twice")
@@ -213,29 +261,38 @@ def read_annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _no_constant(name: str) -> NoReturn:
+    # Python reads NaN and Infinity, which JSON does not know and which no box may hold.
     raise ValueError(f"{name} is no number of JSON")
 
 
 def _check(row: Any) -> None:
+    """Raises ValueError, KeyError or TypeError where a row breaks a rule that can be told without its image."""
     if not isinstance(row, dict) or not isinstance(row["image"], str):
         raise TypeError("not an object with an image")
+
+    # A folder of someone else must not name files outside of it.
     image = _text(row["image"])
     if posixpath.isabs(image) or ".." in image.split("/"):
         raise ValueError(f"image must be a file within the folder, got {image!r}")
+
     for turn in _list(row, "qa"):
         if not isinstance(turn, dict) or not isinstance(turn["q"], str):
             raise TypeError("a question is not a text")
         check_question(_text(turn["q"]))
+
         answer = turn.get("a")
         if isinstance(answer, str):
             _text(answer)
+        # `type`, since true is an int to Python.
         elif answer is not None and type(answer) not in (int, float):
             raise TypeError(f"an answer must be a text or a number, got {answer!r}")
         _boxes(_list(turn, "boxes"))
+
     _boxes([thing["box"] for thing in _list(row, "objects")])
 
 
 def _list(row: dict[str, Any], name: str) -> list[Any]:
+    """A field of a row that may be absent or null: both mean an empty list."""
     value = row.get(name)
     if value is None:
         return []
@@ -245,7 +302,7 @@ def _list(row: dict[str, Any], name: str) -> list[Any]:
 
 
 def _text(text: str) -> str:
-    """The text itself, if records and reports can write it: no half of a surrogate pair."""
+    """The text itself, if records can write it: JSON may hold one half of a surrogate pair, UTF-8 may not."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -259,6 +316,7 @@ def _find_all(folder: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> list[
     files = []
     for number, row in rows:
         file = _find(folder, row["image"], number)
+        # Both ways to write a file under images/ ("1.png" and "images/1.png") end at one path, so paths are compared.
         other = first.setdefault(Path(posixpath.normpath(file)), row["image"])
         if other is not row["image"]:
             raise UsageError(f"{folder / ANNOTATIONS} line {number}: image {row['image']!r} is there twice ({other!r})")
@@ -267,6 +325,7 @@ def _find_all(folder: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> list[
 
 
 def _find(folder: Path, image: str, number: int) -> Path:
+    # Under images/ first, where most files lie; the annotations may also name one beside them.
     for path in (folder / "images" / image, folder / image):
         try:
             if path.is_file():
@@ -277,15 +336,21 @@ def _find(folder: Path, image: str, number: int) -> Path:
 
 
 def _check_sizes(file: Path, row: dict[str, Any], annotations: Path, number: int) -> None:
-    """Every box within its image, as far as the image's header can be read: what is broken is named in its turn."""
+    """Checks that every box lies within its image.
+
+    Only the image's header is read. An image whose header is broken is passed over here: it is reported when its turn
+    comes, since the user may have allowed to leave such images out.
+    """
     boxes = [box for turn in row.get("qa") or [] for box in turn.get("boxes") or []]
     boxes += [thing["box"] for thing in row.get("objects") or []]
     if not boxes:
         return
+
     try:
         width, height = image_size(file)
     except UnreadableImage:
         return
+
     outside = next((box for box in boxes if box[2] > width or box[3] > height), None)
     if outside is not None:
         raise UsageError(
@@ -295,7 +360,12 @@ def _check_sizes(file: Path, row: dict[str, Any], annotations: Path, number: int
 
 
 def content(file: Path, skip_unreadable: bool) -> str:
-    """Hash of a file's bytes; "unreadable" where it cannot be read and such images are left out."""
+    """SHA-256 of a file's bytes; "unreadable" where it cannot be read and such images are left out.
+
+    Raises:
+        UnreadableImage: the file cannot be read, unless `skip_unreadable`.
+    """
+    # The bytes rather than size and time: a file copied anew is the same, an edited one of like size is not.
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from PIL import Image
 
 Box = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) in pixels of the image."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question, its answer, and the boxes where the evidence for the answer lies (none if it is an absence)."""
+    """One question, its answer, and the boxes where the evidence for the answer lies (none if it is an absence).
+
+    >>> Turn("is there a red thing?", "no", boxes=()).answer
+    'no'
+    """
 
     question: str
     answer: str
@@ -32,12 +37,20 @@ Marks = tuple[tuple[str, Box], ...]
 class Draft:
     """A page before its pixels: everything known about it, and how to draw it.
 
+    Training on symbols needs no pixels, so drafts are cheap and drawing is left until asked for.
+
     Attributes:
         size: (width, height) in pixels.
         turns: the questions it answers.
         marks: what stands where, for dense supervision.
         everything: the prompt that asks for all there is, and its answer.
-        draw: the image; the same one at every call.
+        draw: returns the image; the same one at every call.
+
+    >>> from random import Random
+    >>> from selector.tasks.generated import documents
+    >>> draft = documents.draft(Random(0), size=(192, 96))
+    >>> draft.draw().size == draft.size == (192, 96)
+    True
     """
 
     size: tuple[int, int]
@@ -47,12 +60,13 @@ class Draft:
     draw: Callable[[], Image.Image]
 
     def page(self) -> Page:
+        """The page with its pixels drawn."""
         return Page(self.draw(), self.turns, self.marks)
 
 
 @dataclass(frozen=True)
 class Page:
-    """A drawn page with everything known about it."""
+    """A drawn page with everything known about it: `turns` and `marks` are those of its `Draft`."""
 
     image: Image.Image
     turns: tuple[Turn, ...]
@@ -61,10 +75,15 @@ class Page:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image. `question` and `answer` are None where a task has only images (a photo folder).
+    """One question about one image.
 
     Attributes:
-        answers: every reference answer, where there are several; `answer` is the one to show.
+        id: unique within the task and seed; records are keyed by it.
+        image: RGB.
+        question: None where a task has only images (a photo folder).
+        answer: the reference; None where there is none.
+        boxes: where the evidence for the answer lies, in pixels; empty if unknown or an absence.
+        answers: every reference, where there are several; `answer` is the one to show.
         choices: the words of the options, in the order of their letters; the question already lists them.
         group: "category/image" of questions that are scored together, see `selector.report.statistics.paired_score`.
     """

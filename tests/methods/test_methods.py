@@ -72,7 +72,8 @@ def test_ridge_leverage_reads_the_field_that_it_names(field, tables, center):
 
 def test_ridge_leverage_takes_projected_tokens_of_whole_images_by_default():
     tokens = ragged()
-    matrix, real = tokens.by_image(tokens.projected)
+    image = Groups.of(tokens, "image")
+    matrix, real = image.gather(tokens.projected), image.mask
     scores = tokens.packed(RidgeLeverage().score(tokens), 0.0)
     for i in range(tokens.num_images):
         want = references.ridge_leverage(matrix[i][real[i]], 1.0)

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from visual_tokens import anyres, only, ragged, single
 
 from selector import Budget
-from selector.greedy import BLOCK, Products, directions, gram
+from selector.greedy import Products
 from selector.groups import Groups
 from selector.methods.cdpruner import CDPruner
 from selector.methods.divprune import DivPrune
 from selector.methods.farthest_point import FarthestPoint
 from selector.methods.pivoted_qr import PivotedQR
 from selector.methods.scope import SCOPE
+from selector.numerics import BLOCK, directions, gram
 
 N, D = 320, 96
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from selector import records
 from selector.errors import UsageError
 from selector.records import FLIPS
+from selector.report import excerpt
 from selector.report.columns import LEGEND, main_columns
 from selector.report.statistics import bootstrap_mean
 from selector.report.summary import summarize, write_report
@@ -233,7 +234,7 @@ def test_a_part_of_a_run_says_so_in_its_table(run, shard):
     assert str(rich_tables(summarize(run))[0].title) == f"toy · m · {part}"
     text = markdown({"r": summarize(run)})
     assert f"- toy: {part}, the others are" in text
-    assert ("shard 0/2 of 4 samples a task" in text) == (shard is not None)
+    assert ("shard 0/2 of 4 samples per task" in text) == (shard is not None)
     first = next(run.glob("*/predictions.jsonl"))
     first.write_text(first.read_text().splitlines(keepends=True)[0])
     assert "1 to 4 of 8 samples" in str(rich_tables(summarize(run))[0].title)
@@ -373,6 +374,18 @@ def test_evidence_of_a_part_of_the_samples_says_so():
     assert _evidence(row | {"evidence": None}) == "–"
 
 
+def test_an_excerpt_holds_the_figures_asked_for(run, tmp_path, capsys, monkeypatch):
+    whole = summarize(run)["rows"]
+    rows = excerpt.excerpt(run, ["evidence", "evidence_interval"])["rows"]
+    assert [row["evidence"] for row in rows] == [row["evidence"] for row in whole]
+    assert set(rows[0]) == {"task", "selector", "keep", "samples", "evidence", "evidence_interval"}
+    out = tmp_path / "excerpt.json"
+    monkeypatch.setattr("sys.argv", ["excerpt", str(run), "--fields", "evidense", "--out", str(out)])
+    assert excerpt.main() == 2
+    assert "fields must be among those of results.json, evidense is not" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def scored(run, metric, scores, **more):
     """The run with scores in place of right and wrong: those of ours by sample, 1 for the unpruned model."""
     settings = json.loads((run / "run.json").read_text())
@@ -398,7 +411,7 @@ def test_a_score_takes_the_place_of_the_share(run):
     assert ours["versus_full"]["broken"] == 1  # 0.6 counts as right, 0.3 does not
     column = main_columns(summary, "toy")[2]
     assert column.header == "VQA accuracy % [95%]"
-    assert column.text(ours).startswith("72 [")
+    assert column.text(ours).startswith("73 [")
     text = markdown({"run": summary})
     assert "toy: scored by VQA accuracy" in text
     assert "right from 0.5 on" in text
@@ -421,7 +434,7 @@ def test_exact_match_has_nothing_of_scores(run):
     assert main_columns(summarize(run), "toy")[2].header == "right % [95%]"
 
 
-def test_a_metric_that_nobody_knows_and_half_a_score_are_refused(run):
+def test_a_metric_that_nobody_knows_is_refused(run):
     settings = json.loads((run / "run.json").read_text())
     settings["tasks"]["toy"]["metric"] = "bleu"
     records.write_json(run / "run.json", settings)

@@ -30,8 +30,18 @@ NEWLINE = len(CLASSES)
 
 @dataclass(frozen=True)
 class Lesson:
-    """`symbols` [2, slots]: class and centre flag of every visual slot in `kept` (packed order); `positions` of
-    all tokens; `tiles` [tiles, 2, 12, 12]: what lies under every patch."""
+    """One training sequence, with what its visual slots show.
+
+    Attributes:
+        kind: its task and form, as "charts_asked" or "scenes_drill".
+        ids: tokens; every visual slot that is not left out is an image token.
+        labels: -100 except for the answers.
+        positions: those of all tokens, as on the whole page.
+        symbols: [2, slots], class and centre flag of the visual slots.
+        kept: numbers of these slots in the packed order of the whole page (slots,).
+        tiles: [tiles, 2, 12, 12], what lies under every patch.
+        image: the page, if the lesson was drawn.
+    """
 
     kind: str
     ids: list[int]
@@ -44,9 +54,16 @@ class Lesson:
 
 
 def pack_symbols(base: np.ndarray | None, full: np.ndarray) -> np.ndarray:
-    """[2, slots]: the base tile, then every row of the page with a newline behind it, as LLaVA-NeXT packs them."""
+    """[2, slots]: the base tile, then every row of the page with a newline behind it, as LLaVA-NeXT packs them.
+
+    Args:
+        base: labels of the base tile [2, 12, 12]; left out if None.
+        full: labels of the page [2, rows, columns].
+    """
     newline = np.zeros((2, full.shape[1], 1), full.dtype)
+    # Its second channel stays 0: a newline is no object's centre.
     newline[0] = NEWLINE
+
     rows = np.concatenate([full, newline], axis=2).reshape(2, -1)
     return rows if base is None else np.concatenate([base.reshape(2, -1), rows], axis=1)
 
@@ -67,7 +84,14 @@ _SHORT = (
 
 
 def shortened(question: str) -> str:
-    """The question without its frame: "what is TOTAL?" is "TOTAL?"."""
+    """The question without its frame.
+
+    Raises:
+        ValueError: it begins like none of the tasks' questions.
+
+    >>> shortened("what is TOTAL?"), shortened("what color is JAN?")
+    ('TOTAL?', 'color JAN?')
+    """
     for start, rest in _SHORT:
         if question.startswith(start):
             return rest + question.removeprefix(start)
@@ -75,20 +99,30 @@ def shortened(question: str) -> str:
 
 
 def facts(task: str, turns: Sequence[Turn], marks: Marks) -> list[tuple[str, str]]:
-    """The shortest questions on a page with their answers: ("TOTAL?", "415"), ("circles?", "2"), ("red?", "yes")."""
+    """The shortest questions on a page with their answers: ("TOTAL?", "415"), ("circles?", "2"), ("red?", "yes").
+
+    Args:
+        task: the page's; of scenes every count, colour and shape is listed, as their turns are only a sample of them.
+        turns: the page's questions.
+        marks: what stands on it.
+    """
     if task != "scenes":
+        # Except for scenes, the page's own questions are enough.
         return [(shortened(turn.question), turn.answer) for turn in turns]
     things = [label.split() for label, _ in marks]
-    found = [(shortened(turn.question), turn.answer) for turn in turns if kind_of(turn.question) == "beside"]
+    pairs = [(shortened(turn.question), turn.answer) for turn in turns if kind_of(turn.question) == "beside"]
+
     for shape in SHAPES:
         colours = [colour for colour, kind in things if kind == shape]
-        found.append((f"{plural(shape)}?", str(len(colours))))
-        found += [(f"{shape}?", colours[0])] if len(colours) == 1 else []
+        pairs.append((f"{plural(shape)}?", str(len(colours))))
+        pairs += [(f"{shape}?", colours[0])] if len(colours) == 1 else []
+
     for colour in COLOURS:
         kinds = [kind for hue, kind in things if hue == colour]
-        found.append((f"{colour}?", "yes" if kinds else "no"))
-        found += [(f"{colour} thing?", kinds[0])] if len(kinds) == 1 else []
-    return found
+        pairs.append((f"{colour}?", "yes" if kinds else "no"))
+        pairs += [(f"{colour} thing?", kinds[0])] if len(kinds) == 1 else []
+
+    return pairs
 
 
 def lesson(
@@ -104,61 +138,103 @@ def lesson(
     hint: bool = False,
     draw: bool = False,
 ) -> Lesson:
-    """One lesson on a page of `task`.
+    """One lesson on a page.
 
-    `aloud`: the share of lessons that tell everything. `drill`: the share that asks all `facts` of the page, one
-    right behind the other. `blanks`: the mean share of background slots that stay (each lesson has its own, between
-    its root and its square); the others are left out of the sequence while all positions stay as on the whole page,
-    which makes lessons several times cheaper. In every second lesson those right behind text or an object stay too:
-    there the end of a word can be seen. `hint`: see `conversation`. `draw`: with the image too.
+    Args:
+        rng: decides what is asked and which slots are left out.
+        tokenizer: the testbed's.
+        task: the page's task.
+        draft: the page.
+        turns: questions per lesson, if the page has so many.
+        aloud: the share of lessons that tell everything on the page.
+        drill: the share that asks all `facts` of the page, one right behind the other.
+        base: whether the page has its base tile.
+        blanks: the mean share of background slots that stay (each lesson has its own, between its root and its
+            square); the others are left out of the sequence while all positions stay as on the whole page, which makes
+            lessons several times cheaper. In every second lesson those right behind text or an object stay too: there
+            the end of a word can be seen.
+        hint: see `conversation`.
+        draw: with the image too.
     """
+    # One draw decides the form: at its low end everything is told, at its high end it is a drill.
     way = rng.random()
     tells, drills = way < aloud, way > 1 - drill
+
     chosen = rng.sample(draft.turns, min(turns, len(draft.turns)))
     exchanges = [draft.everything] if tells else [(turn.question, turn.answer) for turn in chosen]
+
     first, full = page_labels(draft.marks, draft.size)
     symbols = pack_symbols(first if base else None, full)
+
     if drills:
+        # All facts, in random order: that of the page must not help.
         known = facts(task, draft.turns, draft.marks)
         ids, labels = recital(tokenizer, rng.sample(known, len(known)), symbols.shape[1])
     else:
         ids, labels = conversation(tokenizer, exchanges, symbols.shape[1], hint)
+
     kind = f"{task}_{'all' if tells else 'drill' if drills else 'asked'}"
+
+    # Which slots stay: all that show something, and a random share of the rest.
     empty = (symbols[0] == 0) | (symbols[0] == NEWLINE)
+    # Every lesson has a density of its own, so that the reader depends on none.
     share = blanks ** rng.uniform(0.5, 2.0)
     stays = ~empty | (np.random.default_rng(rng.getrandbits(64)).random(symbols.shape[1]) < share)
+    # The slot right behind what is shown: there the end of a word can be seen.
     if rng.random() < 0.5:
         stays[1:] |= ~empty[:-1]
+
+    # The page's slots are one run of image tokens; text always stays.
     start = ids.index(IMAGE_ID)
     whole = np.ones(len(ids), bool)
     whole[start : start + len(stays)] = stays
+
+    # Positions keep their gaps: every token stands where it would on the whole page.
     positions, kept = np.flatnonzero(whole).tolist(), np.flatnonzero(stays)
     shorter = [ids[i] for i in positions], [labels[i] for i in positions]
+
     return Lesson(
         kind, *shorter, positions, symbols[:, kept], kept, cut_labels(first, full), draft.draw() if draw else None
     )
 
 
 def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence[str], count: int = 10) -> Lesson:
-    """A lesson without a page: `count` comparisons of numbers that the text itself tells, one a draft; only the first
-    token of the name is asked for, the one that decides.
+    """A lesson without a page: comparisons of numbers that the text itself tells.
 
     Reading is not what makes "which is larger" hard for a small language model: comparing is, and on a page there is
-    one such decision among forty tokens that are read.
+    one such decision among forty tokens that are read. Only the first token of the name is asked for: the rest of it
+    only spells the name.
+
+    Args:
+        rng: decides the pages whose questions are taken.
+        tokenizer: the testbed's.
+        tasks: which of those that compare numbers, documents and charts.
+        count: comparisons, each from another draft.
+
+    Raises:
+        ValueError: no such task.
     """
     if not tasks:
         raise ValueError("compared must be 0 where shares name neither documents nor charts: only they compare numbers")
+
     ids, labels = [BOS], [-100]
     for _ in range(count):
-        found: list[Turn] = []
-        while not found:
+        # Not every page compares: draw until one does.
+        comparing: list[Turn] = []
+        while not comparing:
             drawn = pages.draft(rng.choice(tasks), rng).turns
-            found = [turn for turn in drawn if turn.question.startswith("which")]
-        turn = rng.choice(found)
+            comparing = [turn for turn in drawn if turn.question.startswith("which")]
+
+        turn = rng.choice(comparing)
+        # The answer "TAX 41, TOTAL 1022: TOTAL" falls into what is told and what is asked.
         told, _, name = turn.answer.partition(": ")
         asked = tokenizer.encode(f"USER: {turn.question} ASSISTANT:{told}: ")
+
         first, *rest = tokenizer.encode(f"{name}</s>")
+        # A single label per comparison: neither what is told nor the rest of the name is learnt here.
         ids, labels = [*ids, *asked, first, *rest], labels + [-100] * len(asked) + [first] + [-100] * len(rest)
+
+    # No page: no visual slots and no tiles.
     nothing = np.zeros((2, 0), np.int64)
     return Lesson(
         "compared",
@@ -176,22 +252,35 @@ def by_length(lessons: Sequence[Lesson], groups: int = 3) -> list[tuple[list[Les
     """The lessons in groups of like length, each with its share of all answer tokens: half the padding of one batch.
 
     The losses of the groups, each weighted by its share, add up to the loss of all lessons at once.
+
+    Args:
+        lessons: a batch.
+        groups: how many, at most.
     """
     ranked = sorted(lessons, key=lambda one: len(one.ids))
     size = -(-len(ranked) // groups)
     parts = [ranked[start : start + size] for start in range(0, len(ranked), size)]
+
+    # The loss is a mean over answer tokens, so groups count by how many they have.
     asked = [sum(label != -100 for one in part for label in one.labels) for part in parts]
     return [(part, count / sum(asked)) for part, count in zip(parts, asked, strict=True)]
 
 
 def collate(lessons: list[Lesson]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"], Int[Tensor, "B L"]]:
-    """Ids, labels and positions, padded on the right (a causal model never sees what comes later)."""
+    """Ids, labels and positions of a batch, padded on the right (a causal model never sees what comes later).
+
+    Args:
+        lessons: the batch; the longest one gives the length L.
+    """
     length = max(len(one.ids) for one in lessons)
     ids = torch.full((len(lessons), length), PAD)
     labels = torch.full((len(lessons), length), -100)
+    # Positions of the padding do not matter: no label is there and no token comes after it.
     positions = torch.arange(length).repeat(len(lessons), 1)
+
     for row, one in enumerate(lessons):
         ids[row, : len(one.ids)] = torch.tensor(one.ids)
         labels[row, : len(one.labels)] = torch.tensor(one.labels)
         positions[row, : len(one.ids)] = torch.tensor(one.positions)
+
     return ids, labels, positions

@@ -1,4 +1,4 @@
-"""From nothing to a checkpoint: tower, reader, join, evaluate. Every stage goes on where it was stopped."""
+"""From scratch to a checkpoint: tower, reader, join, evaluate. Every stage resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ Stage = Literal["tower", "reader", "join", "evaluate"]
 
 @dataclass(frozen=True)
 class TowerPlan:
+    """The vision model and its dense pre-training.
+
+    Attributes:
+        width: features per token.
+        layers: number of layers.
+        heads: attention heads per layer.
+        batch: tiles per part of a step.
+        warmup: steps in which the rate rises.
+        phases: what is learnt when.
+        seed: seed of weights and tiles.
+    """
+
     width: int
     layers: int
     heads: int
@@ -37,6 +49,18 @@ class TowerPlan:
 
 @dataclass(frozen=True)
 class ReaderPlan:
+    """The language model and its curriculum on symbolic pages.
+
+    Attributes:
+        width: features per token, the same as the projector's output.
+        layers: number of layers.
+        heads: attention heads per layer.
+        inner: features within the MLP.
+        warmup: steps in which the rate rises.
+        grades: the curriculum.
+        seed: seed of weights and lessons.
+    """
+
     width: int
     layers: int
     heads: int
@@ -48,6 +72,18 @@ class ReaderPlan:
 
 @dataclass(frozen=True)
 class JoinPlan:
+    """The projector's fit and the joint tuning on pixels.
+
+    Attributes:
+        projector_shares: share of every task among the tiles (see `tiles.batch`).
+        projector_steps: number of steps.
+        projector_batch: tiles per step.
+        projector_rate: highest learning rate.
+        warmup: steps of each round in which the rate rises.
+        rounds: the joint tuning.
+        seed: seed of tiles and lessons.
+    """
+
     projector_shares: dict[str, float]
     projector_steps: int
     projector_batch: int
@@ -59,13 +95,28 @@ class JoinPlan:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
+    """How the finished checkpoint is measured.
+
+    Attributes:
+        count: held-out questions per task.
+        seed: number of the held-out stream.
+        batch: questions per call of `generate`.
+    """
+
     count: int = 1000
     seed: int = 0
     batch: int = 16
 
 
 def write_plan(path: Path, notes: str, **plans: TowerPlan | ReaderPlan | JoinPlan | EvaluationPlan) -> None:
-    """The settings as YAML that the command line reads again."""
+    """The settings as YAML that the command line reads again.
+
+    Args:
+        path: the file.
+        notes: see `make`.
+        plans: by the name of their argument of `make`.
+    """
+    # Through JSON, so that what occurs twice is written out twice instead of as a YAML alias.
     plain = json.loads(json.dumps({"notes": notes} | {name: asdict(plan) for name, plan in plans.items()}))
     write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
@@ -90,24 +141,29 @@ def make(
         join: the projector's fit and the joint tuning on pixels.
         evaluation: how many held-out questions, of which stream.
         work: where states, logs and the tower are kept; a second call goes on from there.
-        threads: CPU threads; the tower and the reader can be trained at the same time by two calls, one `--until
-        tower`.
+        threads: CPU threads; the tower and the reader can be trained at the same time by two calls, one
+            `--until tower`.
         until: the last stage to run.
         notes: what the card should say beside the figures about how these weights came about.
     """
     torch.set_num_threads(threads)
     processor = build_processor()
     tokenizer = processor.tokenizer
+
     vision = tower_config(tower.width, tower.layers, tower.heads)
     trained_tower = train_tower(vision, work, tower.phases, tower.batch, tower.warmup, tower.seed)
     if until == "tower":
         return
+
     text = reader_config(tokenizer, reader.width, reader.layers, reader.heads, reader.inner)
     trained_reader = train_reader(text, tokenizer, work, reader.grades, reader.warmup, reader.seed)
     if until == "reader":
         return
+
     model = build_model(tokenizer, vision, text)
     transplant(model, trained_tower, trained_reader)
+
+    # The join's state holds the projector, so it is fitted before the first step only.
     if not (work / "join.pt").exists():
         fit_projector(
             model,
@@ -119,17 +175,26 @@ def make(
             join.projector_rate,
             join.seed,
         )
+
     tune(model, tokenizer, work, join.rounds, join.warmup, join.seed)
+
+    # Under torchrun every process trains, and the first one writes.
     if process_rank()[0]:
         return
+
     model.requires_grad_(True).save_pretrained(out)
     processor.save_pretrained(out)
+
     if until == "join":
         return
+
     write_plan(out / "made-with.yaml", notes, tower=tower, reader=reader, join=join, evaluation=evaluation)
+    # The log goes with the checkpoint, so that the card's curves can be drawn again.
     write_text(out / "log.jsonl", (work / "log.jsonl").read_text())
     draw_curves(out / "log.jsonl", out / "curves.png")
+
     results = evaluate(out, evaluation.count, evaluation.seed, evaluation.batch)
+    # Beside the scores, what the card tells of how the weights came about.
     results["wall_seconds"] = stage_seconds(work / "log.jsonl")
     results["tokens_per_s"] = stage_speeds(work / "log.jsonl")
     results["notes"] = notes

@@ -1,9 +1,8 @@
 """Stage 2, the reader: the language model alone learns to answer from symbolic pages.
 
 A visual slot holds the embedding of the symbol under its patch: characters share the text's embedding, objects and the
-background have their own, and an object's centre adds one more vector. A curriculum grows the pages from a few
-cells to the
-real sizes with their base tile; a stage ends when the running accuracy on questions reaches `until`, or after
+background have their own, and an object's centre adds one more vector. A curriculum grows the pages from a few cells
+to the real sizes with their base tile; a stage ends when the running accuracy on questions reaches `until`, or after
 `at_most` steps.
 """
 
@@ -28,16 +27,28 @@ from training.testbed.symbols import CHARACTERS, CLASSES
 from training.testbed.vocabulary import IMAGE_ID
 
 Hits = Counter[tuple[str, bool]]
-"""How many answer tokens of each kind of lesson were told rightly (True) and wrongly (False)."""
+"""How many answer tokens of each kind of lesson were predicted correctly (True) and wrongly (False)."""
 
 
 @dataclass(frozen=True)
 class Grade:
     """One stage of the curriculum: which pages, how many at once, and when it is learnt.
 
-    `shares` says how often each task is drawn. `pages` may give a task smaller pages than its own: sizes "192x96"
-    (width, height) with the least and the largest number of lines or objects. `compared`: the share of lessons without
-    a page, see `comparisons`. The rest: see `lesson`.
+    Attributes:
+        shares: how often each task is drawn.
+        batch: lessons per step.
+        rate: the learning rate.
+        until: the stage ends at this running accuracy on questions; above 1 it never does.
+        at_most: the stage ends after so many steps.
+        pages: gives a task smaller pages than its own: sizes "192x96" (width, height) with the least and the largest
+            number of lines or objects.
+        turns: questions per lesson.
+        aloud: see `lesson`.
+        drill: see `lesson`.
+        base: whether the page has its base tile.
+        blanks: see `lesson`.
+        hint: see `conversation`.
+        compared: the share of lessons without a page, see `comparisons`.
     """
 
     shares: dict[str, float]
@@ -55,14 +66,29 @@ class Grade:
     compared: float = 0.0
 
     def lesson(self, rng: Random, tokenizer: PreTrainedTokenizerFast, draw: bool = False) -> Lesson:
+        """A random lesson of this stage.
+
+        Args:
+            rng: decides everything about it.
+            tokenizer: the testbed's.
+            draw: with the image too.
+
+        Raises:
+            ValueError: comparisons are wanted, but no task that compares numbers.
+        """
+        # Comparisons need no page, so they come before a task is drawn.
         if rng.random() < self.compared:
             return comparisons(rng, tokenizer, [task for task in self.shares if task in ("documents", "charts")])
+
         task = rng.choices(list(self.shares), list(self.shares.values()))[0]
+
         size, count = None, None
+        # Smaller pages than the task's own, where this stage has some for it.
         if task in self.pages:
             name = rng.choice(list(self.pages[task]))
             count = self.pages[task][name]
             size = int(name.split("x")[0]), int(name.split("x")[1])
+
         page = pages.draft(task, rng, size, count)
         return lesson(
             rng,
@@ -80,16 +106,25 @@ class Grade:
 
 
 class Reader(nn.Module):
-    """The language model with the table of symbols that stands in for the tower and the projector."""
+    """The language model with the table of symbols that stands in for the tower and the projector.
+
+    Args:
+        config: the language model's configuration.
+        tokenizer: the testbed's; it says which tokens the characters are.
+    """
 
     def __init__(self, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
         self.language = LlamaModel(config)
         width = config.hidden_size
+
+        # A row for every class, though characters share the text's: places then are the class numbers.
         self.own = nn.Parameter(torch.randn(len(CLASSES), width) * 0.02)
         self.newline = nn.Parameter(torch.randn(width) * 0.02)
         self.centre = nn.Parameter(torch.randn(width) * 0.02)
+
         self.characters: Tensor
+        # A buffer, so that it is saved and moved with the weights, though it is never trained.
         self.register_buffer("characters", torch.tensor(tokenizer.convert_tokens_to_ids(list(CHARACTERS))))
 
     def table(self) -> Float[Tensor, "C D"]:
@@ -99,7 +134,13 @@ class Reader(nn.Module):
         return torch.cat([self.own[:1], text, self.own[last:], self.newline[None]])
 
     def embed(self, ids: Int[Tensor, "B L"], symbols: Int[Tensor, "2 S"]) -> Float[Tensor, "B L D"]:
-        """Text and symbols of a batch; `symbols` are those of all its pages, one after the other."""
+        """Embeddings of text and symbols.
+
+        Args:
+            ids: tokens; every visual slot is an image token.
+            symbols: class and centre flag of the slots of all pages in the batch, one page after the other.
+        """
+        # Filled in from left to right, row by row: hence the pages one after the other.
         visual = self.table()[symbols[0]] + symbols[1, :, None] * self.centre
         embedded = self.language.embed_tokens(ids)
         return embedded.masked_scatter(ids.eq(IMAGE_ID)[..., None], visual)
@@ -112,22 +153,44 @@ def answer_loss(
     positions: Int[Tensor, "B L"],
     kinds: list[str],
 ) -> tuple[Tensor, Hits]:
-    """Cross-entropy over the answers, and how many of their tokens were told rightly."""
-    # the mask of ones matters: without one, positions with gaps would be read as several packed sequences
+    """Cross-entropy over the answers, and how many of their tokens were predicted correctly.
+
+    Args:
+        language: the language model; its embedding is the output layer too.
+        embedded: text and visual slots.
+        labels: -100 wherever nothing is asked.
+        positions: those of the tokens on the whole page; they have gaps where slots are left out.
+        kinds: the kind of each of the B lessons.
+
+    Returns:
+        (loss, hits by kind of lesson).
+    """
+    # The mask of ones matters: without one, positions with gaps would be read as several packed sequences.
     mask = torch.ones_like(positions)
     out = language(inputs_embeds=embedded, position_ids=positions, attention_mask=mask, use_cache=False)
+
+    # Logits only where something is asked: of most slots they would be wasted.
     hidden = out.last_hidden_state[:, :-1]
+    # Each token predicts the one after it.
     target = labels[:, 1:]
     asked = target != -100
     logits = hidden[asked] @ language.embed_tokens.weight.T
     loss = F.cross_entropy(logits, target[asked])
+
     right = logits.argmax(-1) == target[asked]
     of_row = torch.arange(len(kinds))[:, None].expand_as(target)[asked]
     return loss, Counter((kinds[row], hit) for row, hit in zip(of_row.tolist(), right.tolist(), strict=True))
 
 
 def shares_right(hits: Hits) -> dict[str, float]:
-    """The share of answer tokens told rightly by kind of lesson."""
+    """The share of answer tokens predicted correctly, by kind of lesson.
+
+    Args:
+        hits: those of one or more batches.
+
+    >>> shares_right(Counter({("charts_asked", True): 3, ("charts_asked", False): 1}))
+    {'charts_asked': 0.75}
+    """
     return {kind: hits[kind, True] / (hits[kind, True] + hits[kind, False]) for kind in sorted({k for k, _ in hits})}
 
 
@@ -140,24 +203,41 @@ def train_reader(
     seed: int,
     every: int = 25,
 ) -> Reader:
-    """Goes through the grades (going on from the state under `work`) and returns the reader."""
+    """Goes through the grades, going on from the state under `work`, and returns the reader.
+
+    Args:
+        config: the language model's configuration.
+        tokenizer: the testbed's.
+        work: folder of the state and the log.
+        grades: one after the other; the optimizer goes on.
+        warmup: steps in which the rate rises at the very beginning.
+        seed: seed of weights and lessons.
+        every: steps from one line of the log to the next.
+    """
     torch.manual_seed(seed)
     reader = Reader(config, tokenizer)
     optimizer = Muon(matrices_apart(reader.named_parameters()), grades[0].rate, weight_decay=0.02, betas=(0.9, 0.95))
+
     path, log = work / "reader.pt", Log(work / "log.jsonl", "reader")
     step, grade, within, running = 0, 0, 0, 0.0
     if state := load_state(path):
         reader.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, grade, within, running = state["step"], state["grade"], state["within"], state["running"]
+
+    # `within` counts the steps of the grade, `running` is its accuracy so far; both begin anew with every grade.
     while grade < len(grades):
         now = grades[grade]
+        # Drawn from the step's number, so that a resumed run sees the same lessons.
         rng = Random(f"reader/{seed}/{step}")
         lessons = [now.lesson(rng, tokenizer) for _ in range(now.batch)]
+
         for group in optimizer.param_groups:
             group["lr"] = now.rate * min(1.0, (step + 1) / warmup)
         optimizer.zero_grad()
         log.count(sum(len(one.ids) for one in lessons))
+
+        # Groups of like length have less padding; their weighted losses add up to that of the whole batch.
         total, hits = 0.0, Counter()
         for part, share in by_length(lessons):
             ids, labels, positions = collate(part)
@@ -166,18 +246,27 @@ def train_reader(
             loss, told = answer_loss(reader.language, embedded, labels, positions, [one.kind for one in part])
             (loss * share).backward()
             total, hits = total + share * loss.item(), hits + told
+
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
+
         scores = shares_right(hits)
         asked = [value for name, value in scores.items() if name.endswith("asked")]
+
+        # Only questions count towards the end of a grade: reading everything aloud is learnt sooner.
         step, within = step + 1, within + 1
+        # Over about twenty steps; a step without a question leaves it as it is.
         running = 0.95 * running + 0.05 * (sum(asked) / len(asked) if asked else running)
+
         if step % every == 0:
             log(step, grade=grade, length=max(len(one.ids) for one in lessons), loss=total, running=running, **scores)
+
         done = running >= now.until or within >= now.at_most
         if done:
             grade, within, running = grade + 1, 0, 0.0
+
         if done or step % 50 == 0:
+            # Where in the curriculum the run stands belongs to the state, or a resumed one would begin the grade anew.
             parts = {"step": step, "grade": grade, "within": within, "running": running}
             save_state(path, model=reader.state_dict(), optimizer=optimizer.state_dict(), **parts)
     return reader

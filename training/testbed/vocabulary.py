@@ -1,9 +1,8 @@
 """The tokenizer and the processor of the testbed, made offline from a word list.
 
 One token is a known lower-case word or any single other character (capital, digit, sign, space); unknown words become
-`<unk>`. Decoding joins tokens without anything between, so that known text survives a round trip unchanged. The
-chat template
-is LLaVA's: `USER: <image>\\nwhat is TOTAL? ASSISTANT:`, the answer right behind it, closed by `</s>`.
+`<unk>`. Decoding joins tokens without anything between, so that known text survives a round trip unchanged. The chat
+template is LLaVA's: `USER: <image>\\nwhat is TOTAL? ASSISTANT:`, the answer right behind it, closed by `</s>`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrai
 
 from training.testbed.symbols import PATCH, PINPOINTS, TILE
 
+# The order of these lists is the order of ids, so changing them breaks every checkpoint.
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")
 _WORDS = (
@@ -29,6 +29,8 @@ _WORDS = (
 )
 WORDS = _WORDS.split()
 IMAGE = "<image>"
+
+# LLaVA's, for contents that are a string as well as for those that are a list of parts.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}ASSISTANT:{% elif message['role'] == 'user' %}USER: {% endif %}"
@@ -46,13 +48,22 @@ PAD, BOS, EOS, IMAGE_ID = 0, 1, 2, 4
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer: words, single characters and special tokens.
+
+    >>> tokenizer = build_tokenizer()
+    >>> tokenizer.convert_ids_to_tokens(tokenizer.encode("what is TAX?"))
+    ['what', ' ', 'is', ' ', 'T', 'A', 'X', '?']
+    """
     characters = [c for c in string.printable if c not in "\t\r\x0b\x0c"]
     names = list(dict.fromkeys([*SPECIALS, *ROLES, *characters, *WORDS]))
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    # Whole pieces are looked up: runs of small letters are words, everything else is single characters.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+|[^a-z]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ROLES])
+
+    # Padded on the left, as `generate` needs it for batches.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -67,6 +78,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaNextProcessor:
+    """The processor: LLaVA-NeXT's tiles of 96 pixels, with the tokenizer of `build_tokenizer`."""
     image_processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE},
         crop_size={"height": TILE, "width": TILE},
@@ -74,6 +86,7 @@ def build_processor() -> LlavaNextProcessor:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
+
     return LlavaNextProcessor(
         image_processor=image_processor,
         tokenizer=build_tokenizer(),
@@ -88,34 +101,60 @@ def build_processor() -> LlavaNextProcessor:
 def conversation(
     tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]], slots: int, hint: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels (-100 but for the answers) of questions and answers about one image of `slots` visual tokens.
+    """Token ids and labels of questions and answers about one image.
 
     With `hint` the answer's first token is asked for twice more, right behind the question mark and behind the space
     after it: without, the reader learns to go on with a value long before it learns to look up where one begins.
+
+    Args:
+        tokenizer: that of `build_tokenizer`.
+        exchanges: (question, answer) pairs; the image comes before the first question.
+        slots: number of visual tokens of the image.
+        hint: ask for the first token of each answer early, too.
+
+    Returns:
+        (ids, labels), equally long; labels are -100 except for the answers.
     """
     ids: list[int] = []
     labels: list[int] = []
+
     for index, (question, answer) in enumerate(exchanges):
+        # chr(10) is a newline: no backslash may stand in an f-string's braces before Python 3.12.
         prompt = tokenizer.encode(f"USER: {IMAGE + chr(10) if index == 0 else ''}{question} ASSISTANT:")
         if index == 0:
+            # One image token per visual slot, as the processor expands the placeholder.
             place = prompt.index(IMAGE_ID)
             prompt[place : place + 1] = [prompt[place]] * slots
+
         reply = tokenizer.encode(f"{answer}</s>")
         ids += prompt + reply
+        # The last two tokens of the prompt are the space and "ASSISTANT:"; a label is predicted by the token before it.
         early = 2 if hint else 0
         labels += [-100] * (len(prompt) - early) + [reply[0]] * early + reply
+
     return ids, labels
 
 
 def recital(
     tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]], slots: int
 ) -> tuple[list[int], list[int]]:
-    """Like `conversation`, for short questions without any frame: "USER: <image>\\nTOTAL?415,DATE?22,"."""
+    """Like `conversation`, for short questions without any frame: "USER: <image>\\nTOTAL?415,DATE?22,".
+
+    Args:
+        tokenizer: that of `build_tokenizer`.
+        exchanges: (question, answer) pairs.
+        slots: number of visual tokens of the image.
+
+    Returns:
+        (ids, labels), equally long; labels are -100 except for the answers and the comma behind each.
+    """
     head = tokenizer.encode(f"USER: {IMAGE}\n")
     place = head.index(IMAGE_ID)
     ids = head[:place] + [IMAGE_ID] * slots + head[place + 1 :]
     labels = [-100] * len(ids)
+
     for question, answer in exchanges:
+        # A comma closes an answer instead of </s>: the sequence goes on.
         asked, reply = tokenizer.encode(question), tokenizer.encode(f"{answer},")
         ids += asked + reply
         labels += [-100] * len(asked) + reply

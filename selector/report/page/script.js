@@ -39,6 +39,7 @@ function explore(data) {
   const unique = (values) => [...new Set(values)];
   const inTask = () => data.samples.filter((s) => s.run === picks.run.value && s.task === picks.task.value);
 
+  // Samples of the task of which some answer at this budget changed in the way asked for.
   function chosen() {
     const kind = picks.kind.value;
     return inTask().filter((sample) => {
@@ -52,7 +53,7 @@ function explore(data) {
     fill(picks.run, unique(data.samples.map((s) => s.run)));
     fill(picks.task, unique(data.samples.filter((s) => s.run === picks.run.value).map((s) => s.task)));
     fill(picks.keep, unique(inTask().flatMap((s) => s.rows.map((row) => row.keep)).filter(Boolean)));
-    const telling = inTask().map((s) => s.tells_at).find(Boolean); // of the first sample that tells selectors apart
+    const telling = inTask().map((s) => s.tells_at).find(Boolean); // of the first sample on which selectors differ
     if (telling) picks.keep.value = telling;
     place = 0;
     show();
@@ -101,6 +102,7 @@ const FLIPS = {
   wrong_to_wrong: "wrong → other wrong", right_to_right: "reworded, still right",
 };
 
+// Appends a figure of one row; returns what draws its canvases once the image is loaded, or null without an image.
 function panel(row, sample, image, panels) {
   const figure = document.createElement("figure"), caption = document.createElement("figcaption");
   const name = row.keep ? `${row.selector}, keep ${row.keep}` : row.selector;
@@ -147,6 +149,7 @@ function drawTiles(canvas, picture, image, kept) {
   const pen = canvas.getContext("2d"), { xs, ys, tiles, grid } = image, patches = grid[0] * grid[1];
   pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
   pen.fillStyle = image.dark ? LIGHT_VEIL : VEIL;
+  // Borders run over all tiles, bits of the mask tile by tile; tile 0 is the base view.
   for (let y = 0; y + 1 < ys.length; y++) for (let x = 0; x + 1 < xs.length; x++) {
     const tile = 1 + Math.floor(y / grid[0]) * tiles[1] + Math.floor(x / grid[1]);
     const patch = (y % grid[0]) * grid[1] + (x % grid[1]);

@@ -32,16 +32,26 @@ from selector.tasks.generated.drawing import (
 from selector.tasks.sample import Box, Draft, Page, Sample, Turn
 
 QUESTIONS = ("value", "largest", "color")
+"""The kinds of questions, each by the word that only it contains."""
 
 
 def marks(made: Layout, shown: tuple[Category, ...]) -> tuple[tuple[str, Box], ...]:
-    """Every character with its cell, every coloured area and swatch."""
-    found = []
+    """Every character with its cell, every coloured area and swatch.
+
+    Args:
+        made: where the chart's parts stand.
+        shown: its categories.
+
+    Returns:
+        pairs of a glyph ("A") or a colour ("red bar") and its box, clipped to the page.
+    """
+    marked = []
     for one in shown:
         for text, (x, y) in ((one.name, one.name_at), (str(one.value), one.value_at)):
-            found += [(c, clip(cell(x + ADVANCE * i, y), made.size)) for i, c in enumerate(text)]
-        found += [(f"{one.colour} bar", clip(box, made.size)) for box in (*one.areas, *one.swatch)]
-    return tuple(found)
+            marked += [(c, clip(cell(x + ADVANCE * i, y), made.size)) for i, c in enumerate(text)]
+        marked += [(f"{one.colour} bar", clip(box, made.size)) for box in (*one.areas, *one.swatch)]
+
+    return tuple(marked)
 
 
 def transcript(shown: tuple[Category, ...]) -> str:
@@ -50,17 +60,28 @@ def transcript(shown: tuple[Category, ...]) -> str:
 
 
 def turns(rng: Random, made: Layout, shown: tuple[Category, ...]) -> tuple[Turn, ...]:
-    """The largest, every value and every colour, in random order."""
-    found = []
+    """The largest, every value and every colour, in random order.
+
+    Args:
+        rng: decides the order.
+        made: where the chart's parts stand.
+        shown: its categories.
+    """
+    asked = []
+    # Comparing takes all values, so every name and value is evidence.
     told, places = transcript(shown), tuple(box for one in shown for box in (one.name_box, one.value_box))
-    found.append(("which is largest?", f"{told}: {max(shown, key=lambda c: c.value).name}", places))
+    asked.append(("which is largest?", f"{told}: {max(shown, key=lambda c: c.value).name}", places))
+
     for one in shown:
-        found.append((f"what is the value of {one.name}?", f"{one.name} {one.value}", (one.name_box, one.value_box)))
+        asked.append((f"what is the value of {one.name}?", f"{one.name} {one.value}", (one.name_box, one.value_box)))
+
+    # The markers of a line are all of one colour: it names no category.
     for one in shown if made.kind != "line" else ():
         boxes = (one.name_box, *(one.swatch or one.areas))
-        found.append((f"what color is {one.name}?", f"{one.name} {one.colour}", boxes))
-    rng.shuffle(found)
-    return tuple(Turn(q, a, tuple(clip(box, made.size) for box in boxes)) for q, a, boxes in found)
+        asked.append((f"what color is {one.name}?", f"{one.name} {one.colour}", boxes))
+
+    rng.shuffle(asked)
+    return tuple(Turn(q, a, tuple(clip(box, made.size) for box in boxes)) for q, a, boxes in asked)
 
 
 def _paint(draw: ImageDraw.ImageDraw, made: Layout, shown: tuple[Category, ...], fills: list[RGB], edge: RGB | None):
@@ -69,12 +90,15 @@ def _paint(draw: ImageDraw.ImageDraw, made: Layout, shown: tuple[Category, ...],
         points = [((x0 + x1) / 2, (y0 + y1) / 2) for one in shown for x0, y0, x1, y1 in one.areas]
         draw.line(points, fill=edge or fills[0], width=1 + made.thick % 2)
     if made.kind == "pie":
+        # Summed before rounding, as in `chart_layout.values`: the slices end where their patches do.
         begin, total, reached = made.start, sum(one.value for one in shown), 0
         for one, fill in zip(shown, fills, strict=True):
             reached += one.value
             end = made.start + round(360 * reached / total)
             draw.pieslice(made.plot, begin, end, fill=fill, outline=edge)
             begin = end
+
+    # Of a pie only the swatches are rectangles: its areas are patches inside the slices.
     for one, fill in zip(shown, fills, strict=True):
         for x0, y0, x1, y1 in one.swatch or one.areas:
             draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=fill, outline=edge)
@@ -83,19 +107,25 @@ def _paint(draw: ImageDraw.ImageDraw, made: Layout, shown: tuple[Category, ...],
 def _furnish(draw: ImageDraw.ImageDraw, rng: Random, made: Layout, ink: RGB, tint: RGB) -> None:
     """A box where a title would be, grid lines, ticks and axes, none with text."""
     (x0, y0, x1, y1), lying = made.plot, made.kind == "bars"
+
+    # The title's box must end above the plot and, where names stand beside the bars, above the first name.
     room = min(y0, ADVANCE * made.names[0][1]) - 4
     if room > 8 and rng.random() < 0.6:
         left = rng.randint(2, made.size[0] // 2)
         title = (left, 3, rng.randint(left + 24, made.size[0] - 2), min(room, rng.randint(9, 16)))
         draw.rectangle(title, outline=tint, fill=rng.choice((tint, None)))
+
     if made.kind == "pie":
         return
+
+    # Grid lines and ticks cross the axis of values, which lies across for lying bars.
     step, grid, ticks = rng.randint(12, 30), rng.random() < 0.5, rng.random() < 0.5
     for place in range(x0 + step, x1, step) if lying else range(y1 - step, y0, -step):
         if grid:
             draw.line((place, y0, place, y1) if lying else (x0, place, x1, place), fill=tint)
         if ticks:
             draw.line((place, y1 - 3, place, y1) if lying else (x0, place, x0 + 3, place), fill=ink)
+
     if lying or rng.random() < 0.6:
         draw.line((x0 - 1, y0, x0 - 1, y1), fill=ink)
     if not lying:
@@ -103,40 +133,66 @@ def _furnish(draw: ImageDraw.ImageDraw, rng: Random, made: Layout, ink: RGB, tin
 
 
 def _between(ink: RGB, paper: RGB) -> RGB:
+    """A colour a third of the way from paper to ink."""
     return (ink[0] + 2 * paper[0]) // 3, (ink[1] + 2 * paper[1]) // 3, (ink[2] + 2 * paper[2]) // 3
 
 
 def _varied(rng: Random, colour: RGB) -> RGB:
+    """The colour with each channel changed by up to 18 levels, within 0..255."""
     red, green, blue = (min(255, max(0, v + rng.randint(-18, 18))) for v in colour)
     return red, green, blue
 
 
 def draw_page(rng: Random, made: Layout, shown: tuple[Category, ...]) -> Image.Image:
-    """Dark on light or light on dark; where white would vanish, everything has an outline."""
+    """The chart's pixels: dark on light or light on dark; where white would vanish, everything has an outline.
+
+    Args:
+        rng: decides colours, font, decoration and noise.
+        made: where the chart's parts stand.
+        shown: its categories.
+    """
+    # Light paper stays below 220: the white of bars is 246.
     dark, light = any_colour(rng, 0, 60), any_colour(rng, 175, 220)
     ink, paper = (light, dark) if rng.random() < 0.3 else (dark, light)
     image = Image.new("RGB", made.size, paper)
     draw = ImageDraw.Draw(image)
+
     tint = _between(ink, paper)
     _furnish(draw, rng, made, ink, tint)
+
+    # One hue per colour rather than per category: the markers of a line are alike.
     colours = dict.fromkeys(one.colour for one in shown)
     hues = {colour: _varied(rng, COLOURS[colour]) for colour in colours}
     edge = ink if rng.random() < 0.4 or ("white" in hues and paper == light) else None
     _paint(draw, made, shown, [hues[one.colour] for one in shown], edge)
+
     font = any_font(rng)
     for one in shown:
         write(draw, one.name, *one.name_at, font, ink)
         write(draw, str(one.value), *one.value_at, font, ink)
+
     return add_noise(image, rng)
 
 
 def draft(
     rng: Random, size: tuple[int, int] | None = None, count: tuple[int, int] | None = None, split: str = "test"
 ) -> Draft:
-    """A chart of `size` (width, height; drawn where None) with `count` (least, most) categories, before its pixels."""
+    """A chart before its pixels.
+
+    Args:
+        rng: decides everything about it.
+        size: (width, height) in pixels; any of `SIZES` if None.
+        count: (least, most) categories; those of `SIZES` if None.
+        split: "train" or "test"; values and layout belong to that split alone.
+
+    Raises:
+        ValueError: the page has no room for so many categories.
+    """
     size = size or rng.choice(list(SIZES))
     made = layout(rng, size, rng.randint(*(count or SIZES[size])), split)
     shown = categories(rng, made, split)
+
+    # `draw` gets a seed instead of `rng`, so that it gives the same pixels whenever and as often as it is called.
     seed = rng.getrandbits(64)
     everything = ("read the page.", transcript(shown))
     return Draft(size, turns(rng, made, shown), marks(made, shown), everything, partial(_drawn, seed, made, shown))
@@ -147,23 +203,45 @@ def _drawn(seed: int, made: Layout, shown: tuple[Category, ...]) -> Image.Image:
 
 
 def page(split: str, seed: int, index: int, size: tuple[int, int] | None = None) -> Page:
-    """The page number `index` of a stream; `split` is "train" or "test", and no two streams share a page's seed."""
+    """The page number `index` of a stream; no two streams share a page's seed.
+
+    Args:
+        split: "train" or "test".
+        seed: number of the stream.
+        index: number of the page in it.
+        size: (width, height) in pixels; any of `SIZES` if None.
+
+    Raises:
+        ValueError: another split.
+    """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+
     return draft(Random(f"charts/{split}/{seed}/{index}"), size, split=split).page()
 
 
 def question_kind(question: str) -> str:
-    """Which of `QUESTIONS` it is."""
+    """Which of `QUESTIONS` it is.
+
+    >>> question_kind("what color is JAN?")
+    'color'
+    """
     return next(kind for kind in QUESTIONS if kind in question.removesuffix("?").split())
 
 
 def samples(count: int, seed: int) -> Iterator[Sample]:
-    """Held-out questions, one a page, the three kinds equally often where the page allows them."""
+    """Held-out questions, one per page, the three kinds equally often where the page allows them.
+
+    Yields:
+        `count` samples; the first k do not depend on the count.
+    """
     for index in range(count):
         shown = page("test", seed, index)
+
+        # The kind is drawn first: a page has one "which is largest?", but a value per category.
         rng = Random(f"charts/question/{seed}/{index}")
         kinds = sorted({question_kind(turn.question) for turn in shown.turns})
         kind = rng.choice(kinds)
         turn = rng.choice([turn for turn in shown.turns if question_kind(turn.question) == kind])
+
         yield Sample(f"charts-{seed}-{index}", shown.image, turn.question, turn.answer, turn.boxes)

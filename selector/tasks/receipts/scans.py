@@ -24,18 +24,38 @@ from selector.errors import MissingData, UsageError
 from selector.tasks.folder import ANNOTATIONS, content, read_annotations
 
 VARIABLE = "SELECTOR_DATA"
+"""The environment variable that names the data folder."""
+
 GLYPHS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,-/()$%#&*@+':=!")
 """Characters that are marked; others are rare and count as background."""
+
 KINDS = ("what is beside ", "read the line that starts with ")
+"""How the two kinds of questions begin."""
+
+# An amount, a date, a time or a quantity: "RM 12.30", "04/05/2018", "10:15 PM".
 _VALUE = re.compile(r"[-+$#(]?(?:RM ?)?\d[\d.,/:%()-]*(?: ?[AP]M| [A-Z]{1,2})?")
+# A line that ends with a word, which may name the value beside it: "GRAND TOTAL:".
 _KEY = re.compile(r"(?:.* )?([A-Z]{3,}) ?:?")
+# A line that holds both: "GRAND TOTAL: 12.30".
 _ROW = re.compile(r"(?:.* )?([A-Z]{3,})(?: ?: ?| +)(.+)")
+# A line that can be asked for by its first word: "THANK YOU".
 _FIRST = re.compile(r"([A-Z]{2,}):? .+")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What may be asked where `lines` lie wholly inside and `word` is seen once; the answer ends the last of them."""
+    """What may be asked where `lines` lie wholly inside and `word` is seen once.
+
+    Attributes:
+        text: the question.
+        word: the word it names.
+        answer: what ends the last of `lines`.
+        lines: numbers of the lines that are concerned.
+        start: the answer's first character in the last of them.
+
+    >>> [question.answer for question in questions(("TOTAL: 16.20", "DATE", "04/05/2018"), ((1, 2),))]
+    ['16.20', 'TOTAL: 16.20', '04/05/2018']
+    """
 
     text: str
     word: str
@@ -46,10 +66,18 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Receipt:
-    """An annotated scan.
+    """An annotated scan. All lengths are in its pixels.
 
-    `shape` (width, height), `boxes` (lines, 4) and `advances` (lines, the width of a character) are in its pixels;
-    `pairs` are lines that stand side by side.
+    Attributes:
+        file: the image.
+        texts: its lines in capitals, in the order of the annotations.
+        shape: width and height (2,).
+        boxes: boxes of the lines (lines, 4).
+        advances: mean width of a character, per line (lines,).
+        pairs: lines that stand side by side (left, right).
+        questions: all that may be asked of it.
+        monospaced: whether all its characters seem equally wide.
+        group: the company, which is in one split alone.
     """
 
     file: Path
@@ -64,20 +92,27 @@ class Receipt:
 
     @property
     def split(self) -> str:
+        """ "test" for about a quarter of the companies, else "train"."""
+        # A checksum rather than `hash`, which differs from run to run.
         return "test" if zlib.crc32(f"receipts{self.group}".encode()) % 4 == 0 else "train"
 
 
 def folder(data: Path | None) -> Path:
     """The folder `documents` of the data folder.
 
+    Args:
+        data: the data folder; named by SELECTOR_DATA if None.
+
     Raises:
-        UsageError: neither `data` nor SELECTOR_DATA names a folder that holds it.
+        MissingData: neither `data` nor SELECTOR_DATA is given.
+        UsageError: the folder named does not hold documents/annotations.jsonl.
     """
     named = data or os.environ.get(VARIABLE)
     if not named:
         raise MissingData(
             f"receipts need real scans: set {VARIABLE} to the folder that holds documents/ (it is not set)"
         )
+
     documents = Path(named) / "documents"
     if not (documents / ANNOTATIONS).is_file():
         raise UsageError(f"{VARIABLE} must name a folder that holds documents/annotations.jsonl, got {str(named)!r}")
@@ -85,7 +120,11 @@ def folder(data: Path | None) -> Path:
 
 
 def fingerprint(data: Path | None = None) -> str:
-    """Changes when the annotations or the bytes of a scan do."""
+    """Changes when the annotations or the bytes of a scan do.
+
+    Args:
+        data: the data folder; named by SELECTOR_DATA if None.
+    """
     digest = hashlib.sha256((folder(data) / ANNOTATIONS).read_bytes())
     for receipt in receipts(data):
         digest.update(content(receipt.file, skip_unreadable=False).encode())
@@ -93,20 +132,31 @@ def fingerprint(data: Path | None = None) -> str:
 
 
 def receipts(data: Path | None = None) -> tuple[Receipt, ...]:
-    """All receipts of the data folder."""
+    """All receipts of the data folder, read once per process.
+
+    Args:
+        data: the data folder; named by SELECTOR_DATA if None.
+
+    Raises:
+        UsageError: the folder is not named, or holds no receipt.
+    """
     return _load(folder(data))
 
 
 @cache
 def _load(documents: Path) -> tuple[Receipt, ...]:
+    # The folder holds other documents too, for other tasks.
     rows = [row for _, row in read_annotations(documents / ANNOTATIONS) if "SROIE" in str(row.get("source"))]
     if not rows:
         raise UsageError(f"{documents / 'annotations.jsonl'} must hold receipts (source SROIE), got none")
+
+    # Companies first: a receipt without one may name a known company in its head (see `_group`).
     companies = {_stem(name) for row in rows if (name := _company(row))}
     return tuple(_receipt(documents, row, companies) for row in rows)
 
 
 def _company(row: dict[str, Any]) -> str | None:
+    """The company by the question that asks for it; None where the annotations do not say."""
     return next((turn["a"] for turn in row["qa"] if turn["q"] == "Which company issued the receipt?"), None)
 
 
@@ -116,24 +166,32 @@ def _stem(name: str) -> str:
 
 
 def _group(row: dict[str, Any], companies: set[str]) -> str:
-    """By company; without one by a known company among the first lines, else by the first line."""
+    """The receipt's company; without one, a known company among the first lines, else the first line."""
     name = _company(row)
     if name:
         return _stem(name)
+
+    # A receipt without a company may still be of a known chain, which must not be in both splits.
     heads = [_stem(line["t"]) for line in row["text"][:5]]
     return next((head for head in heads if head in companies), heads[0])
 
 
 def _receipt(documents: Path, row: dict[str, Any], companies: set[str]) -> Receipt:
+    """A receipt from its row of the annotations; `companies` are the stems of all known ones."""
+    # In capitals, as most of SROIE's transcripts are.
     lines = [(line["t"].upper().strip(), line["box"]) for line in row["text"] if line["t"].strip()]
     texts = tuple(text for text, _ in lines)
     boxes = np.array([box for _, box in lines], dtype=np.float64)
     widths = boxes[:, 2] - boxes[:, 0]
     lengths = np.array([len(text) for text in texts])
+
+    # Lines of a monospaced font are as wide as they have characters, others about as wide as the text is in DejaVu
+    # Sans. Whichever ratio spreads less over the longer lines tells the font.
     long = lengths > 3
     metric = np.array([character_widths(text, False).sum() for text in texts])
     pairs = tuple(_pairs(boxes, texts))
     spreads = [_spread(widths[long] / measure[long]) for measure in (lengths, metric)]
+
     return Receipt(
         documents / "images" / row["image"],
         texts,
@@ -148,7 +206,7 @@ def _receipt(documents: Path, row: dict[str, Any], companies: set[str]) -> Recei
 
 
 def _spread(ratios: np.ndarray) -> float:
-    """How far the middle half lies apart, relative to the median."""
+    """How far the middle half of the values lies apart, relative to the median."""
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)) if len(ratios) else (0.0, 1.0, 0.0)
     return float((high - low) / middle)
 
@@ -159,22 +217,35 @@ def _pairs(boxes: np.ndarray, texts: tuple[str, ...]) -> list[tuple[int, int]]:
     middle = (y0 + y1) / 2
     pairs = []
     for left, text in enumerate(texts):
+        # On one row: each line's middle lies within the other's height. To the right: it begins where this one ends.
         same = (y0 < middle[left]) & (middle[left] < y1) & (y0[left] < middle) & (middle < y1[left])
         same &= x0 >= x1[left] - 2
         same &= np.array([other != ":" for other in texts])
+
         if text != ":" and same.any():
             pairs.append((left, int(np.where(same, x0, np.inf).argmin())))
     return pairs
 
 
 def questions(texts: tuple[str, ...], pairs: tuple[tuple[int, int], ...]) -> Iterator[Question]:
-    """All a receipt may be asked, wherever the window lies."""
+    """All that a receipt may be asked, wherever the window lies.
+
+    Args:
+        texts: its lines in capitals.
+        pairs: lines that stand side by side (left, right).
+
+    Yields:
+        questions on one line, by line, then those on pairs.
+    """
     for index, text in enumerate(texts):
+        # Key and value in one line, and lines that are short enough to be read aloud.
         inner, first = _ROW.fullmatch(text), _FIRST.fullmatch(text)
         if inner and _is_value(inner[2]):
             yield Question(f"{KINDS[0]}{inner[1]}?", inner[1], inner[2], (index,), inner.start(2))
         if first and 4 <= len(text) <= 20 and GLYPHS.issuperset(text.replace(" ", "")):
             yield Question(f"{KINDS[1]}{first[1]}.", first[1], text, (index,), 0)
+
+    # Key and value in two lines side by side.
     for index, right in pairs:
         key, value = _KEY.fullmatch(texts[index]), texts[right]
         if key and _is_value(value):
@@ -182,22 +253,36 @@ def questions(texts: tuple[str, ...], pairs: tuple[tuple[int, int], ...]) -> Ite
 
 
 def _is_value(text: str) -> bool:
+    """Whether a text can be asked for as a value: short, and with a digit where a number, date or time has one."""
     return len(text) <= 12 and _VALUE.fullmatch(text) is not None
 
 
 @cache
 def pixels(file: Path) -> np.ndarray:
-    """The scan in grey (height, width) uint8."""
+    """The scan in grey (height, width) uint8, read once per process.
+
+    Args:
+        file: the image.
+    """
     with Image.open(file) as image:
         return np.asarray(image.convert("L"))
 
 
 @cache
 def _metric(character: str) -> float:
+    """The width of a character in DejaVu Sans, about 1 on average."""
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 100)
     return font.getlength(character) / 65
 
 
 def character_widths(text: str, monospaced: bool) -> np.ndarray:
-    """Relative widths of the characters (len(text),), about 1 on average."""
+    """Relative widths of the characters (len(text),), about 1 on average.
+
+    Args:
+        text: the line.
+        monospaced: all characters equally wide; otherwise as in DejaVu Sans.
+
+    >>> character_widths("IM", monospaced=True).tolist()
+    [1.0, 1.0]
+    """
     return np.ones(len(text)) if monospaced else np.array([_metric(c) for c in text])
