@@ -56,6 +56,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "out": "runs/compare",
         "baseline": "random",
         "skip_unreadable": False,
+        "suffix": None,
+        "system": None,
         **asdict(Protocol()),
     },
     "show": COMMON
@@ -294,7 +296,8 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="documents, scenes, charts (generated), receipts (real scans, see SELECTOR_DATA), folder:PATH "
+        help="documents, scenes, charts (generated), receipts (real scans, see SELECTOR_DATA), folder:PATH, hf:NAME (a "
+        "public benchmark such as hf:textvqa or hf:pope, with its prompt and score; needs datasets) "
         f"(default: {' '.join(defaults['tasks'])})",
     )
     parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
@@ -306,6 +309,13 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     )
 
     # How each sample is measured.
+    parser.add_argument(
+        "--suffix",
+        metavar="TEXT",
+        help='asked below every question, as in "Answer the question using a single word or phrase." (default: the '
+        "task's own; a benchmark has one)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="what the system turn says (default: there is none)")
     parser.add_argument(
         "--answers",
         action=argparse.BooleanOptionalAction,

@@ -12,6 +12,7 @@ Any other integer or float image is refused by name, since its white is not know
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,12 @@ def open_image(path: str | Path) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """`open_image` of what a file holds, where it lies in a table; `name` is what errors call it."""
+    with _opened(Path(name), content) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of what `open_image` returns, from the file's header alone.
 
@@ -54,16 +61,20 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file, opened but not decoded; whatever goes wrong with it within the block is an UnreadableImage."""
+def _opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """The file, opened but not decoded; whatever goes wrong with it within the block is an UnreadableImage.
+
+    Args:
+        content: what the file holds, where there is no file.
+    """
     try:
-        if not path.exists():
+        if content is None and not path.exists():
             raise ValueError("there is no such file")
-        if not path.is_file():  # a pipe would be waited for, a device read for ever
+        if content is None and not path.is_file():  # a pipe would be waited for, a device read for ever
             raise ValueError("it is no regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
-            with Image.open(path) as image:
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
                 yield image

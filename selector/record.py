@@ -16,6 +16,36 @@ Summary = Literal["share", "interval", "mean", "median", "highest", "sum", "text
 ``interval``, plain ``mean``, ``median``, ``highest``, ``sum``; ``text`` is not summed up."""
 
 
+@dataclass(frozen=True)
+class Metric:
+    """How a task scores an answer, in words; the rule is in `selector.measure.scores`.
+
+    Attributes:
+        header: of the column of the mean score.
+        note: what the column says.
+    """
+
+    header: str
+    note: str
+
+
+METRICS: dict[str, Metric] = {
+    "exact": Metric("right %", "exact match"),
+    "vqa": Metric("VQA accuracy %", "VQA accuracy: min(1, matching annotators / 3), after EvalAI's normalisation"),
+    "anls": Metric("ANLS %", "normalised Levenshtein similarity to the nearest reference, 0 below 0.5"),
+    "relaxed": Metric("relaxed accuracy %", "relaxed accuracy: a number within 5% of the reference, or the same text"),
+    "match": Metric("match %", "equal to a reference but for case, punctuation and spaces"),
+    "letter": Metric("choice %", "multiple choice: the letter of the right option"),
+    "yes_no": Metric("yes/no %", "yes or no, read as POPE does"),
+    "mme": Metric("yes/no %", "yes or no, read as MME does"),
+    "contains": Metric("contains %", "a reference is within the answer, whatever the case"),
+    "contains_formula": Metric("contains %", "a reference is within the answer, spaces aside"),
+}
+"""The metrics that a task may name. ``exact`` is right or wrong; the others give a `score` in [0, 1], too."""
+RIGHT_FROM = 0.5
+"""The score from which on an answer counts as right: in `correct`, flips and McNemar's test."""
+
+
 class Record(TypedDict, total=False):
     """One sample under one row. Fields that a row or a task does not have are absent, or None where the type says so.
 
@@ -42,6 +72,9 @@ class Record(TypedDict, total=False):
     agrees: Annotated[bool, "share"]
     correct: Annotated[bool, "share"]
     full_correct: Annotated[bool, "text"]
+    score: Annotated[float, "text"]  # by the task's metric, where that is not exact match; it is the table's accuracy
+    full_score: Annotated[float, "text"]
+    group: Annotated[str, "text"]  # "category/image" of questions that are scored together
     flip: Annotated[str, "text"]
     anls: Annotated[float, "interval"]
     full_anls: Annotated[float, "text"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from selector.files import check_output
 from selector.measure.protocol import Protocol
 from selector.measure.run import Step, check_part, compare, sample_count, shard_range
 from selector.records import WHOLE, Shard
-from selector.tasks import Task
+from selector.tasks import PLACEHOLDER, Task
 
 
 def run(settings: dict[str, Any]) -> int:
@@ -47,7 +48,7 @@ def run(settings: dict[str, Any]) -> int:
     # Mistakes in the settings are errors before a model is loaded.
     samples = sample_limit(settings["samples"])
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
-    tasks = find_tasks("compare", settings["tasks"], settings["skip_unreadable"])
+    tasks = _asked(settings, find_tasks("compare", settings["tasks"], settings["skip_unreadable"]))
     protocol = _protocol(settings)
     shard = _shard(settings.get("shard"))
     check_part(tasks, samples, shard, settings.get("fresh", False))
@@ -104,6 +105,15 @@ def _protocol(settings: dict[str, Any]) -> Protocol:
     )
 
 
+def _asked(settings: dict[str, Any], tasks: list[Task]) -> list[Task]:
+    """The tasks with the suffix and the system turn of the command line in place of their own, where it gives any."""
+    wording = {name: settings[name] for name in ("suffix", "system") if settings[name] is not None}
+    for name, text in wording.items():
+        if PLACEHOLDER in text:
+            raise UsageError(f"{name} must not hold {PLACEHOLDER}, which stands for the image, got {text!r}")
+    return [replace(task, **wording) for task in tasks]
+
+
 def _baseline(settings: dict[str, Any], selectors: Mapping[str, TokenSelector]) -> str | None:
     """The label of the baseline; None where the default one is not among the selectors, which is no mistake."""
     baseline = settings["baseline"]
@@ -130,7 +140,7 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
     clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
 
     # Of the task at work: whether answers were right, unpruned and pruned, and the shares of tokens that stayed.
-    right: dict[str, list[bool]] = {"full": [], "pruned": []}
+    right: dict[str, list[float]] = {"full": [], "pruned": []}
     shares: list[float] = []
 
     with Progress(text, *clock, console=Console(stderr=True)) as progress:
@@ -146,7 +156,8 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
                 # The blind reference has no tokens, and its accuracy is no measure of the model's.
                 if step.row.label != "blind":
                     if "correct" in record:
-                        right["pruned" if step.row.selector else "full"].append(record["correct"])
+                        score = record.get("score", record["correct"])
+                        right["pruned" if step.row.selector else "full"].append(score)
                     if step.row.selector:
                         shares.append(record["tokens"] / max(1, record["full_tokens"]))
 
@@ -159,7 +170,7 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
     return False
 
 
-def _so_far(right: dict[str, list[bool]], shares: list[float]) -> str:
+def _so_far(right: dict[str, list[float]], shares: list[float]) -> str:
     """The figures so far, next to a bar: "full 81% · pruned 74% · kept 25%"."""
     parts = [f"{name} {100 * sum(hits) / len(hits):.0f}%" for name, hits in right.items() if hits]
     if shares:

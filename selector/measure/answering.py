@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from selector.errors import UsageError
 from selector.measure.consistency import answer_nll
 from selector.measure.cost import GenerationClock, PeakMemory
 from selector.models import adapter_of, available_adapters, model_type_of
@@ -45,22 +46,34 @@ class Answer:
         return answer_nll(self.logits, self.ids)
 
 
-def prepare(processor: Any, image: Image.Image | None, question: str | None, device: torch.device) -> dict[str, Any]:
+def prepare(
+    processor: Any, image: Image.Image | None, question: str | None, device: torch.device, system: str = ""
+) -> dict[str, Any]:
     """Model inputs for one user turn, through the processor's chat template.
 
     Args:
         image: None for a turn of text alone.
         question: None for a turn of the image alone.
         device: where the tensors go.
+        system: what a system turn before it says; "" for none.
 
     Returns:
         The keyword arguments of the model's ``generate`` and ``forward``, for a batch of one.
+
+    Raises:
+        UsageError: the model's chat template has no place for a system turn.
     """
     content: list[dict[str, str]] = [{"type": "image"}] if image is not None else []
     if question is not None:
         content.append({"type": "text", "text": question})
 
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system:
+        turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    if system not in text:  # some templates drop a turn that they do not know
+        raise UsageError(f"system must be empty for this model, whose chat template has no system turn, got {system!r}")
+
     # A text alone leaves the argument out: not every processor takes ``images=None``.
     arguments = {"text": text} if image is None else {"text": text, "images": image}
     return dict(processor(**arguments, return_tensors="pt").to(device))

@@ -26,6 +26,7 @@ from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
 from selector.models import Encoded, encode
 from selector.plug import Pruned, prune_inputs
+from selector.tasks import Task
 from selector.tasks.sample import Sample
 
 FULL, BLIND = "full", "blind"
@@ -53,12 +54,16 @@ class Harness:
         self.flops: dict[Any, int] = {}  # of selectors, by shapes: see `Measured`
         self._warm: set[Any] = set()  # what ran once, untimed: "model", and the labels of rows
 
-    def open(self, sample: Sample) -> Measured:
-        """The sample, encoded and answered by the unpruned model; the first one twice, since a first pass is slow."""
+    def open(self, sample: Sample, task: Task | None = None) -> Measured:
+        """The sample, encoded and answered by the unpruned model; the first one twice, since a first pass is slow.
+
+        Args:
+            task: how it is asked and scored; None: as it stands, by exact match.
+        """
         if "model" not in self._warm:
             self._warm.add("model")
-            Measured(self, sample)
-        return Measured(self, sample)
+            Measured(self, sample, task)
+        return Measured(self, sample, task)
 
     def answer(self, inputs: Mapping[str, Any]) -> Answer:
         """The greedy answer to prepared inputs, asked for `Protocol.repeats` times; its times are medians."""
@@ -92,11 +97,13 @@ class Harness:
 class Measured:
     """A sample, encoded once and answered by the unpruned model; gives a record for every row."""
 
-    def __init__(self, harness: Harness, sample: Sample):
+    def __init__(self, harness: Harness, sample: Sample, task: Task | None = None):
         self.harness, self.sample = harness, sample
+        self.metric = "exact" if task is None else task.metric
         model = harness.model
 
-        self.inputs = prepare(harness.processor, sample.image, sample.question, model.device)
+        question, system = (sample.question, "") if task is None else (task.prompt(sample.question), task.system)
+        self.inputs = prepare(harness.processor, sample.image, question, model.device, system)
         synchronize(model.device)
 
         # Encoding is timed between two synchronisations: a GPU only queues the work.
@@ -239,7 +246,7 @@ class Measured:
             forced_logits = given.logits
         else:
             forced_logits = logits if logits is not None else forced(self.harness.model, inputs, full.ids).logits
-        return answer_record(self.sample, given, full, forced_logits)
+        return answer_record(self.sample, given, full, forced_logits, self.metric)
 
 
 def pack(kept: Bool[Tensor, "T N"]) -> str:

@@ -23,7 +23,7 @@ from selector.files import output, write_json
 from selector.measure.harness import BLIND, FULL, Harness, Measured, Row
 from selector.measure.images import FIRST, store_image
 from selector.measure.protocol import Protocol
-from selector.measure.settings import common_settings, environment, row_settings, written
+from selector.measure.settings import asked, common_settings, environment, row_settings, written
 from selector.record import Record, check
 from selector.tasks import Task
 from selector.tasks.sample import Sample
@@ -121,6 +121,7 @@ def compare(
                 "fingerprint": task.fingerprint,
                 "anls": task.anls,
                 "samples": sample_count(task, samples),
+                **asked(task),
             }
             for task in tasks
         },
@@ -152,7 +153,7 @@ def compare(
                 for index, sample in enumerate(task.samples(total, protocol.seed)):
                     # Other shards' samples are drawn as well, and skipped: all shards agree on who has which.
                     if index % shard[1] == shard[0]:
-                        for row, record, measured in _records(harness, index, sample, rows, files[task.name]):
+                        for row, record, measured in _records(harness, index, sample, task, rows, files[task.name]):
                             if measured is not None and measured.canvas is not None and index < FIRST:
                                 name = records.image_name(task.fingerprint, protocol.seed, sample.id)
                                 store_image(out, name, sample.image, measured.canvas, sample.boxes)
@@ -225,7 +226,7 @@ def _row(label: str, selector: TokenSelector, budget: Budget) -> Row:
 
 
 def _records(
-    harness: Harness, index: int, sample: Sample, rows: Sequence[Row], files: Sequence[records.Records]
+    harness: Harness, index: int, sample: Sample, task: Task, rows: Sequence[Row], files: Sequence[records.Records]
 ) -> Iterator[tuple[Row, Record, Measured | None]]:
     """Every row's record of a sample, with what it was measured on; None for a record of an earlier run."""
     measured = None  # opened for the first row without a record: a finished sample costs nothing
@@ -234,7 +235,7 @@ def _records(
             yield row, file.done[sample.id], None
             continue
         if measured is None:
-            measured = harness.open(sample)
+            measured = harness.open(sample, task)
 
         # Checked before it is written: a record that a report refuses must not reach the file.
         record = Record(id=sample.id, index=index, **measured.record(row))

@@ -10,15 +10,20 @@ from torch import Tensor
 from selector.measure.answering import Answer
 from selector.measure.consistency import answer_nll, divergences
 from selector.measure.metrics import anls, exact_match, flip
+from selector.measure.scores import SCORES
+from selector.record import RIGHT_FROM
 from selector.tasks.sample import Sample
 
 
-def answer_record(sample: Sample, answer: Answer, full: Answer, forced_logits: Float[Tensor, "A V"]) -> dict[str, Any]:
+def answer_record(
+    sample: Sample, answer: Answer, full: Answer, forced_logits: Float[Tensor, "A V"], metric: str = "exact"
+) -> dict[str, Any]:
     """What was answered, how right it is, and how far it is from the unpruned model.
 
     Args:
         answer, full: the answers of the pruned and of the unpruned model.
         forced_logits: logits of the pruned model over the unpruned model's answer, teacher-forced.
+        metric: of the task, see `selector.record.METRICS`.
 
     Returns:
         Fields of `selector.record.Record`; those of a right answer only where the sample has one.
@@ -35,11 +40,8 @@ def answer_record(sample: Sample, answer: Answer, full: Answer, forced_logits: F
         "peak_bytes": answer.peak_bytes,
     }
 
-    # Right and flip are exact matches; ANLS is taken of every task, and shown for those that ask for it.
-    if sample.answer is not None:
-        right, full_right = (exact_match(a.text, sample.answer) for a in (answer, full))
-        fields |= {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, agrees)}
-        fields |= {"anls": anls(answer.text, sample.answer), "full_anls": anls(full.text, sample.answer)}
+    if sample.references:
+        fields |= _rightness(sample, answer.text, full.text, metric)
 
     # The first token's logits come from generation: both models predict it from the prompt alone.
     kl, js = divergences(full.logits[:1], answer.logits[:1])
@@ -51,3 +53,22 @@ def answer_record(sample: Sample, answer: Answer, full: Answer, forced_logits: F
         "forced_js": forced_js,
         "nll_shift": answer_nll(forced_logits, full.ids) - full.nll,
     }
+
+
+def _rightness(sample: Sample, said: str, full: str, metric: str) -> dict[str, Any]:
+    """How right both answers are: by the task's metric, and by ANLS to the nearest reference."""
+    references = sample.references
+    if metric == "exact":
+        scores = {}
+        right, full_right = (any(exact_match(text, each) for each in references) for text in (said, full))
+    else:
+        score, full_score = (SCORES[metric](text, references, sample.choices) for text in (said, full))
+        scores = {"score": score, "full_score": full_score}
+        right, full_right = score >= RIGHT_FROM, full_score >= RIGHT_FROM
+    nearest, full_nearest = (max(anls(text, each) for each in references) for text in (said, full))
+    return (
+        {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, said == full)}
+        | scores
+        | {"anls": nearest, "full_anls": full_nearest}
+        | ({} if sample.group is None else {"group": sample.group})
+    )

@@ -84,4 +84,11 @@ def row_settings(row: Row, task: Task) -> dict[str, Any]:
         }
 
     # A folder is what it holds, not what it is called: moved, it keeps its records.
-    return {"task": task.name if task.size is None else "folder", "task_fingerprint": task.fingerprint} | chosen
+    name = task.name if task.size is None else "folder"
+    return {"task": name, "task_fingerprint": task.fingerprint} | asked(task) | chosen
+
+
+def asked(task: Task) -> dict[str, str]:
+    """How a task asks and scores, where that is not the usual way: the usual one is in no key and in no plan."""
+    usual = {"metric": "exact", "suffix": "", "system": ""}
+    return {name: getattr(task, name) for name, value in usual.items() if getattr(task, name) != value}

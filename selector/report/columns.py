@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from selector.record import METRICS, RIGHT_FROM
+
 Figures = dict[str, Any]
 Summary = dict[str, Any]
 MARK = "†"
@@ -66,7 +68,7 @@ def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) 
     """A figure without an interval, times `scale`: bytes as GB, for example."""
 
     def value(row: Figures) -> Any:
-        return None if row[field] is None else scale * row[field]
+        return None if row.get(field) is None else scale * row[field]
 
     return Column(header, lambda r: _number(value(r), digits), value, note)
 
@@ -134,15 +136,21 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
     """
     # Only tasks that ask for it are scored by how near an answer comes.
     wanted = summary["tasks"].values() if task in (None, POOLED) else [summary["tasks"][task]]
+    metrics = [about.get("metric", "exact") for about in wanted]
     anls = [_plain("ANLS", "anls", 1, "mean normalised Levenshtein similarity × 100", 100.0)]
+    f1 = [_plain("F1", "f1", 1, "F1 of yes × 100", 100.0)]
+    note = "accuracy + accuracy+ (both questions of an image right), in %, summed over categories"
+    paired = [_plain("MME", "paired", 1, note)]
 
     columns = [
         # Who, and what stayed.
         KEEP,
         SELECTOR,
         # Right or wrong, and against what.
-        Column("right % [95%]", _accuracy, lambda r: r["accuracy"], "exact match, with its Wilson interval"),
+        _main(metrics),
         *(anls if any(each["anls"] for each in wanted) else []),
+        *(f1 if "yes_no" in metrics else []),
+        *(paired if "mme" in metrics else []),
         _versus("vs full", "versus_full", "points right more than the unpruned model, paired; *: McNemar, Holm < 0.05"),
         _versus(f"vs {summary['baseline']}", "versus_baseline", "the same against the baseline at the same budget"),
         _versus("vs fixed", "versus_fixed", "a share on average against the same share of every image, same selector"),
@@ -161,6 +169,34 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         _plain("prefill ms", "prefill_ms", 1, "prompt to first token"),
     ]
     return _with_figures(columns, summary)
+
+
+def _main(metrics: Sequence[str]) -> Column:
+    """The column of how right the answers are: a share where they are right or wrong, else the mean of the scores."""
+    if set(metrics) <= {"exact"}:
+        return Column("right % [95%]", _accuracy, lambda r: r["accuracy"], "exact match, with its Wilson interval")
+    known = dict.fromkeys(METRICS[metric].header for metric in metrics)
+    header = next(iter(known)) if len(known) == 1 else "score %"
+    note = " or ".join(dict.fromkeys(METRICS[metric].note for metric in metrics))
+    if len(known) > 1:
+        note = f"each task's own score ({note})"
+    return Column(f"{header} [95%]", _accuracy, lambda r: r["accuracy"], f"{note}; mean, with its bootstrap interval")
+
+
+def scored(summary: Summary) -> list[str]:
+    """How the tasks that are not scored by exact match are asked and scored, a line each."""
+    lines = []
+    for task, about in summary["tasks"].items():
+        asked = [f"{name} {about[name]!r}" for name in ("suffix", "system") if about.get(name)]
+        metric = about.get("metric", "exact")
+        if metric != "exact":
+            lines.append(
+                f"{task}: scored by {METRICS[metric].note}. Points are of that score; in flips and McNemar's test an "
+                f"answer is right from {RIGHT_FROM} on."
+            )
+        if asked:
+            lines.append(f"{task}: asked with {' and '.join(asked)}.")
+    return lines
 
 
 def consistency_columns(summary: Summary) -> list[Column]:

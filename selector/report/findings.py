@@ -22,10 +22,13 @@ def sentences(rows: list[Figures]) -> list[str]:
 
     # A task that is nearly as good without the image measures nothing: both figures go first.
     low, high = full["accuracy_interval"]
-    line = f"Unpruned, the model is right on {100 * full['accuracy']:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
-    line += f" of {full['samples']} questions"
+    interval = f"{100 * full['accuracy']:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
+    if "metric" in full:
+        line, on = f"Unpruned, the model scores {interval} on {full['samples']} questions", ""
+    else:
+        line, on = f"Unpruned, the model is right on {interval} of {full['samples']} questions", " on"
     line += (
-        f"; without the image on {100 * blind['accuracy']:.0f}%." if blind and blind["accuracy"] is not None else "."
+        f"; without the image{on} {100 * blind['accuracy']:.0f}%." if blind and blind["accuracy"] is not None else "."
     )
     lines = [line]
 

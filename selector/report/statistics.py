@@ -88,6 +88,36 @@ def paired_bootstrap(ours: Numbers, theirs: Numbers, seed: int = 0) -> tuple[flo
     return bootstrap_mean([a - b for a, b in zip(ours, theirs, strict=True)], seed)
 
 
+def f1(answers: Sequence[tuple[bool, bool]]) -> float:
+    """F1 of "yes" over (reference is yes, answer is yes) pairs: 2 TP / (2 TP + FP + FN); 0 where that has no terms."""
+    true = sum(wanted and said for wanted, said in answers)
+    missed = sum(wanted != said for wanted, said in answers)
+    return 2 * true / (2 * true + missed) if true else 0.0
+
+
+def paired_score(scores: Sequence[tuple[str, float]], of: int = 2) -> float | None:
+    """MME's score: over categories, the sum of accuracy and accuracy+, both in %.
+
+    Accuracy+ is the share of images whose every question is answered right. 200 is the most of one category, 2000 and
+    800 of the ten of perception and the four of cognition.
+
+    Args:
+        scores: ("category/image", 0 or 1), one per question.
+        of: questions per image. An image that lacks one (a shard, an unfinished run) does not count.
+
+    Returns:
+        None where no image has them all.
+    """
+    images: dict[str, list[float]] = {}
+    for group, score in scores:
+        images.setdefault(group, []).append(score)
+    categories: dict[str, list[float]] = {}
+    for group, found in images.items():
+        if len(found) == of:
+            categories.setdefault(group.partition("/")[0], []).append(100 * sum(found) / of + 100 * (sum(found) == of))
+    return sum(float(np.mean(each)) for each in categories.values()) if categories else None
+
+
 def mcnemar(broken: int, fixed: int) -> float:
     """Exact McNemar test: two-sided p value under the hypothesis that broken and fixed answers are equally likely.
 

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from selector.errors import UsageError
 from selector.files import output, write_json, write_text
-from selector.record import Record, check, summed_by
+from selector.record import METRICS, Record, check, summed_by
 from selector.records import FLIPS, RUN, read_folder, seeing_question
 from selector.report.columns import POOLED, is_auto, share_of
 from selector.report.page import render
 from selector.report.page.explorer import changed_answers, explorer
 from selector.report.statistics import (
     bootstrap_mean,
+    f1,
     holm,
     mcnemar,
     mean,
     median,
     paired_bootstrap,
+    paired_score,
     samples_to_see,
     spearman,
     spearman_interval,
@@ -57,17 +59,24 @@ def summarize(run: Path) -> dict[str, Any]:
     """
     settings, tables = read_run(run)
     baseline, seeing = settings["baseline"], seeing_question(settings)
-    rows = _rows(tables, baseline, seeing)
+    metrics = {task: about["metric"] for task, about in settings["tasks"].items() if "metric" in about}
+    rows = _rows(tables, baseline, seeing, metrics)
     averaged = any(is_auto(row) for row in rows) and len(settings["tasks"]) > 1
     return {name: value for name, value in settings.items() if name != "rows"} | {
         "rows": rows,
-        "pooled": _rows(_pooled(tables), baseline, seeing) if averaged else [],
+        "pooled": _rows(_pooled(tables), baseline, seeing, {POOLED: "mixed"} if metrics else {}) if averaged else [],
         "correlations": _correlations(rows),
     }
 
 
-def _rows(tables: Tables, baseline: str | None, seeing: frozenset[str]) -> list[dict[str, Any]]:
-    """The figures of every row; budgets of one share (0.2 and auto:0.2) are next to each other."""
+def _rows(
+    tables: Tables, baseline: str | None, seeing: frozenset[str], metrics: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The figures of every row; budgets of one share (0.2 and auto:0.2) are next to each other.
+
+    Args:
+        metrics: of the tasks that are not scored by exact match.
+    """
     rows = []
     for (task, label, keep), records in tables.items():
         # What a row is compared with: the baseline at its budget, and for an average share the same share per image.
@@ -79,7 +88,8 @@ def _rows(tables: Tables, baseline: str | None, seeing: frozenset[str]) -> list[
             "versus_fixed": _difference(records, fixed) if fixed else None,
         }
         row = {"task": task, "selector": label, "keep": keep, "sees_question": label in seeing}
-        rows.append(row | _figures(records) | versus)
+        scored = _scored(records, metrics[task]) if task in metrics else {}
+        rows.append(row | _figures(records) | scored | versus)
 
     # One family of tests per question asked: each column of differences is adjusted for all of its rows.
     for versus in ("versus_full", "versus_baseline", "versus_fixed"):
@@ -160,6 +170,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for name, about in settings["tasks"].items():
         if not isinstance(about, dict) or not {"fingerprint", "anls"} <= about.keys():
             raise UsageError(f"run must be whole, {path} has {about!r:.80} as task {name!r}")
+        if about.get("metric", "exact") not in METRICS:
+            raise UsageError(f"run must be whole, {path} has {about['metric']!r:.80} as metric of task {name!r}")
     missing = {"torch", "transformers", "device", "threads", "dtype"} - settings["environment"].keys()
     if missing or settings["positions"] not in ("contiguous", "original"):
         raise UsageError(f"run must be whole, {path} lacks {', '.join(sorted(missing)) or 'positions'}")
@@ -174,6 +186,8 @@ def _checked(record: Record, folder: Path) -> Record:
         wanted += ["question", "agrees"]
     if "correct" in record:
         wanted += ["full_correct", "flip", "anls", "full_anls"]
+    if "score" in record:
+        wanted += ["correct", "full_score"]
 
     try:
         check(record)
@@ -212,17 +226,42 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
     )
 
 
+def _scored(records: Sequence[Record], metric: str) -> dict[str, Any]:
+    """What a metric that is not exact match says in place of a share: the mean score, and what belongs to it."""
+    answered = [record for record in records if "correct" in record]
+    values = [_score(record) for record in answered]
+    figures: dict[str, Any] = {"metric": metric, "accuracy": mean(values)}
+    figures["accuracy_interval"] = list(bootstrap_mean(values)[1:]) if values else None
+
+    if metric == "yes_no" and answered:
+        # What is not a no is a yes to POPE, so that a wrong answer says the other word than the reference.
+        wanted = [str(record.get("target")).strip().lower() == "yes" for record in answered]
+        figures["f1"] = f1([(yes, yes == record["correct"]) for yes, record in zip(wanted, answered, strict=True)])
+    if metric == "mme":
+        figures["paired"] = paired_score([(r["group"], _score(r)) for r in answered if "group" in r])
+    return figures
+
+
+def _score(record: Record) -> float:
+    """How right an answer is: by the task's metric, or 1 and 0 where it is right or wrong."""
+    return float(record.get("score", record["correct"]))
+
+
 def _unpruned(records: Sequence[Record]) -> list[Record]:
     """The unpruned model's records on the same samples, which every pruned record carries."""
     return [
         Record(id=r["id"], index=r["index"], correct=r["full_correct"], anls=r["full_anls"])
+        | (Record(id=r["id"], index=r["index"], score=r["full_score"]) if "score" in r else {})
         for r in records
         if "correct" in r
     ]
 
 
 def _difference(records: Sequence[Record], against: Sequence[Record]) -> dict[str, Any] | None:
-    """Ours minus theirs over the samples that both have: accuracy first, then whatever else both measured."""
+    """Ours minus theirs over the samples that both have: accuracy (or score) first, then whatever else both measured.
+
+    McNemar's test is of right and wrong, whatever the metric.
+    """
     # Paired by id: one of two rows may be unfinished.
     other = {record["id"]: record for record in against}
     pairs = [(r, other[r["id"]]) for r in records if r["id"] in other]
@@ -231,13 +270,14 @@ def _difference(records: Sequence[Record], against: Sequence[Record]) -> dict[st
     if not answered:
         return None
 
-    # Accuracy: the difference, and how many answers changed side for and against.
-    gap, low, high = paired_bootstrap([a for a, _ in answered], [b for _, b in answered])
+    # Accuracy or score: the difference, and how many answers changed side for and against.
+    ours, theirs = ([_score(pair[i]) for pair in pairs if all("correct" in each for each in pair)] for i in (0, 1))
+    gap, low, high = paired_bootstrap(ours, theirs)
     broken = sum(b and not a for a, b in answered)
     fixed = sum(a and not b for a, b in answered)
     result: dict[str, Any] = {"difference": gap, "interval": [low, high], "pairs": len(answered)}
     result |= {"broken": broken, "fixed": fixed, "p": mcnemar(broken, fixed)}
-    result["samples_for_a_point"] = samples_to_see([float(a) - float(b) for a, b in answered])
+    result["samples_for_a_point"] = samples_to_see([a - b for a, b in zip(ours, theirs, strict=True)])
 
     # The others have no test: their intervals stand alone.
     for name in ("anls", "agrees", "evidence", "nll_shift"):

@@ -23,6 +23,7 @@ from selector.report.columns import (
     cost_columns,
     legend,
     main_columns,
+    scored,
     share_of,
 )
 from selector.report.findings import sentences
@@ -95,7 +96,9 @@ def markdown(runs: Mapping[str, Summary]) -> str:
     # Every column is explained once, whichever run and table has it.
     meanings: dict[str, str] = {}
     for summary in runs.values():
-        for column in (*main_columns(summary), *consistency_columns(summary), *cost_columns(summary)):
+        # A table has the metric of its task in a header; all tasks together may have several.
+        each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
+        for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
             meanings.setdefault(column.header, column.note)
     terms = "; ".join(f"*{plain(header)}*: {note}" for header, note in meanings.items())
     return "\n".join([*lines, f"Columns: {terms}."])
@@ -159,6 +162,7 @@ def notes(summary: Summary) -> list[str]:
     """What a reader must know besides the tables: positions, correlations, multiple testing, missing samples."""
     how = {"original": "those of the whole prompt, with gaps", "contiguous": "counted anew, without gaps"}
     lines = legend(summary)
+    lines += scored(summary)
     lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
 
     for each in summary["correlations"]:

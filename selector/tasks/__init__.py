@@ -1,4 +1,5 @@
-"""Tasks: streams of samples. Those in `GENERATED` are drawn without end; ``folder:PATH`` reads a folder of images."""
+"""Tasks: streams of samples. Those in `GENERATED` are drawn without end; ``folder:PATH`` reads a folder of images,
+``hf:NAME`` a public benchmark."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from importlib import import_module
 from types import ModuleType
 
 from selector.errors import UsageError
+from selector.record import METRICS
 from selector.tasks.sample import Sample
 
 GENERATED = {
@@ -38,6 +40,9 @@ class Task:
         fingerprint: changes when the samples do.
         unreadable: images that were left out; filled while iterating, only where the user allowed it.
         anls: whether answers are also scored by ANLS, which forgives a misread letter.
+        metric: how an answer is scored, of `selector.record.METRICS`.
+        suffix: asked after every question, on a line of its own ("Answer the question using a single word or phrase.").
+        system: what the system turn says; "" for none.
 
     >>> task = load_task("scenes")
     >>> [sample.id for sample in task.samples(2, seed=0)]
@@ -52,17 +57,28 @@ class Task:
     fingerprint: str
     unreadable: list[str] = field(default_factory=list)
     anls: bool = False
+    metric: str = "exact"
+    suffix: str = ""
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UsageError(f"task {self.name!r}: metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+
+    def prompt(self, question: str | None) -> str | None:
+        """The question as it is asked: with the suffix below it. None stays None."""
+        return f"{question}\n{self.suffix}" if question is not None and self.suffix else question
 
 
 def load_task(spec: str, skip_unreadable: bool = False) -> Task:
-    """The task of a spec: a name of `GENERATED`, or "folder:PATH".
+    """The task of a spec: a name of `GENERATED`, "folder:PATH", or "hf:NAME" (`selector.tasks.benchmarks`).
 
     Args:
         spec: a name, or "folder:PATH" with the filters that `selector.tasks.folder` describes.
         skip_unreadable: leave images out that cannot be decoded (named in `Task.unreadable`) instead of raising.
 
     Raises:
-        UsageError: unknown task, or a folder without images or annotations.
+        UsageError: unknown task, a folder without images or annotations, or a benchmark that cannot be read.
     """
     kind, _, argument = spec.partition(":")
     if kind == "folder":
@@ -70,11 +86,15 @@ def load_task(spec: str, skip_unreadable: bool = False) -> Task:
         from selector.tasks.folder import load_folder
 
         return load_folder(spec, argument, skip_unreadable)
+    if kind == "hf":
+        from selector.tasks.benchmarks import load_benchmark
+
+        return load_benchmark(spec, argument, skip_unreadable)
 
     if spec not in GENERATED:
         close = difflib.get_close_matches(spec, GENERATED, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH{hint}")
+        raise UsageError(f"unknown task {spec!r}: not one of {', '.join(GENERATED)}, folder:PATH, hf:NAME{hint}")
 
     # Only tasks with files behind them (the scans of `receipts`) have a fingerprint of their own to mix in.
     module = generator(spec)

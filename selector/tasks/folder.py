@@ -8,7 +8,8 @@ objects. The seed also shuffles the images, so that a limited count covers the f
 
 ``folder:PATH?held_out=0.25`` shows only the images that `selector-train` with ``--data.val_share 0.25`` (or more) did
 not train on, ``folder:PATH?boxes=true`` only images and questions with boxes, and ``folder:PATH?anls=true`` also scores
-answers by ANLS, for scanned text; ``&`` joins them.
+answers by ANLS, for scanned text. ``folder:PATH?questions=all`` asks every question of an image, each a sample, and
+``folder:PATH?metric=relaxed`` scores answers as a benchmark does (`selector.record.METRICS`). ``&`` joins them.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from PIL import Image
 
 from selector.errors import UnreadableImage, UsageError
 from selector.images import image_size, open_image
+from selector.record import METRICS
 from selector.tasks import Task, check_question
 from selector.tasks.sample import Box, Sample
 
 ANNOTATIONS = "annotations.jsonl"
 """The file that makes a folder a task."""
+Row = tuple[int, dict[str, Any]]
+"""A line of the annotations: its number, and what it says."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,15 @@ class Filters:
         held_out: show the images whose `split_place` is below this share; 1 shows all.
         boxes: show only images and questions with boxes.
         anls: also score answers by ANLS.
+        questions: every question of an image is a sample; else one of them, drawn by the seed.
+        metric: of `selector.record.METRICS`.
     """
 
     held_out: float = 1.0
     boxes: bool = False
     anls: bool = False
+    questions: bool = False
+    metric: str = "exact"
 
 
 def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
@@ -86,10 +94,14 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
     files = _find_all(folder, rows)
     for file, (number, row) in zip(files, rows, strict=True):
         _check_sizes(file, row, folder / ANNOTATIONS, number)
+    if filters.questions:
+        rows, files = _one_question_each(rows, files)
 
     # With boxes=true the same files may ask fewer questions; held_out shows in the list of files below.
-    digest = hashlib.sha256((folder / ANNOTATIONS).read_bytes() + b"boxes" * filters.boxes)
-    for file in files:
+    digest = hashlib.sha256(
+        (folder / ANNOTATIONS).read_bytes() + b"boxes" * filters.boxes + b"questions" * filters.questions
+    )
+    for file in dict.fromkeys(files):
         digest.update(f"{file.name} {content(file, skip_unreadable)}\n".encode())
 
     unreadable: list[str] = []
@@ -105,12 +117,24 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
             except UnreadableImage as error:
                 if not skip_unreadable:
                     raise UnreadableImage(f"{error}; --skip-unreadable leaves such images out") from error
-                unreadable.append(str(files[place]))
+                if str(files[place]) not in unreadable:
+                    unreadable.append(str(files[place]))
                 continue
 
-            yield _sample(row, image, seed)
+            yield _sample(row, image, seed, filters.questions)
 
-    return Task(name, samples, len(rows), digest.hexdigest()[:16], unreadable, filters.anls)
+    return Task(name, samples, len(rows), digest.hexdigest()[:16], unreadable, filters.anls, filters.metric)
+
+
+def _one_question_each(rows: list[Row], files: list[Path]) -> tuple[list[Row], list[Path]]:
+    """The rows with one question each, and their files: an image of three questions is there three times."""
+    split: list[Row] = []
+    repeated: list[Path] = []
+    for (number, row), file in zip(rows, files, strict=True):
+        turns = row.get("qa") or [None]
+        split += [(number, row if turn is None else row | {"qa": [turn], "turn": i}) for i, turn in enumerate(turns)]
+        repeated += [file] * len(turns)
+    return split, repeated
 
 
 def _filters(name: str, path: str) -> tuple[str, Filters]:
@@ -124,12 +148,14 @@ def _filters(name: str, path: str) -> tuple[str, Filters]:
     for key, value in parse_qsl(query, keep_blank_values=True) or [(query, "")]:
         if key == "held_out" and _is_share(value):
             chosen[key] = float(value)
-        elif key in ("boxes", "anls") and value == "true":
+        elif (key, value) in (("boxes", "true"), ("anls", "true"), ("questions", "all")):
             chosen[key] = True
+        elif key == "metric" and value in METRICS:
+            chosen[key] = value
         else:
             raise UsageError(
                 f"task {name!r}: behind ? stand held_out=SHARE with a share in (0, 1), boxes=true and anls=true, "
-                f"got {query!r}"
+                f"questions=all, metric=NAME (one of {', '.join(METRICS)}), got {query!r}"
             )
 
     return folder, Filters(**chosen)
@@ -162,11 +188,12 @@ def split_place(file: str) -> float:
     return int(hashlib.sha256(file.encode()).hexdigest()[:8], 16) / 2**32
 
 
-def _sample(row: dict[str, Any], image: Image.Image, seed: int) -> Sample:
+def _sample(row: dict[str, Any], image: Image.Image, seed: int, numbered: bool) -> Sample:
     if row.get("qa"):
         # One generator per image: what one image asks does not depend on which others are shown before it.
         turn = Random(f"folder/{seed}/{row['image']}").choice(row["qa"])
-        return Sample(row["image"], image, turn["q"], answer_of(turn), _boxes(turn.get("boxes") or []))
+        name = f"{row['image']}#{row['turn']}" if numbered else row["image"]
+        return Sample(name, image, turn["q"], answer_of(turn), _boxes(turn.get("boxes") or []))
     return Sample(row["image"], image, None, None, _boxes([thing["box"] for thing in row.get("objects") or []]))
 
 

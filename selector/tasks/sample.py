@@ -83,6 +83,9 @@ class Sample:
         question: None where a task has only images (a photo folder).
         answer: the reference; None where there is none.
         boxes: where the evidence for the answer lies, in pixels; empty if unknown or an absence.
+        answers: every reference, where there are several; `answer` is the one to show.
+        choices: the words of the options, in the order of their letters; the question already lists them.
+        group: "category/image" of questions that are scored together, see `selector.report.statistics.paired_score`.
     """
 
     id: str
@@ -90,3 +93,11 @@ class Sample:
     question: str | None
     answer: str | None
     boxes: tuple[Box, ...]
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    group: str | None = None
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """What an answer is compared with: `answers`, or the one `answer`; none where there is none."""
+        return self.answers or (() if self.answer is None else (self.answer,))

@@ -18,6 +18,8 @@ from selector.measure import harness as measure
 from selector.measure.answering import answer, forced, prepare, without_image
 from selector.measure.protocol import Protocol
 from selector.measure.run import compare
+from selector.measure.scores import vqa
+from selector.measure.settings import row_settings
 from selector.models import encode
 from selector.plug import Pruned, prune_inputs
 from selector.report.standings import distil
@@ -522,3 +524,49 @@ def test_shards_of_one_process_make_one_run(run):
     assert {s.record["id"] for s in rest if s.new} == {"s2"}
     assert not any(s.new for s in run(shard=(2, 3)))
     assert all(len(records.read_folder(p.parent)) == 4 for p in run.folder.rglob("predictions.jsonl"))
+
+
+def test_a_task_is_asked_with_its_suffix_and_scored_by_its_metric(run, make_image, monkeypatch):
+    asked = []
+
+    def watched(processor, image, question, device, system=""):
+        asked.append((question, system))
+        return prepare(processor, image, question, device, system)
+
+    monkeypatch.setattr(measure, "prepare", watched)
+    sample = Sample("s0", make_image(64, 64), "how many?", "2", (), ("2", "2", "two", "3"), (), "count/a")
+    task = Task("scored", lambda count, seed: iter([sample]), 1, "scored-1", metric="vqa", suffix="Short.")
+    steps = run(keeps=("9",), tasks=[task], selectors={"random": Random()})
+    assert set(asked) == {("how many?\nShort.", "")}
+    for step in steps:
+        record = step.record
+        assert record["question"] == "how many?"
+        assert (record["group"], record["target"]) == ("count/a", "2")
+        assert record["score"] == vqa(record["answer"], ["2", "2", "two", "3"])
+        assert record["correct"] == (record["score"] >= 0.5)
+    plan = json.loads((run.folder / "run.json").read_text())
+    assert (plan["tasks"]["scored"]["metric"], plan["tasks"]["scored"]["suffix"]) == ("vqa", "Short.")
+
+
+def test_the_usual_way_to_ask_is_in_no_key_and_no_record(run, task):
+    steps = run(keeps=("9",), samples=1, selectors={"random": Random()})
+    assert not any({"score", "full_score", "group"} & step.record.keys() for step in steps)
+    usual, other = row_settings(measure.Row("full"), task), row_settings(measure.Row("full"), replace(task, suffix="x"))
+    assert other == usual | {"suffix": "x"}
+    assert not {"metric", "suffix", "system"} & usual.keys()
+
+
+def test_a_system_turn_is_in_the_prompt_or_refused(run, make_image):
+    image, device = make_image(64, 64), run.model.device
+    turns = []
+
+    class Template:
+        tokenizer = run.processor.tokenizer
+
+        def apply_chat_template(self, given, **options):
+            turns.append(given)
+            return "a text without it"
+
+    with pytest.raises(UsageError, match="system must be empty for this model"):
+        prepare(Template(), image, "what?", device, "Be brief.")
+    assert [turn["role"] for turn in turns[0]] == ["system", "user"]

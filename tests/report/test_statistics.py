@@ -11,11 +11,13 @@ from torchmetrics.functional import spearman_corrcoef
 
 from selector.report.statistics import (
     bootstrap_mean,
+    f1,
     holm,
     mcnemar,
     mean,
     median,
     paired_bootstrap,
+    paired_score,
     samples_to_see,
     spearman,
     spearman_interval,
@@ -154,3 +156,25 @@ def test_spearman_interval_covers():
     assert 0.92 <= hits / 400 <= 0.98
     assert spearman_interval(0.3, 3) is None
     assert spearman_interval(1.0, 9) == (1.0, 1.0)
+
+
+def test_f1_of_yes():
+    answers = [(True, True)] * 3 + [(True, False)] * 2 + [(False, True)] + [(False, False)] * 4
+    precision, recall = 3 / 4, 3 / 5
+    assert f1(answers) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert f1([(True, False), (False, False)]) == 0
+    assert f1([(True, True)]) == 1
+
+
+def test_the_paired_score_is_accuracy_and_accuracy_plus_summed_over_categories():
+    scores = [
+        ("count/a", 1.0),
+        ("count/b", 1.0),
+        ("count/b", 0.0),
+        ("count/a", 1.0),
+        ("OCR/x/y", 0.0),
+        ("OCR/x/y", 0.0),
+    ]
+    assert paired_score(scores) == (75 + 50) + 0  # of count 3 of 4 answers, 1 of 2 images
+    assert paired_score([*scores, ("OCR/z", 1.0)]) == 125  # half a pair does not count
+    assert paired_score([("count/a", 1.0)]) is None

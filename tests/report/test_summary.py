@@ -13,6 +13,7 @@ from selector.errors import UsageError
 from selector.records import FLIPS
 from selector.report import excerpt
 from selector.report.columns import LEGEND, main_columns
+from selector.report.statistics import bootstrap_mean
 from selector.report.summary import summarize, write_report
 from selector.report.tables import fitting_tables, footnotes, markdown, rich_tables
 
@@ -383,3 +384,59 @@ def test_an_excerpt_holds_the_figures_asked_for(run, tmp_path, capsys, monkeypat
     assert excerpt.main() == 2
     assert "fields must be among those of results.json, evidense is not" in capsys.readouterr().err
     assert not out.exists()
+
+
+def scored(run, metric, scores, **more):
+    """The run with scores in place of right and wrong: those of ours by sample, 1 for the unpruned model."""
+    settings = json.loads((run / "run.json").read_text())
+    settings["tasks"]["toy"] |= {"metric": metric, "suffix": "Short."}
+    records.write_json(run / "run.json", settings)
+    for each in settings["rows"]:
+        path = run / each["key"] / records.PREDICTIONS
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line, score in zip(lines, scores, strict=True):
+            own = score if each["label"] == "ours" else 1.0
+            line |= {"score": own, "full_score": 1.0, "correct": own >= 0.5} | more
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return summarize(run)
+
+
+def test_a_score_takes_the_place_of_the_share(run):
+    summary = scored(run, "vqa", [1.0, 0.6, 0.3, 1.0])
+    ours = row(summary, "ours")
+    assert ours["accuracy"] == pytest.approx(0.725)
+    low, high = ours["accuracy_interval"]
+    assert (low, high) == pytest.approx(bootstrap_mean([1.0, 0.6, 0.3, 1.0])[1:])
+    assert ours["versus_full"]["difference"] == pytest.approx(-0.275)
+    assert ours["versus_full"]["broken"] == 1  # 0.6 counts as right, 0.3 does not
+    column = main_columns(summary, "toy")[2]
+    assert column.header == "VQA accuracy % [95%]"
+    assert column.text(ours).startswith("73 [")
+    text = markdown({"run": summary})
+    assert "toy: scored by VQA accuracy" in text
+    assert "right from 0.5 on" in text
+    assert "asked with suffix 'Short.'" in text
+    assert "the model scores 100%" in text
+    assert "right %" not in text
+
+
+def test_yes_and_no_have_an_f1_and_pairs_their_score(run):
+    ours = row(scored(run, "yes_no", [1.0, 1.0, 1.0, 0.0], target="yes"), "ours")
+    assert ours["f1"] == pytest.approx(6 / 7)  # three found, one missed
+    summary = scored(run, "mme", [1.0, 1.0, 1.0, 0.0], group="count/a.png")
+    assert row(summary, "ours")["paired"] is None  # four of one image are no pair
+    assert "F1" not in [column.header for column in main_columns(summary)]
+
+
+def test_exact_match_has_nothing_of_scores(run):
+    ours = row(summarize(run), "ours")
+    assert not {"metric", "score", "f1", "paired"} & ours.keys()
+    assert main_columns(summarize(run), "toy")[2].header == "right % [95%]"
+
+
+def test_a_metric_that_nobody_knows_is_refused(run):
+    settings = json.loads((run / "run.json").read_text())
+    settings["tasks"]["toy"]["metric"] = "bleu"
+    records.write_json(run / "run.json", settings)
+    with pytest.raises(UsageError, match="'bleu' as metric of task 'toy'"):
+        summarize(run)

@@ -255,3 +255,17 @@ def test_no_image_with_boxes_is_an_error(folder):
 def test_a_wrong_held_out_share_is_named(tmp_path, query):
     with pytest.raises(UsageError, match="held_out=SHARE"):
         load_task(f"folder:{tmp_path}?{query}")
+
+
+def test_every_question_is_a_sample_where_asked(folder):
+    one, every = load_task(f"folder:{folder}"), load_task(f"folder:{folder}?questions=all&metric=match")
+    assert (one.size, every.size, one.metric, every.metric) == (6, 8, "exact", "match")
+    assert one.fingerprint != every.fingerprint
+    found = {sample.id: sample for sample in every.samples(99, 0)}
+    assert len(found) == 8
+    for k in range(3):
+        sample = found[f"0.png#{k}"]
+        assert (sample.question, sample.references) == (f"q{k}", (f"a{k}",))
+        assert sample.boxes == ((0.0, 0.0, k + 1.0, 2.0),)
+    with pytest.raises(UsageError, match="questions=all, metric=NAME"):
+        load_task(f"folder:{folder}?metric=bleu")

@@ -154,7 +154,8 @@ def _method(runs: Mapping[str, Summary]) -> str:
     # Every column is explained once, whichever run and table has it.
     meanings: dict[str, str] = {}
     for summary in runs.values():
-        for column in (*main_columns(summary), *consistency_columns(summary), *cost_columns(summary)):
+        each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
+        for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
             meanings.setdefault(column.header, column.note)
     terms = "".join(f"<dt>{escape(header)}</dt><dd>{escape(note)}</dd>" for header, note in meanings.items())
 
