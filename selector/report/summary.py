@@ -249,12 +249,14 @@ def _score(record: Record) -> float:
 
 def _unpruned(records: Sequence[Record]) -> list[Record]:
     """The unpruned model's records on the same samples, which every pruned record carries."""
-    return [
-        Record(id=r["id"], index=r["index"], correct=r["full_correct"], anls=r["full_anls"])
-        | (Record(id=r["id"], index=r["index"], score=r["full_score"]) if "score" in r else {})
-        for r in records
-        if "correct" in r
-    ]
+    unpruned = []
+    for r in records:
+        if "correct" in r:
+            record = Record(id=r["id"], index=r["index"], correct=r["full_correct"], anls=r["full_anls"])
+            if "score" in r:
+                record["score"] = r["full_score"]
+            unpruned.append(record)
+    return unpruned
 
 
 def _difference(records: Sequence[Record], against: Sequence[Record]) -> dict[str, Any] | None:

@@ -221,7 +221,7 @@ def load_benchmark(spec: str, argument: str, skip_unreadable: bool) -> Task:
 
 def _library(spec: str) -> ModuleType:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError(f"task {spec!r} needs the library datasets, which is not installed: {INSTALL}") from error
     return datasets
