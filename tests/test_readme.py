@@ -202,6 +202,20 @@ def test_the_table_of_real_images_is_the_committed_data():
         assert f"| {names.get(name, name)} | {' | '.join(cells)} |" in page
 
 
+def test_the_table_of_what_answers_teach_is_the_committed_data():
+    card = (ROOT / "checkpoints/selector-llava-next-tiny/README.md").read_text()
+    data = json.loads((ROOT / "configs/ablation/answers.json").read_text())
+    variants = {re.sub(r"-\d$", "", row["selector"]) for row in data["rows"]}
+    assert len(variants) == 7
+    for variant in variants:
+        cells = []
+        for task in ("documents", "charts", "scenes"):
+            names = {variant, *(f"{variant}-{seed}" for seed in range(3))}
+            same = [r["agreement"] for r in data["rows"] if r["selector"] in names and r["task"] == task]
+            cells.append(f"{sweep_cell(data, variant, '64', task)} / {100 * (sum(same) / len(same)):.0f}")
+        assert f"| {variant} | {' | '.join(cells)} |" in card
+
+
 def test_the_table_of_what_reconstructs_is_the_committed_data():
     card = (ROOT / "checkpoints/selector-llava-next-tiny-reconstruction/README.md").read_text()
     data = json.loads((ROOT / "configs/ablation/reconstruction.json").read_text())

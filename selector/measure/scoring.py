@@ -58,6 +58,8 @@ def answer_record(
 def _rightness(sample: Sample, said: str, full: str, metric: str) -> dict[str, Any]:
     """How right both answers are: by the task's metric, and by ANLS to the nearest reference."""
     references = sample.references
+
+    # An exact match is its own score: its records stay as they were before there were other metrics.
     if metric == "exact":
         scores = {}
         right, full_right = (any(exact_match(text, each) for each in references) for text in (said, full))
@@ -65,6 +67,7 @@ def _rightness(sample: Sample, said: str, full: str, metric: str) -> dict[str, A
         score, full_score = (SCORES[metric](text, references, sample.choices) for text in (said, full))
         scores = {"score": score, "full_score": full_score}
         right, full_right = score >= RIGHT_FROM, full_score >= RIGHT_FROM
+
     nearest, full_nearest = (max(anls(text, each) for each in references) for text in (said, full))
     return (
         {"correct": right, "full_correct": full_right, "flip": flip(full_right, right, said == full)}

@@ -32,8 +32,11 @@ def excerpt(run: Path, fields: list[str]) -> dict[str, Any]:
     """
     summary = summarize(run)
     rows = summary["rows"]
+
+    # Named before anything is written: a misspelt field would be a column of nothing.
     if missing := [name for name in fields if any(name not in row for row in rows)]:
         raise UsageError(f"fields must be among those of results.json, {', '.join(missing)} is not")
+
     return {
         "model": summary["model"],
         "seed": summary["seed"],
