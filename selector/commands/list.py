@@ -10,7 +10,7 @@ from typing import Any
 from selector.commands.loading import find_folder
 from selector.registry import available_selectors
 
-HEADERS = ("name", "paper", "trained", "needs", "acts", "time", "rule")
+HEADERS = ("name", "paper", "trained", "needs", "dropped ones", "time", "rule")
 
 
 def run(settings: dict[str, Any]) -> int:
@@ -49,10 +49,10 @@ def rows() -> Iterator[tuple[str, ...]]:
     for name, cls in available_selectors().items():
         # The first paragraph of the docstring is the rule.
         rule = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
-        acts = f"{cls.acts} the LM" + (", merges" if cls.merges else "")
+        dropped = "are merged" if cls.merges else "are gone"
         # A composition needs what the selectors in it need, which its class cannot know.
         needs = "as its parts" if cls.paper == "composition" else ", ".join(sorted(cls.needs)) or "nothing"
-        yield name, cls.paper, "yes" if cls.learned else "no", needs, acts, cls.cost, rule
+        yield name, cls.paper, "yes" if cls.learned else "no", needs, dropped, cls.cost, rule
 
 
 def markdown() -> str:
