@@ -156,7 +156,7 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
                 # The blind reference has no tokens, and its accuracy is no measure of the model's.
                 if step.row.label != "blind":
                     if "correct" in record:
-                        score = record.get("score", record["correct"])
+                        score = float(record.get("score", record["correct"]))
                         right["pruned" if step.row.selector else "full"].append(score)
                     if step.row.selector:
                         shares.append(record["tokens"] / max(1, record["full_tokens"]))
