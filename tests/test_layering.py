@@ -56,6 +56,7 @@ def test_the_order_of_the_core_has_no_circle():
         assert "selector.registry" not in imports(path)
 
 
+@pytest.mark.slow
 def test_a_comparison_needs_nothing_that_only_training_needs(tmp_path):
     code = f"""
 import sys

@@ -277,6 +277,7 @@ def test_ridge_leverage_refuses_non_finite_features(bad):
         ridge_leverage_scores(matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "d"), [(600, 700), (700, 600)])
 @pytest.mark.parametrize("how", [{"rank": 4}, {"rank": 40}, {"energy": 0.9}, {"energy": 0.9, "method": "fast"}])
 @pytest.mark.parametrize("power", [1.0, 0.0])

@@ -116,7 +116,7 @@ def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | 
         f"| trained on | {about['data']} |",
         f"| objective | {about['objective']}, {about['steps']} steps |",
         f"| size | {', '.join(f'{key} {value}' for key, value in init_args.items())} |",
-        f"| speed | {about['tokens_per_s']:,.0f} tokens a second in training |",
+        f"| speed | {about['tokens_per_s']:,.0f} tokens per second in training |",
         f"| machine | {platform.machine()}, torch {about['torch']} |",
     ]
 

@@ -34,6 +34,8 @@ from selector.plug import prune_inputs
 from selector.report.statistics import spearman
 from selector.tasks import load_task
 
+pytestmark = pytest.mark.slow  # a small study, twice
+
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "configs" / "compare" / "ipr.json"
 

@@ -110,6 +110,7 @@ def test_exact_count_under_other_newline_policies(name, newlines):
     assert keep.sum(1).tolist() == [11, 11]
 
 
+@pytest.mark.slow
 @every_method
 @settings(max_examples=4, deadline=None)
 @given(count=st.integers(1, 20), scope=st.sampled_from(["image", "tile"]), seed=st.integers(0, 50))
@@ -256,6 +257,7 @@ def test_permutation_equivariance(name, seed, count):
 
 
 # Rules that depend on norms, angles or spectra alone: a rotation and a common scale change nothing.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 100), scale=st.floats(0.01, 100), count=st.integers(1, N - 1))
@@ -272,6 +274,7 @@ def test_scale_and_rotation_invariance(name, seed, scale, count):
     assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", named(ScoreSelector, GreedySelector))
 @pytest.mark.parametrize("scope", ["image", "tile"])
 def test_smaller_choices_lie_inside_larger_ones(name, scope):

@@ -22,6 +22,8 @@ from selector.methods.pivoted_qr import PivotedQR
 from selector.methods.scope import SCOPE
 from selector.numerics import BLOCK, directions, gram
 
+pytestmark = pytest.mark.slow  # oracles in float64 over many inputs
+
 N, D = 320, 96
 
 

@@ -19,6 +19,8 @@ from selector.models import available_adapters, encode
 from selector.models._towers import ALWAYS
 from selector.models.llava_next import HEARD, _quantity
 
+pytestmark = pytest.mark.slow  # thirteen families: a sixth of the suite
+
 NEW = 5
 
 
