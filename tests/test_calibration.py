@@ -119,6 +119,7 @@ def test_images_get_what_their_scores_ask_for():
     assert measured[0] > 0.4 * int(tokens.lengths[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gumbel", "lofi", "svd-prune", "norm", "random"])
 def test_batches_do_not_matter(name, dtype):

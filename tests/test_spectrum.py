@@ -45,6 +45,7 @@ def test_leverage_against_svd(n, d, center, normalize_rows, how):
     np.testing.assert_allclose(scores.numpy(), want, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [16, 64, 288])
 @pytest.mark.parametrize("center", [True, False])
 def test_top_k_of_a_clip_sized_matrix(keep, center):

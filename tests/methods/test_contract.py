@@ -144,6 +144,7 @@ SPREAD = ("random", "uniform", "grid-pool", "downsample", "tome", "vispruner", "
 SPREAD += ("visionzip:contextual=0.5", "ridge-leverage:center=false,matrix=tile", *LEARNED)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("fill", [0.0, 3.0, 1e-30])
 def test_constant_inputs_still_give_the_exact_count(name, fill):
@@ -165,6 +166,7 @@ def test_constant_inputs_still_give_the_exact_count(name, fill):
 EMPTY_LAST = ("cdpruner", "dart", "divprune", "scope", "pivoted-qr:center=false", "ridge-leverage:center=false")
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("count", [2, 7, 20])
 def test_zero_and_repeated_tokens_do_not_end_the_choice(name, count):
@@ -246,6 +248,7 @@ PLACED += ("divprune", "scope:alpha=0.0", "cdpruner:relevance=none", "mix")
 UNPLACED = [name for name in VARIANTS if not any(placed in name for placed in PLACED)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNPLACED)
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 100), count=st.integers(1, N - 1))

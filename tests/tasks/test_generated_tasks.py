@@ -91,6 +91,7 @@ def test_ink_lies_in_the_marked_cells():
                 assert np.ptp(pixels[round(y0) : round(y1), round(x0) : round(x1)]) > 60, (index, name)
 
 
+@pytest.mark.slow
 def test_held_out_values_and_layouts_are_never_trained_on():
     seen = {
         split: {line.value for i in range(150) for line in documents.layout(Random(i), (192, 192), 6, split).lines}
@@ -132,6 +133,7 @@ def test_scene_answers_follow_from_the_objects():
                 assert bool(turn.boxes) == present
 
 
+@pytest.mark.slow
 def test_relations_are_asked_as_often_as_the_rest():
     kinds = Counter(scenes.kind_of(sample.question) for sample in scenes.samples(300, 5))
     assert min(kinds.values()) > 0.12 * 300

@@ -153,6 +153,7 @@ def test_bfloat16(fit):
     assert bool(ran.trainer.callback_metrics["train/loss"].isfinite())
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_to_the_norm_asked_for(fit, monkeypatch):
     norms, step = [], torch.optim.AdamW.step
 
@@ -236,6 +237,7 @@ def _distance(module, tokens):
     return target.pow(2).mean(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
