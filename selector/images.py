@@ -79,8 +79,9 @@ def _opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
                     raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
                 yield image
     except (
+        # What Pillow raises of broken files; NotImplementedError: a DDS texture in a format that it does not decode.
         *(OSError, ValueError, SyntaxError, EOFError, MemoryError, NotImplementedError, Image.DecompressionBombError),
-        # What Pillow's decoders raise on bytes that make no sense, beside what they promise.
+        # What its decoders raise on bytes that make no sense, beside what they promise.
         *(struct.error, OverflowError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError),
     ) as error:
         reason = " ".join(str(error).split()).replace(str(path), path.name) or type(error).__name__

@@ -63,8 +63,9 @@ class RidgeLeverage(ScoreSelector):
             raise ValueError(f"matrix must be 'image' or 'tile', got {matrix!r}")
         check_method(method)
         check_seed(seed)
-        self.alpha, self.center, self.seed = alpha, center, seed
-        self.method = method
+
+        # Every argument under its own name: a checkpoint is rebuilt from them.
+        self.alpha, self.center, self.method, self.seed = alpha, center, method, seed
         self.field: Field = field
         self.matrix: Scope = matrix
         self.needs = frozenset({field})

@@ -55,12 +55,13 @@ class SVDPrune(ScoreSelector):
         super().__init__()
         if matrix not in ("image", "tile"):
             raise ValueError(f"matrix must be 'image' or 'tile', got {matrix!r}")
-        check_rank(rank, energy if rank is None else None, method)
+        check_rank(rank, energy if rank is None else None, method)  # a rank wins over the share
         check_seed(seed)
+
+        # Every argument under its own name: a checkpoint is rebuilt from them.
         self.energy, self.rank, self.center, self.normalize_rows = energy, rank, center, normalize_rows
         self.matrix: Literal["image", "tile"] = matrix
-        self.method = method
-        self.seed = seed
+        self.method, self.seed = method, seed
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         """Leverage in [0, 1] of each token in the matrix of its image, or of its tile."""

@@ -295,12 +295,15 @@ def _draft(place: str, recipe: Recipe, index: int, row: Mapping[str, Any]) -> di
     """What a sample says, without its image: arguments of `Sample`."""
     columns = recipe.columns
     choices = tuple(map(str, row[columns["choices"]])) if "choices" in columns else ()
+
+    # One answer or several, and annotators who gave none are null.
     given = row[columns["answers"]]
     answers = [str(each) for each in (given if isinstance(given, list) else [given]) if each is not None]
     if not answers:
         raise UsageError(f"{place}: it has no answer, in the column {columns['answers']!r}")
     if recipe.answer_is == "index":
         answers = [_letter(place, each, choices) for each in answers]
+
     return {
         "id": f"{index}-{row[columns['id']]}" if "id" in columns else str(index),
         "question": _question(place, recipe, row, choices),

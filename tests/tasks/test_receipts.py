@@ -343,6 +343,7 @@ def test_shops_of_a_chain_share_a_group():
     assert scans._group(row("CORNER SHOP", "12.30"), known) == "CORNE"
 
 
+# The scans may not be redistributed with the repository; everything else here runs on drawn ones.
 @pytest.mark.skipif(not REAL, reason="SELECTOR_DATA names no folder of real receipts")
 def test_real_receipts():
     found = scans.receipts()

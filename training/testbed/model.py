@@ -32,6 +32,7 @@ def reader_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, h
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
+        # What a page needs, and the ids of the testbed's own vocabulary.
         max_position_embeddings=2048,  # the largest page has 744 visual tokens
         tie_word_embeddings=True,
         pad_token_id=PAD,

@@ -19,16 +19,7 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from selector.tasks.generated.chart_layout import SIZES, Category, Layout, categories, cell, layout
-from selector.tasks.generated.drawing import (
-    ADVANCE,
-    COLOURS,
-    RGB,
-    add_noise,
-    any_colour,
-    any_font,
-    clip,
-    write,
-)
+from selector.tasks.generated.drawing import ADVANCE, COLOURS, RGB, add_noise, any_colour, any_font, clip, stream, write
 from selector.tasks.sample import Box, Draft, Page, Sample, Turn
 
 QUESTIONS = ("value", "largest", "color")
@@ -203,21 +194,8 @@ def _drawn(seed: int, made: Layout, shown: tuple[Category, ...]) -> Image.Image:
 
 
 def page(split: str, seed: int, index: int, size: tuple[int, int] | None = None) -> Page:
-    """The page number `index` of a stream; no two streams share a page's seed.
-
-    Args:
-        split: "train" or "test".
-        seed: number of the stream.
-        index: number of the page in it.
-        size: (width, height) in pixels; any of `SIZES` if None.
-
-    Raises:
-        ValueError: another split.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-
-    return draft(Random(f"charts/{split}/{seed}/{index}"), size, split=split).page()
+    """The page number `index` of a stream, see `drawing.stream`; of `size` (width, height), any of `SIZES` if None."""
+    return draft(stream("charts", split, seed, index), size, split=split).page()
 
 
 def question_kind(question: str) -> str:

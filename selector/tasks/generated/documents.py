@@ -30,6 +30,7 @@ from selector.tasks.generated.drawing import (
     glyph_box,
     held_out,
     ink_and_paper,
+    stream,
     textured,
     write,
 )
@@ -329,21 +330,8 @@ def _drawn(seed: int, made: DocumentLayout) -> Image.Image:
 
 
 def page(split: str, seed: int, index: int, size: tuple[int, int] | None = None) -> Page:
-    """The page number `index` of a stream; no two streams share a page's seed.
-
-    Args:
-        split: "train" or "test".
-        seed: number of the stream.
-        index: number of the page in it.
-        size: (width, height) in pixels; any of `SIZES` if None.
-
-    Raises:
-        ValueError: another split.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-
-    return draft(Random(f"documents/{split}/{seed}/{index}"), size, split=split).page()
+    """The page number `index` of a stream, see `drawing.stream`; of `size` (width, height), any of `SIZES` if None."""
+    return draft(stream("documents", split, seed, index), size, split=split).page()
 
 
 def samples(count: int, seed: int) -> Iterator[Sample]:

@@ -264,3 +264,20 @@ def shape(draw: ImageDraw.ImageDraw, rng: Random, kind: str, colour: str, x: int
         arm = max(2, radius // 3)
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
+
+
+def stream(task: str, split: str, seed: int, index: int) -> Random:
+    """The random numbers of one page: no two streams share a page's.
+
+    Args:
+        task: whose pages they are.
+        split: "train" or "test".
+        seed: number of the stream.
+        index: number of the page in it.
+
+    Raises:
+        ValueError: another split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    return Random(f"{task}/{split}/{seed}/{index}")

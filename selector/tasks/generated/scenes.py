@@ -17,7 +17,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from selector.tasks.generated.drawing import COLOURS, SHAPES, add_noise, background, held_out, shape
+from selector.tasks.generated.drawing import COLOURS, SHAPES, add_noise, background, held_out, shape, stream
 from selector.tasks.sample import Box, Draft, Page, Sample, Turn
 
 CELL = 48
@@ -199,23 +199,11 @@ def _drawn(seed: int, size: tuple[int, int], things: tuple[Thing, ...]) -> Image
 
 
 def page(split: str, seed: int, index: int, size: tuple[int, int] | None = None) -> Page:
-    """The scene number `index` of a stream.
+    """The scene number `index` of a stream, see `drawing.stream`; of `size` (width, height), any of `SIZES` if None.
 
-    No two streams share a scene's seed, nor the two splits the same list of objects.
-
-    Args:
-        split: "train" or "test".
-        seed: number of the stream.
-        index: number of the scene in it.
-        size: (width, height) in pixels; any of `SIZES` if None.
-
-    Raises:
-        ValueError: another split.
+    The two splits never share a list of objects.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-
-    return draft(Random(f"scenes/{split}/{seed}/{index}"), size, split=split).page()
+    return draft(stream("scenes", split, seed, index), size, split=split).page()
 
 
 def kind_of(question: str) -> str:
