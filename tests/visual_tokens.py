@@ -110,3 +110,13 @@ def ragged(seed: int = 0) -> VisualTokens:
     fields |= {"layers": {name: value[:4] for name, value in both.layers.items()}}
     asked = {"question": both.question, "question_mask": both.question_mask}
     return VisualTokens(grid=both.grid, image=torch.tensor([0, 0, 0, 1]), slots=slots, **fields, **asked)
+
+
+def square(side, rows, columns):
+    """One image of a base view and `rows` x `columns` tiles of ``side ** 2`` patches, all of them packed."""
+    patches, slots = side * side, list(range(side * side))
+    for y in range(rows * side):
+        tiles = [1 + (y // side) * columns + x // side for x in range(columns * side)]
+        slots += [t * patches + (y % side) * side + x % side for x, t in enumerate(tiles)] + [-1]
+    tokens = single(torch.randn(1 + rows * columns, patches, 3))
+    return replace(tokens, image=torch.zeros(1 + rows * columns, dtype=torch.long), slots=torch.tensor([slots]))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import base64
 import inspect
-import itertools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from small_runs import TOKENS, found
 
 from selector import Budget, GumbelSelector, Norm, Random, SVDPrune, records, select_tokens
 from selector.errors import UsageError
 from selector.measure import harness as measure
 from selector.measure.answering import answer, forced, prepare, without_image
 from selector.measure.protocol import Protocol
-from selector.measure.run import compare
 from selector.measure.scores import vqa
 from selector.measure.settings import row_settings
 from selector.models import encode
@@ -26,53 +25,6 @@ from selector.report.standings import distil
 from selector.report.summary import summarize
 from selector.tasks import Task
 from selector.tasks.sample import Sample
-
-SIZES = [(64, 64), (30, 70), (70, 30), (90, 40)]
-TOKENS = 3  # of an answer
-
-
-@pytest.fixture
-def task(make_image):
-    questions = ["what is shown?", "how many?", None, "what is shown?"]
-
-    def samples(count, seed):
-        for i, ((h, w), question) in enumerate(zip(SIZES, questions, strict=True)):
-            if i < count:
-                yield Sample(
-                    f"s{i}", make_image(h, w, i + seed), question, "red" if question else None, ((1.0, 1.0, 9.0, 9.0),)
-                )
-
-    return Task("toy", samples, len(SIZES), "toy-1")
-
-
-@pytest.fixture
-def run(tiny_model, task, tmp_path):
-    """``run(**changes)`` -> the steps of a comparison in `tmp_path`."""
-    model, processor = tiny_model()
-
-    def call(selectors=None, keeps=("0.5", "9"), tasks=None, **changes):
-        options = {"baseline": "random", "model_name": "toy-model"} | changes
-        settings = {name: options.pop(name) for name in Protocol.__dataclass_fields__ if name in options}
-        return list(
-            compare(
-                options.pop("model", model),
-                processor,
-                selectors or {"random": Random(), "svd": SVDPrune(energy=0.5)},
-                [Budget.parse(keep) for keep in keeps],
-                tasks or [task],
-                tmp_path,
-                protocol=Protocol(**{"max_new_tokens": TOKENS} | settings),
-                **options,
-            )
-        )
-
-    call.folder, call.model, call.processor = tmp_path, model, processor
-    return call
-
-
-def found(steps):
-    """{(label, keep, sample id): record}"""
-    return {(s.row.label, str(s.row.budget), s.record["id"]): s.record for s in steps if s.new}
 
 
 def test_every_row_and_sample_once(run):
@@ -188,97 +140,6 @@ def test_an_image_is_encoded_once_and_the_full_model_answers_once(run, monkeypat
     monkeypatch.setattr(type(run.model), "generate", counted_generate)
     run()
     assert calls == {"encode": 4 + 1, "generate": 3 * (2 + 2 * 2) + 1}  # and the first sample once before, untimed
-
-
-def test_a_rerun_touches_no_model(run, monkeypatch):
-    first = found(run())
-    before = {p: p.read_bytes() for p in run.folder.rglob("*.jsonl")}
-    forbid(monkeypatch, run.model)
-    steps = run()
-    assert not any(s.new for s in steps)
-    assert len(steps) == len(first)
-    assert {p: p.read_bytes() for p in run.folder.rglob("*.jsonl")} == before
-
-
-def forbid(monkeypatch, model):
-    def never(*args, **kwargs):
-        raise AssertionError("the model was called")
-
-    monkeypatch.setattr(type(model), "generate", never)
-    monkeypatch.setattr(model.base_model, "get_image_features", never)
-
-
-def test_more_samples_continue_where_fewer_ended(run):
-    run(samples=2)
-    steps = run(samples=4)
-    assert [s.new for s in steps] == [s.index >= 2 for s in steps]
-
-
-def test_a_killed_run_loses_one_sample(run):
-    first = found(run())
-    path = sorted(run.folder.rglob("predictions.jsonl"))[0]
-    whole = records.read_records(path)
-    path.write_bytes(path.read_bytes()[:-7])
-    redone = [s for s in run() if s.new]
-    assert [s.record["id"] for s in redone] == ["s3"]
-    times = {"encode_ms", "selection_ms", "prefill_ms", "decode_ms"}
-    strip = [{k: v for k, v in r.items() if k not in times} for r in (whole[-1], redone[0].record)]
-    assert strip[0] == strip[1]
-    assert len(records.read_records(path)) == len(whole) == 4
-    assert len(first) == 24
-
-
-@pytest.mark.slow
-def test_fresh_starts_over(run):
-    run()
-    assert all(s.new for s in run(fresh=True))
-    assert all(len(records.read_records(p)) == 4 for p in run.folder.rglob("*.jsonl"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"max_new_tokens": TOKENS + 1},
-        {"answers": False},
-        {"positions": "contiguous"},
-        {"selectors": {"random": Random(seed=1)}},
-        {"selectors": {"random": Norm()}},
-    ],
-)
-def test_a_changed_setting_meets_no_old_record(run, change):
-    run(selectors={"random": Random()})
-    steps = run(**({"selectors": {"random": Random()}} | change))
-    assert all(s.new for s in steps if s.row.selector)
-
-
-@pytest.mark.slow
-def test_a_changed_selector_or_model_meets_no_old_record(run, tiny_model):
-    class Weighted(Random):
-        def __init__(self, seed: int = 0):
-            super().__init__(seed)
-            self.weight = torch.nn.Parameter(torch.ones(3))
-
-    selector = Weighted()
-    run(selectors={"w": selector})
-    with torch.no_grad():
-        selector.weight[1] += 1e-6
-    changed = run(selectors={"w": selector})
-    assert [s.new for s in changed] == [s.row.selector is not None for s in changed]
-    other = tiny_model(text="mistral")[0]
-    assert all(s.new for s in run(selectors={"w": selector}, model=other))
-
-
-def test_scope_and_newlines_are_part_of_the_key(run, tiny_model, task):
-    model, processor = tiny_model()
-    brief = Protocol(max_new_tokens=2)
-    for newlines, scope in itertools.product(("kept_rows", "none"), ("image", "tile")):
-        budget = Budget(9, scope=scope, newlines=newlines)
-        steps = list(compare(model, processor, {"svd": SVDPrune(rank=2)}, [budget], [task], run.folder, protocol=brief))
-        assert all(s.new for s in steps if s.row.selector)
-    keeps = {row["keep"] for row in json.loads((run.folder / "run.json").read_text())["rows"]}
-    assert keeps == {None, "9 tile newlines=none"}
 
 
 def test_without_answers_nothing_is_generated(run, monkeypatch):
@@ -435,12 +296,6 @@ def test_the_first_sample_is_measured_twice_and_the_first_time_thrown_away(tiny_
     assert opened == ["s0", "s0", "s1"]
 
 
-def test_another_layer_or_number_of_repeats_meets_no_old_record(run):
-    run(keeps=("9",), samples=1)
-    for change in ({"layer": 1}, {"repeats": 2}):
-        assert all(s.new for s in run(keeps=("9",), samples=1, **change))
-
-
 def test_divergences_over_the_answer_are_those_of_two_forward_passes(run, task):
     results = found(run(keeps=("9",)))
     sample = next(task.samples(1, 0))
@@ -497,33 +352,10 @@ def test_a_run_says_which_tasks_are_scored_by_anls(run, task):
     assert {name: about["anls"] for name, about in plan["tasks"].items()} == {"toy": False, "scans": True}
 
 
-def test_two_rows_never_share_records(run):
-    """Before anything runs: the second of them would show what the first measured."""
-    with pytest.raises(UsageError, match=r"'a' and 'b' at keep=0\.5 are the same"):
-        run(selectors={"a": Random(), "b": Random(seed=0)})
-    assert not list(run.folder.rglob("*.jsonl"))
-
-
 @pytest.mark.parametrize("label", ["full", "blind"])
 def test_a_selector_is_not_called_like_a_reference(run, label):
     with pytest.raises(UsageError, match=f"must not be called full or blind.*got '{label}'"):
         run(selectors={label: Random()})
-
-
-@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
-def test_a_shard_that_is_none(run, shard):
-    with pytest.raises(UsageError, match="shard must be i/n"):
-        run(shard=shard)
-
-
-def test_shards_of_one_process_make_one_run(run):
-    first, second = run(shard=(0, 3)), run(shard=(1, 3))
-    assert {s.record["id"] for s in first} == {"s0", "s3"}
-    assert {s.record["id"] for s in second} == {"s1"}
-    rest = run()  # the whole of it: what no shard did
-    assert {s.record["id"] for s in rest if s.new} == {"s2"}
-    assert not any(s.new for s in run(shard=(2, 3)))
-    assert all(len(records.read_folder(p.parent)) == 4 for p in run.folder.rglob("predictions.jsonl"))
 
 
 def test_a_task_is_asked_with_its_suffix_and_scored_by_its_metric(run, make_image, monkeypatch):
