@@ -1,4 +1,4 @@
-"""Spectra of token matrices: (ridge) leverage scores, energy rank, inverse participation ratio, effective rank.
+"""Spectra of token matrices: leverage scores, energy rank, inverse participation ratio, effective rank.
 
 Pure linear algebra, batched over the leading dimensions. Singular values s_1 >= s_2 >= ... of F ``[N, D]``;
 p_i = s_i² / Σ s²; rank-k leverage of token t: l_t = ‖U[t, :k]‖², in [0, 1], Σ_t l_t = k.
@@ -16,7 +16,6 @@ makes it tell tokens apart, so that case warns.
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -24,12 +23,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selector.numerics import gram
-
-RIDGE_ERROR = 1e-2
-"""Rounding error of ridge leverage scores above which they are computed in the next larger type."""
-RIDGE_SKETCH = 128
-"""Leading directions that fast ridge leverage scores treat exactly."""
 SKETCH_FROM = 512
 """Smaller side from which on a sketch is tried before the whole decomposition."""
 SKETCHES = (64, 128)
@@ -85,7 +78,7 @@ def leverage_scores(
         [0.36, 0.64, 0.0]
     """
     check_rank(rank, energy, method)
-    matrix, present = _prepare(features, center, normalize_rows, mask)
+    matrix, present = prepare(features, center, normalize_rows, mask)
 
     # The largest rank that a matrix of so many present rows can have: centring takes one.
     full = torch.minimum(present.sum(-1) - int(center), torch.full_like(present.sum(-1), matrix.shape[-1])).clamp(min=0)
@@ -120,7 +113,7 @@ def _by_matrix(
     outcomes = []
     for part, (left, squares) in parts:
         # A sketch holds the leading values only, so their share is taken of the matrix's own total.
-        total = _energy(part)
+        total = energy_of(part)
         numeric = (squares > squares[..., :1] * 10 * torch.finfo(part.dtype).eps).sum(-1)  # below: rounding noise
         wanted = torch.full_like(numeric, rank) if rank is not None else energy_rank(squares, float(energy or 0), total)
         used = torch.minimum(wanted, numeric)
@@ -150,7 +143,7 @@ def _converged(
 
     The squared Frobenius norm is the sum of all squared singular values, so leading ones tell their share of it.
     """
-    total = _energy(matrix)
+    total = energy_of(matrix)
 
     # The last quarter of a sketch converges slowly: what is needed must lie in front of it.
     if rank is not None and rank > width * 3 // 4:
@@ -184,77 +177,6 @@ def _converged(
     return None
 
 
-def ridge_leverage_scores(
-    features: Float[Tensor, "*B N D"],
-    *,
-    alpha: float = 1.0,
-    center: bool = True,
-    normalize_rows: bool = False,
-    mask: Bool[Tensor, "*B N"] | None = None,
-    method: str = "exact",
-    seed: int = 0,
-) -> Float[Tensor, "*B N"]:
-    """Ridge leverage of the rows of each matrix: x_i (XᵀX + λI)⁻¹ x_iᵀ, λ = alpha · ‖X‖² / D.
-
-    X is the matrix after centring, and λ is `alpha` times the mean of the diagonal of the ``[D, D]`` Gram matrix XᵀX,
-    whatever N is. With X = U S Vᵀ the score of row i is Σ_j U[i, j]² s_j² / (s_j² + λ): a soft cut at s_j² ≈ λ where
-    `leverage_scores` cuts hard at a rank, so no cut is degenerate. A larger alpha lowers every score; towards 0 they
-    become the leverage at full rank. Scores depend neither on the scale nor on the rotation of the rows.
-
-    One Cholesky factor of the smaller Gram matrix: with G = XXᵀ and N < D, diag(G (G + λI)⁻¹) = 1 − λ diag((G + λI)⁻¹).
-
-    Source: Alaoui and Mahoney 2015 (arXiv 1411.0306), there for Nyström approximation in kernel ridge regression.
-
-    Args:
-        features: ``[*B, N, D]``, any float type; computed in float32 (uncentred, given float64, or alpha too small for
-            float32: in float64), factorised in float64.
-        alpha: strength of the ridge, > 0.
-        center: subtract the mean row first (otherwise a strong common mean sets λ).
-        normalize_rows: scale rows to unit length after centring.
-        mask: ``[*B, N]`` rows that exist; the others get score 0 and do not influence the rest.
-        method: ``"exact"``, or ``"fast"``: the leading 128 directions come from a seeded sketch of the channels, and
-            what they leave of each row is taken as spread evenly over all other directions.
-        seed: of the sketch.
-
-    Returns:
-        Scores ``[*B, N]`` in [0, 1]; their sum is the effective dimension Σ_j s_j² / (s_j² + λ). 0 for a matrix without
-        variance.
-
-    Raises:
-        ValueError: alpha not finite, not above 0 or too small for float64 at this width; NaN or infinity in features.
-    """
-    width = features.shape[-1]
-    _check_alpha(alpha, width)
-    check_method(method)
-    matrix, present = _prepare(features, center, normalize_rows, mask)
-
-    # Only ratios matter, and entries near 1 neither overflow nor vanish when squared.
-    largest = _largest(matrix)[..., None, None]
-    matrix = matrix / largest.masked_fill(largest == 0, 1)
-    if _ridge_error(alpha, width, matrix.dtype) > RIDGE_ERROR:
-        matrix = matrix.double()
-
-    # λ, by the trace of the Gram matrix, which is the squared Frobenius norm.
-    total = _energy(matrix)
-    ridge = (alpha * total / width).masked_fill(total == 0, 1)  # a zero matrix: any ridge gives zero scores
-
-    # By a sketch, by the [N, N] matrix of products, or by the [D, D] one, whichever is smaller.
-    if method == "fast" and min(matrix.shape[-2:]) > RIDGE_SKETCH:
-        rows = matrix.reshape(-1, *matrix.shape[-2:])
-        scores = torch.stack([_sketched_ridge(one, r, seed) for one, r in zip(rows, ridge.reshape(-1), strict=True)])
-        scores = scores.view(matrix.shape[:-1])
-    elif matrix.shape[-2] < width:
-        rows = matrix.reshape(-1, *matrix.shape[-2:])
-        table = gram(rows, [rows.shape[1]] * len(rows)).view(*matrix.shape[:-1], -1)
-        scores = 1 - ridge[..., None] * _inverse_diagonal(table, ridge, alpha, width)
-    else:
-        factor = _inverse_factor(matrix.mT @ matrix, ridge)
-        scores = (matrix @ factor.mT.to(matrix.dtype)).square().sum(-1)
-
-    scores = (scores * present).clamp(0, 1)  # rounding alone can leave the range
-    return scores if features.dtype == torch.float64 else scores.float()
-
-
 def residual_norms(
     features: Float[Tensor, "*B N D"], rank: int, *, center: bool = True, mask: Bool[Tensor, "*B N"] | None = None
 ) -> Float[Tensor, "*B N"]:
@@ -266,7 +188,7 @@ def residual_norms(
         center: subtract the mean row first.
         mask: ``[*B, N]`` rows that exist; the others get 0.
     """
-    matrix, _ = _prepare(features, center, False, mask)
+    matrix, _ = prepare(features, center, False, mask)
     rows = matrix.reshape(-1, *matrix.shape[-2:])
     left = torch.cat([_leading(one, rank, None, "exact", 0)[0][..., :rank] for one in rows]).view(
         *matrix.shape[:-1], -1
@@ -285,7 +207,7 @@ def singular_values(
     Through the Gram matrix of the shorter side, in float64: squaring halves the digits, and small values stay
     meaningful only there. Features ``[*B, N, D]``; rows where `mask` is False do not count.
     """
-    matrix, _ = _prepare(features.double(), center, False, mask)
+    matrix, _ = prepare(features.double(), center, False, mask)
     if matrix.shape[-2] < matrix.shape[-1]:
         matrix = matrix.mT
     return torch.linalg.eigvalsh(matrix.mT @ matrix).flip(-1).clamp(min=0).sqrt()
@@ -350,7 +272,7 @@ def _shares(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B R"]:
     return squares / total
 
 
-def _prepare(
+def prepare(
     features: Float[Tensor, "*B N D"], center: bool, normalize_rows: bool, mask: Bool[Tensor, "*B N"] | None
 ) -> tuple[Float[Tensor, "*B N D"], Bool[Tensor, "*B N"]]:
     """(the matrices as they are decomposed, which of their rows exist)."""
@@ -368,11 +290,11 @@ def _prepare(
     # Both steps concern rows that exist: masked ones are zero before and after.
     if center:
         count = present.sum(-1).clamp(min=1)[..., None, None]
-        scale = _largest(matrix)
+        scale = largest(matrix)
         matrix = (matrix - matrix.sum(-2, keepdim=True) / count).mul_(present[..., None])
 
         # Identical rows leave rounding noise behind, which must not be mistaken for variance.
-        noise = _largest(matrix) <= 8 * torch.finfo(matrix.dtype).eps * scale
+        noise = largest(matrix) <= 8 * torch.finfo(matrix.dtype).eps * scale
         if bool(noise.any()):
             matrix[noise] = 0
     if normalize_rows:
@@ -380,12 +302,12 @@ def _prepare(
     return matrix, present
 
 
-def _largest(matrix: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B"]:
+def largest(matrix: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B"]:
     """Largest absolute value of each matrix."""
     return torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1))
 
 
-def _energy(matrix: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B"]:
+def energy_of(matrix: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B"]:
     """Squared Frobenius norm: the rows' lengths in the matrix's type, their sum in float64."""
     return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
 
@@ -401,63 +323,6 @@ def _gram(matrix: Float[Tensor, "*B N D"]) -> tuple[Float[Tensor, "*B N R"], Flo
     # U = X V / s; where s is 0, so is X V, and the column stays 0.
     tiny = torch.finfo(matrix.dtype).tiny
     return (matrix @ vectors) / squares.clamp(min=tiny).sqrt()[..., None, :], squares
-
-
-def _inverse_factor(gram: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"]) -> Float[Tensor, "*B M M"]:
-    """L⁻¹ in float64, of G + λI = L Lᵀ: the inverse of the sum is its transpose times itself."""
-    identity = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
-    lower = torch.linalg.cholesky(gram.double() + ridge[..., None, None] * identity)
-    return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-
-
-def _inverse_diagonal(
-    table: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"], alpha: float, width: int
-) -> Float[Tensor, "*B M"]:
-    """Diagonal of (G + λI)⁻¹; large matrices in their own type where its rounding allows."""
-    large = table.shape[-1] >= SKETCH_FROM and _ridge_error(alpha, width, table.dtype) <= RIDGE_ERROR / 10
-    wide = table if large else table.double()
-    shifted = wide + torch.diag_embed(ridge.to(wide)[..., None].expand(table.shape[:-1]))
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted)).diagonal(dim1=-2, dim2=-1).double()
-
-
-def _sketched_ridge(matrix: Float[Tensor, "N D"], ridge: Float[Tensor, ""], seed: int) -> Float[Tensor, "N"]:
-    """Ridge leverage of one matrix: exact in the leading directions, which a sketch finds, averaged over the others.
-
-    Σ_j U[i, j]² s_j² / (s_j² + λ), with one mean s² for all directions outside of the sketch.
-    """
-    # Two turns are enough for a soft cut, which does not hinge on the last direction.
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[1], RIDGE_SKETCH, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(2):
-        basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
-    image = matrix.mT @ basis
-    squares, vectors = torch.linalg.eigh(image.mT @ image)
-    squares = squares.clamp(min=0).double()
-    shares = (basis @ vectors).double().square()
-
-    # ‖x_i‖² = Σ_j U[i, j]² s_j²: what the leading directions leave of it is the others'.
-    length = torch.linalg.vector_norm(matrix, dim=-1).double().square()
-    rest = (length - shares @ squares).clamp(min=0)
-    even = rest.sum() / (min(matrix.shape) - RIDGE_SKETCH)  # mean squared value of the other directions
-    return shares @ (squares / (squares + ridge)) + rest / (even + ridge)
-
-
-def _ridge_error(alpha: float, width: int, dtype: torch.dtype) -> float:
-    """Bound, up to a small factor, on what the rounding of a Gram matrix of this type does to a ridge leverage score.
-
-    The rounding is about eps · ‖X‖², and it is weighed against λ = alpha · ‖X‖² / D.
-    """
-    return torch.finfo(dtype).eps * width / alpha
-
-
-def _check_alpha(alpha: float, width: int) -> None:
-    """Raises a ValueError where alpha is no ridge, or one that even float64 would lose in rounding."""
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be finite and above 0, got {alpha}")
-    if _ridge_error(alpha, width, torch.float64) > RIDGE_ERROR:
-        least = torch.finfo(torch.float64).eps * width / RIDGE_ERROR
-        raise ValueError(f"alpha must be at least {least:.1e} for rows of width {width} in float64, got {alpha}")
 
 
 def _subspace(

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selector import spectrum
+from selector.ridge import ridge_leverage_scores
 from selector.spectrum import (
     FullRankWarning,
     effective_rank,
     energy_rank,
     inverse_participation_ratio,
     leverage_scores,
-    ridge_leverage_scores,
     singular_values,
 )
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from selector.base import ScoreSelector
 from selector.budget import Scope
 from selector.groups import Groups
-from selector.spectrum import check_method, check_seed, ridge_leverage_scores
+from selector.ridge import ridge_leverage_scores
+from selector.spectrum import check_method, check_seed
 from selector.tokens import VisualTokens
 
 Field = Literal["projected", "features"]
