@@ -4,53 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from cli_runs import SMALL, folder
 from PIL import Image
 
 from selector import cli
-from selector.cli import MODEL, SELECTORS
 from selector.tasks import GENERATED
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--selectors", "svd-prune:rank=2", "random", "--keep", "0.5", "9", "--samples", "2", "--max-new-tokens", "2"]
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture
-def model(tiny_model, saved):
-    """Folder of a tiny random LLaVA-NeXT."""
-    folder = saved / "tiny"
-    if not folder.is_dir():
-        built, processor = tiny_model()
-        built.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """``call("compare", ...)`` in an empty folder -> (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capsys.readouterr()  # saving the model leaves a progress bar behind
-        code = cli.main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_help_imports_no_torch():
@@ -190,29 +157,6 @@ def test_compare_a_folder(call, model, tmp_path):
     assert {row["samples"] for row in json.loads(Path("runs/compare/results.json").read_text())["rows"]} == {2}
 
 
-def folder(path, names, broken=()):
-    path.mkdir()
-    rows = []
-    for i, name in enumerate(names):
-        Image.new("RGB", (60 + i, 50), (i, 200, 90)).save(path / name)
-        if name in broken:
-            (path / name).write_bytes(b"not an image")
-        rows.append({"image": name, "qa": [{"q": "what?", "a": "red", "boxes": [[5, 5, 20, 20]]}]})
-    (path / "annotations.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-
-
-def test_unreadable_images(call, model, tmp_path):
-    folder(tmp_path / "data", ["a.png", "b.png", "c.png"], broken=["b.png"])
-    arguments = ["compare", "--model", model, *SMALL, "--tasks", "folder:data", "--no-answers", "--samples", "all"]
-    code, _, err = call(*arguments)
-    assert code == 2
-    assert "b.png cannot be read" in err
-    code, out, err = call(*arguments, "--skip-unreadable")
-    assert code == 0
-    assert "1 images cannot be read and are left out" in err
-    assert "b.png" in out
-
-
 @pytest.mark.slow
 def test_interrupted_prints_what_is_done(call, model, monkeypatch):
     from selector.measure import harness as measure
@@ -290,28 +234,6 @@ def test_two_folders_of_one_name_are_told_apart(call, model):
     assert "'a' and 'b' are one selector" in err
 
 
-def test_a_stray_rank_is_said_aloud(call, model, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    options = ["compare", "--model", model, "--selectors", "random", "--keep", "9", "--samples", "4", "--no-answers"]
-    code, out, err = call(*options, "--tasks", "scenes")
-    assert code == 0
-    assert "RANK=0 and WORLD_SIZE=2 in the environment: this process takes shard 0/2" in err
-    assert "scenes · " in out
-    assert "shard 0/2: 2 of 4 samples" in out
-    code, out, err = call(*options, "--tasks", "scenes", "--shard", "0/1")
-    assert "of 4 samples" not in out
-    assert "RANK" not in err
-
-
-def test_no_image_that_can_be_read_is_an_error(call, model, tmp_path):
-    folder(tmp_path / "data", ["a.png", "b.png"], broken=["a.png", "b.png"])
-    options = ["compare", "--model", model, *SMALL, "--tasks", "folder:data", "--no-answers", "--samples", "all"]
-    code, _, err = call(*options, "--skip-unreadable")
-    assert code == 2
-    assert "task 'folder:data': none of its 2 images can be read" in err
-
-
 def test_a_list_skips_what_is_no_checkpoint(call):
     for name, content in (("a", "{"), ("b", "[]"), ("c", '{"class_path": "x.Y"}'), ("d", '{"class_path": 5}')):
         Path(f"checkpoints/{name}").mkdir(parents=True)
@@ -365,32 +287,6 @@ def test_calibrate_then_compare(call, model):
     assert (weights.read_bytes(), card.read_text()) == (before, "# mine\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["lofi", "--out", "x", "--shares", "1.5"], r"shares must lie between 0 and 1, got '1\.5'"),
-        (["lofi", "--out", "x", "--shares", "half"], "shares must lie between 0 and 1, got 'half'"),
-        (["lofi", "--out", "x", "--shares", "0.5", "0.50"], r"shares must be different, 0\.50 is there twice"),
-        (["lofi", "--out", "x", "--newlines", "some"], "newlines must be of kept_rows, all, none, .* got 'some'"),
-        (["lofi", "--out", "x", "--tolerance", "2"], r"tolerance must be in \[0, 1\), got 2"),
-        (["lofi", "--out", "x", "--samples", "all"], "samples must be a number for the task 'scenes'"),
-        (["lofi"], "out must name the folder to write: 'lofi' is no folder"),
-        (["svd-prone", "--out", "x"], "unknown selector 'svd-prone'"),
-        (["divprune", "--out", "x"], r"divprune: keep='auto:0\.5' is adaptive and needs scores"),
-        (["norm:merge=nearest", "--out", "x"], "a Merge has no scores; calibrate what it is made of"),
-        (["lofi:rank=2", "--out", "x", "--shares", "0.0001"], r"share 0\.0001 .* cannot be met within 1%"),
-    ],
-)
-def test_mistakes_of_calibrate(call, model, arguments, message):
-    common = ["--model", model, "--tasks", "scenes", "--samples", "2"]
-    code, out, err = call("calibrate", *common, *arguments)
-    assert code == 2
-    assert out == ""
-    assert err.splitlines()[-1].startswith("selector calibrate: error: ")
-    assert re.search(message, err), err
-    assert not Path("x").exists()
-
-
 def test_compare_names_the_command_that_calibrates(call, model):
     code, _, err = call("compare", "--model", model, "--selectors", "random", "--keep", "auto:0.25", "--samples", "1")
     assert code == 2
@@ -411,137 +307,3 @@ def test_list_as_the_table_of_the_page(call):
     assert code == 0
     assert out.startswith("| name |")
     assert out.strip() in (ROOT / "selector" / "methods" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--selectors", "svd-prone"], "unknown selector 'svd-prone'.*did you mean.*svd-prune"),
-        (["--selectors", "checkpoints/none"], "no selector checkpoint at 'checkpoints/none'"),
-        (["--selectors", "gumbel"], "'gumbel' is learned: name a checkpoint folder"),
-        (["--selectors", "random:sede=3"], "sede"),
-        (["--selectors", "random", "random"], "must be different, 'random' is there twice"),
-        (["--keep", "0"], "keep must be .* got 0"),
-        (["--keep", "-3"], "keep must be .* got -3"),
-        (["--keep", "nan"], "keep must be .* got nan"),
-        (["--keep", "1.5"], "keep must be .* got 1.5"),
-        (["--keep", "many"], "keep must be .* got 'many'"),
-        (["--keep", "energy:2"], "keep must be .* got 'energy:2'"),
-        (["--keep", "0.5", "0.50"], "0.5 is there twice"),
-        (["--scope", "page"], "scope must be one of .*got 'page'"),
-        (["--newlines", "some"], "newlines must be one of .*got 'some'"),
-        (["--positions", "all"], "positions must be one of contiguous, original, got 'all'"),
-        (["--samples", "0"], "samples must be an int >= 1 or all, got '0'"),
-        (["--samples", "few"], "samples must be an int >= 1 or all, got 'few'"),
-        (["--samples", "all"], "samples must be a number for the task 'documents'"),
-        (["--tasks", "paintings"], "unknown task 'paintings'"),
-        (["--tasks", "scenes", "scenes"], "tasks must name at least one, each once"),
-        (["--tasks", "folder:nowhere"], "PATH must be a folder .* got 'nowhere'"),
-        (["--tasks", "folder:."], r"annotations\.jsonl is missing"),
-        (["--model", "checkpoints/nothing"], "model must be a folder .* there is no 'checkpoints/nothing'"),
-        (["--device", "abacus"], "device must be auto or one that torch has"),
-        (["--dtype", "float7"], "dtype must be one of .* got 'float7'"),
-        (["--layer", "9"], "layer must be in 0..3 for this model, got 9"),
-        (["--repeats", "0"], "repeats must be an int >= 1, got 0"),
-        (["--shard", "2/2"], "shard must be i/n with 0 <= i < n.* got '2/2'"),
-        (["--shard", "1"], "shard must be i/n .* got '1'"),
-        (["--shard", "0/2", "--fresh"], "fresh must not go with a shard"),
-        (["--max-new-tokens", "0"], "max_new_tokens must be an int >= 1, got 0"),
-        (["--threads", "0"], "threads must be an int >= 1, got 0"),
-        (["--baseline", "nobody"], "baseline must be one of the selectors .*got 'nobody'"),
-        (["--config", "none.yaml"], "config must be a YAML file, there is no 'none.yaml'"),
-    ],
-)
-def test_mistakes_are_one_line(call, model, arguments, message):
-    code, out, err = call("compare", "--model", model, *SMALL, *arguments)
-    assert code == 2
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("selector compare: error: ")
-    assert re.search(message, err), err
-    assert not list(Path().rglob("predictions.jsonl"))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("kepe: [1]", "unknown setting 'kepe'; did you mean keep"),
-        ("keep: 1", "keep must be a list, got 1"),
-        ("samples: [1]", "samples must be one value"),
-        ("- 1", "must hold names and values, got list"),
-        ("a: [", "is not YAML"),
-        ("samples: true", "samples must be an int >= 1 or all, got True"),
-        ("seed: x", "seed must be an int, got 'x'"),
-        ("keep: [true]", "keep must be .* got True"),
-        ("selectors: []", "selectors must name at least one"),
-    ],
-)
-def test_mistakes_in_a_config(call, model, content, message):
-    Path("c.yaml").write_text(content)
-    code, _, err = call("compare", "--config", "c.yaml", "--model", model, "--tasks", "scenes")
-    assert code == 2
-    assert re.search(message, err), err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["report", "nowhere"], "run must be a folder that `selector compare` wrote"),
-        (["report", "nowhere", "--out", "page.pdf"], "out must be the name of an HTML file, got 'page.pdf'"),
-        (["show", "gone.png"], r"image gone\.png cannot be read"),
-        (["show", "--out", "picture.jpg"], "out must be the name of a PNG file"),
-        (["bench", "--image", "gone.png"], r"gone\.png cannot be read"),
-        (["bench", "--repeats", "0"], "repeats must be an int >= 1, got 0"),
-    ],
-)
-def test_mistakes_of_the_other_commands(call, arguments, message):
-    code, _, err = call(*arguments)
-    assert code == 2
-    assert re.search(message, err), err
-
-
-def test_the_shipped_names_are_found_from_anywhere(call, monkeypatch):
-    """Defaults are looked for in the current folder, then at the root of the clone (below: of the wheel)."""
-    from selector.commands.loading import find_folder
-
-    assert find_folder("configs/compare") == ROOT / "configs/compare"
-    Path("configs/compare").mkdir(parents=True)
-    assert find_folder("configs/compare") == Path("configs/compare")
-    assert find_folder("checkpoints/none") is None
-
-
-def test_a_wheel_finds_what_ships_inside_its_package(tmp_path):
-    """The same module where an installer puts it: with a folder `shipped` beside it, that is the place."""
-    (tmp_path / "site-packages" / "selector").mkdir(parents=True)
-    path = tmp_path / "site-packages" / "selector" / "shipped.py"
-    shutil.copy(ROOT / "selector" / "shipped.py", path)
-    assert runpy.run_path(str(path))["places"]("configs") == (Path("configs"), tmp_path / "site-packages" / "configs")
-    (path.parent / "shipped").mkdir()
-    assert runpy.run_path(str(path))["places"]("configs") == (Path("configs"), path.parent / "shipped" / "configs")
-
-
-def test_the_wheel_has_every_default():
-    """What the commands name without being asked is among what the wheel takes, and comes where `shipped` looks."""
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    named = {value for value in (MODEL, *SELECTORS) if "/" in value}
-    assert len(named) > 1
-    assert named <= {*wheel["only-include"]}
-    assert {*wheel["sources"].values()} == {"selector/shipped/checkpoints", "selector/shipped/configs"}
-
-
-def test_an_installed_checkpoint_is_not_calibrated_in_place(call, monkeypatch, tmp_path):
-    from selector.commands import calibrate
-
-    shutil.copytree(ROOT / "checkpoints" / "selector-llava-next-tiny", tmp_path / "one")
-    monkeypatch.setattr(calibrate, "INSTALLED", tmp_path)
-    code, _, err = call("calibrate", "./one", "--tasks", "documents", "--samples", "1")
-    assert code == 2
-    assert "out must name the folder to write" in err
-    assert "part of the installed package" in err
-
-
-def test_debug_shows_the_traceback(call):
-    from selector.errors import UsageError
-
-    with pytest.raises(UsageError):
-        call("compare", "--keep", "0", "--debug")
