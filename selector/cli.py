@@ -58,7 +58,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "skip_unreadable": False,
         "suffix": None,
         "system": None,
+        "workers": 0,
         **asdict(Protocol()),
+        "batch_size": None,  # depends on the size of the model
     },
     "show": COMMON
     | {
@@ -101,7 +103,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "shares": (int, float, str),
     "tolerance": (int, float),
     "samples": object,  # an int or "all", which is checked where it is read
-    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
+    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers"), int),
     **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
 }
 """Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated."""
@@ -339,6 +341,22 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--repeats", type=int, metavar="N", help=f"of every timed piece of work (default: {defaults['repeats']})"
+    )
+
+    # How fast.
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="prompts that are answered at once (default: 32 for a model of fewer than 100 million parameters, else 1). "
+        "Answers are the same, but for exact ties, which are common in bfloat16 only; times are then those of a batch "
+        "divided by its rows, and are marked so. 1 times every sample by itself",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help=f"threads that open and prepare images ahead (default: {defaults['workers']}: each when its turn comes)",
     )
 
     # Which part of the run this process takes, and what of an earlier one counts.
