@@ -166,9 +166,15 @@ def add_time(run: Path, shard: Shard, seconds: Mapping[str, float]) -> None:
     name = TIME if shard == WHOLE else f"{TIME}.{shard[0]}-of-{shard[1]}"
     path = run / f"{name}.json"
     before = _seconds(path) if path.is_file() else {}
-    total = {phase: round(before.get(phase, 0.0) + more, 3) for phase, more in seconds.items()}
+    total = before | {phase: round(before.get(phase, 0.0) + more, 3) for phase, more in seconds.items()}
     with output(path):
         write_json(path, total)
+
+
+def forget_time(run: Path) -> None:
+    """Deletes what was noted of the time of earlier processes."""
+    for path in run.glob(f"{TIME}*.json"):
+        path.unlink()
 
 
 def read_time(run: Path) -> dict[str, float]:

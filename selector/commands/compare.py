@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -30,7 +32,7 @@ from selector.files import check_output
 from selector.measure.batches import refusal
 from selector.measure.protocol import Protocol
 from selector.measure.run import Step, check_part, compare, sample_count, shard_range
-from selector.records import WHOLE, Shard
+from selector.records import WHOLE, Shard, add_time
 from selector.tasks import PLACEHOLDER, Task
 
 BATCH = 32
@@ -66,6 +68,8 @@ def run(settings: dict[str, Any]) -> int:
     if shard != WHOLE and settings.get("shard") is None:
         _announce(shard)
 
+    # Batches of a small model are worth the threads that single prompts are not: those that torch would use by itself.
+    threads = torch.get_num_threads() if settings["threads"] is None else None
     model, processor, selectors = load_all(settings, selectors)
     protocol = _batched(protocol, model, settings["batch_size"])
 
@@ -84,6 +88,7 @@ def run(settings: dict[str, Any]) -> int:
         fresh=settings.get("fresh", False),
         model_name=str(settings["model"]),
         workers=_workers(settings["workers"]),
+        batch_threads=threads if protocol.batch_size > 1 else None,
     )
 
     # A record per sample and row; the unpruned model and, with answers, the blind one are rows too.
@@ -91,7 +96,9 @@ def run(settings: dict[str, Any]) -> int:
     sizes = {task.name: len(range(*shard_range(shard, sample_count(task, samples)))) * rows for task in tasks}
     interrupted = _watch(steps, tasks, sizes)
 
+    start = time.perf_counter()
     print_report([Path(settings["out"])])
+    add_time(Path(settings["out"]), shard, {"report": time.perf_counter() - start})
     if interrupted:
         print("interrupted: the table shows what is done; the same command goes on from here", file=sys.stderr)
     return 130 if interrupted else 0

@@ -121,6 +121,19 @@ class Spent:
         return before
 
 
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """So many threads of torch within the block; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if number is not None and number != before:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the work queued on a GPU is done, without which a clock times the launch alone; elsewhere nothing."""
     if device.type == "cuda":

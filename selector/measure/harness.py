@@ -26,7 +26,7 @@ from selector.errors import UsageError
 from selector.measure.answering import Answer, answer, forced, prepare, without_image
 from selector.measure.batches import Reading, read
 from selector.measure.consistency import Spectrum, spectrum, spectrum_shift
-from selector.measure.cost import Spent, synchronize
+from selector.measure.cost import Spent, synchronize, threads
 from selector.measure.evidence import Canvas, evidence, model_canvas
 from selector.measure.flops import cache_bytes, counted_flops, language_flops, tower_flops
 from selector.measure.protocol import Protocol
@@ -63,13 +63,22 @@ class Harness:
     Args:
         needs: fields of `VisualTokens` that some selector reads.
         protocol: how each sample is measured.
+        batch_threads: of torch, for batches; None: as many as for everything else.
 
     Attributes:
         spent: what the time went into so far.
     """
 
-    def __init__(self, model: Any, processor: Any, needs: frozenset[str], protocol: Protocol):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        needs: frozenset[str],
+        protocol: Protocol,
+        batch_threads: int | None = None,
+    ):
         self.model, self.processor, self.needs, self.protocol = model, processor, needs, protocol
+        self.batch_threads = batch_threads
         self.spent = Spent(model.device)
         self.flops: dict[Any, int] = {}  # of selectors, by shapes: see `Measured`
         self._warm: set[Any] = set()  # what ran once, untimed: "model", "batch", and the labels of rows
@@ -115,19 +124,20 @@ class Harness:
         warm = "batch" in self._warm
         self._warm.add("batch")
         layer = self.protocol.layer
-        repeated = [
-            read(
-                self.model,
-                self.processor,
-                [turn.inputs for _, turn in turns],
-                [None if measured.full is None else measured.full.ids for measured, _ in turns],
-                self.protocol.max_new_tokens,
-                self.spent,
-                layer,
-                [measured.image_token_id if turn.pruned else None for measured, turn in turns] if layer else (),
-            )
-            for _ in range(self.protocol.repeats + int(not warm))
-        ]
+        with threads(self.batch_threads):
+            repeated = [
+                read(
+                    self.model,
+                    self.processor,
+                    [turn.inputs for _, turn in turns],
+                    [None if measured.full is None else measured.full.ids for measured, _ in turns],
+                    self.protocol.max_new_tokens,
+                    self.spent,
+                    layer,
+                    [measured.image_token_id if turn.pruned else None for measured, turn in turns] if layer else (),
+                )
+                for _ in range(self.protocol.repeats + int(not warm))
+            ]
         timed = zip(*repeated[-self.protocol.repeats :], strict=True)
         return [replace(same[0], answer=_median([each.answer for each in same])) for same in timed]
 

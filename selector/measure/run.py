@@ -68,6 +68,7 @@ def compare(
     shard: records.Shard = records.WHOLE,
     model_name: str = "",
     workers: int = 0,
+    batch_threads: int | None = None,
 ) -> Iterator[Step]:
     """Runs a comparison and writes it to `out` as it goes; finished samples are not run again.
 
@@ -80,6 +81,7 @@ def compare(
         shard: (number, total): only the samples with ``index % total == number``.
         model_name: what the report calls the model.
         workers: threads that prepare images ahead; 0 prepares each when its turn comes.
+        batch_threads: of torch, for prompts that are answered together; None: as many as for everything else.
 
     Returns:
         An iterator of one `Step` per record. It drives the run, and can be stopped at any time without loss.
@@ -123,13 +125,16 @@ def compare(
         held.close()
         raise
 
+    if fresh:
+        records.forget_time(out)
+
     # What the report reads beside the records.
     plan: dict[str, Any] = asdict(protocol) | {
         "model": model_name,
         "samples": samples,
         "shard": None if shard == records.WHOLE else f"{shard[0]}/{shard[1]}",
         "baseline": baseline,
-        "environment": environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
+        "environment": environment(model, batch_threads) | {"image_processor": common["processor"], "attention": common["attention"]},
         "fingerprint": common["model"],
         "tasks": {
             task.name: {
@@ -156,7 +161,7 @@ def compare(
     _write_plan(out, plan)
 
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
-    harness = Harness(model, processor, needs, protocol)
+    harness = Harness(model, processor, needs, protocol, batch_threads)
 
     # A function of its own, so that mistakes are raised by `compare` and not by the first step.
     def steps() -> Iterator[Step]:
