@@ -348,15 +348,16 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         metavar="N",
-        help="prompts that are answered at once (default: 32 for a model of fewer than 100 million parameters, else 1). "
-        "Answers are the same, but for exact ties, which are common in bfloat16 only; times are then those of a batch "
-        "divided by its rows, and are marked so. 1 times every sample by itself",
+        help="prompts that are answered at once (default: 32 for a model of fewer than 100 million parameters, else "
+        "1). Answers are the same but where two tokens tie, which in bfloat16 is not rare; times are those of a batch "
+        "divided by its rows, and marked so. 1 times every sample by itself",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help=f"threads that open and prepare images ahead (default: {defaults['workers']}: each when its turn comes)",
+        help="threads that open and prepare images ahead; 0: each image when its turn comes "
+        f"(default: {defaults['workers']})",
     )
 
     # Which part of the run this process takes, and what of an earlier one counts.

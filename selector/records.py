@@ -1,10 +1,10 @@
 """Records: one folder per experiment, one JSON line per sample, under a key that changes with whatever matters.
 
 ``RUN/<key>/settings.json`` says what was measured and ``predictions.jsonl`` what came out. A line is written in one
-write after its sample (or its batch) is done: a kill loses what was at work and no other. A line that a kill cut short is detected,
-and its sample done again. A broken line elsewhere is an error: it is never silently dropped. A shard of a run writes a
-file of its own beside it (``predictions.0-of-2.jsonl``), so that no two processes ever write one file; reading joins
-them all.
+write after its sample (or its batch) is done: a kill loses what was at work and no other. A line that a kill cut short
+is detected, and its sample done again. A broken line elsewhere is an error: it is never silently dropped. A shard of a
+run writes a file of its own beside it (``predictions.0-of-2.jsonl``), so that no two processes ever write one file;
+reading joins them all.
 """
 
 from __future__ import annotations

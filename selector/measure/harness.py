@@ -197,6 +197,7 @@ class Measured:
         if placed and self.encoded and not self.encoded.approximate:
             size = (sample.image.height, sample.image.width)
             self.canvas = model_canvas(model.config, size, self.encoded.tokens.grid)
+        self._rectangles = self.canvas.rectangles() if self.canvas is not None and sample.boxes else None
 
         # The reference of every comparison. `whole` goes through the plug, too: full and pruned then differ in nothing
         # but what is kept.
@@ -265,9 +266,7 @@ class Measured:
         answers: dict[str, Any] = {}
         if self.full is not None and given is not None and logits is not None:
             answers = answer_record(self.sample, given, self.full, logits, self.metric)
-        return (
-            self._tokens(turn.pruned) | self._shifts(after) | self._cost(turn) | self._kept(turn.pruned) | answers
-        )
+        return self._tokens(turn.pruned) | self._shifts(after) | self._cost(turn) | self._kept(turn.pruned) | answers
 
     def _prune(self, row: Row) -> Pruned:
         if self.encoded is None:  # a prompt of text alone passes through
@@ -284,7 +283,8 @@ class Measured:
 
     def _scored(self, row: Row) -> tuple[TokenSelector, float]:
         """The selector with its scores of this image, taken once for all budgets, and the seconds that they took."""
-        assert isinstance(row.selector, ScoreSelector) and self.encoded is not None
+        assert isinstance(row.selector, ScoreSelector)
+        assert self.encoded is not None
         if row.label not in self._scores:
             tokens, repeats = self.encoded.tokens, self.harness.protocol.repeats
             warm = row.label in self.harness._warm
@@ -367,9 +367,7 @@ class Measured:
         if key not in self.harness.flops:
             with self.harness.spent.on("flops"):
                 self.harness.flops[key] = counted_flops(
-                    lambda: prune_inputs(
-                        self.harness.model, self.inputs, row.selector, row.budget, encoded=encoded
-                    )
+                    lambda: prune_inputs(self.harness.model, self.inputs, row.selector, row.budget, encoded=encoded)
                 )
         return self.harness.flops[key]
 
@@ -381,8 +379,8 @@ class Measured:
 
         if pruned.approximate:  # a token stands for more than the patch it is traced to: no evidence is counted
             figures["approximate"] = True
-        if self.canvas is not None and self.sample.boxes:
-            shares = evidence(kept, self.canvas.rectangles(), self.sample.boxes)
+        if self._rectangles is not None:
+            shares = evidence(kept, self._rectangles, self.sample.boxes)
             figures |= {} if shares is None else {"evidence": shares[0], "base_evidence": shares[1]}
         return figures
 

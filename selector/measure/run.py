@@ -87,8 +87,8 @@ def compare(
         An iterator of one `Step` per record. It drives the run, and can be stopped at any time without loss.
 
     Raises:
-        UsageError: a layer, label, shard, batch size or number of samples that cannot be, two selectors that are the same, another
-            process at work in `out`, or (while iterating) a sample that cannot be measured.
+        UsageError: a layer, label, shard, batch size or number of samples that cannot be, two selectors that are the
+            same, another process at work in `out`, or (while iterating) a sample that cannot be measured.
     """
     # All that can be refused is refused before anything is written.
     check_part(tasks, samples, shard, fresh)
@@ -134,7 +134,8 @@ def compare(
         "samples": samples,
         "shard": None if shard == records.WHOLE else f"{shard[0]}/{shard[1]}",
         "baseline": baseline,
-        "environment": environment(model, batch_threads) | {"image_processor": common["processor"], "attention": common["attention"]},
+        "environment": environment(model, batch_threads)
+        | {"image_processor": common["processor"], "attention": common["attention"]},
         "fingerprint": common["model"],
         "tasks": {
             task.name: {
@@ -170,9 +171,17 @@ def compare(
                 total = sample_count(task, samples)
                 share = len(range(*shard_range(shard, total)))
                 drawn = Drawn(harness, task, files[task.name], shard, workers)
+                pictured: set[int] = set()
                 for outcome in drawn.outcomes(rows, total):
                     ready, measured = outcome.ready, outcome.measured
-                    if measured is not None and measured.canvas is not None and ready.index < FIRST:
+                    # The first of a sample's records brings the picture; in batches those of others are in between.
+                    if (
+                        measured is not None
+                        and measured.canvas is not None
+                        and ready.index < FIRST
+                        and ready.index not in pictured
+                    ):
+                        pictured.add(ready.index)
                         name = records.image_name(task.fingerprint, protocol.seed, ready.sample.id)
                         with harness.spent.on("records"):
                             store_image(out, name, ready.sample.image, measured.canvas, ready.sample.boxes)

@@ -21,7 +21,6 @@ from selector.record import Record, check
 from selector.tasks import Task
 from selector.tasks.sample import Sample
 
-
 PADDING = 0.05
 """Share of a batch that may be padding: long prompts, whose time is arithmetic, lose more by it than batches gain."""
 
@@ -63,7 +62,11 @@ def windows(samples: Iterator[Ready], size: int) -> Iterator[list[Ready]]:
 
 
 def prepared_ahead(
-    samples: Iterator[Ready], prepare: Callable[[Any, Sample], dict[str, Any] | None], processor: Any, workers: int, ahead: int
+    samples: Iterator[Ready],
+    prepare: Callable[[Any, Sample], dict[str, Any] | None],
+    processor: Any,
+    workers: int,
+    ahead: int,
 ) -> Iterator[Ready]:
     """The samples in their order, drawn and prepared by threads while those before are measured.
 

@@ -67,8 +67,8 @@ def legend(summary: Summary) -> list[str]:
     lines = [LEGEND] if any(row["sees_question"] for row in summary["rows"]) else []
     if batch_size(summary) > 1:
         lines.append(
-            f"{SHARED} in batches of up to {batch_size(summary)} prompts: the time of a batch divided by its rows (or by "
-            "its decoded tokens), the memory of the whole batch. --batch-size 1 times every sample by itself."
+            f"{SHARED} in batches of up to {batch_size(summary)} prompts: the time of a batch divided by its rows (or "
+            "by its decoded tokens), the memory of the whole batch. --batch-size 1 times every sample by itself."
         )
     return lines
 

@@ -51,8 +51,9 @@ def summarize(run: Path) -> dict[str, Any]:
 
     Returns:
         The plan of the run, with figures as ``rows`` (one per task, selector and budget), ``pooled``,
-        ``correlations`` (of the spectral shifts with agreement) and ``spent`` (seconds by phase). Pooled are the rows over all tasks together, where a
-        budget is a share on average (``auto:0.2``), which it keeps over all tasks only.
+        ``correlations`` (of the spectral shifts with agreement) and ``spent`` (seconds by phase). Pooled are the rows
+        over all tasks together, where a budget is a share on average (``auto:0.2``), which it keeps over all tasks
+        only.
 
     Raises:
         UsageError: no run there, one of an older format, or broken records.

@@ -24,7 +24,7 @@ from selector.models import encode
 from selector.plug import prune_inputs
 from selector.report.summary import summarize
 from selector.report.tables import markdown
-from selector.tasks import Task, load_task
+from selector.tasks import load_task
 
 TIMES = {"encode_ms", "selection_ms", "prefill_ms", "decode_ms", "batch"}
 SELECTORS = {"random": Random(), "svd": SVDPrune(energy=0.5), "norm": Norm()}
@@ -193,7 +193,7 @@ def test_what_only_generate_follows_is_refused_by_name(run):
     settings.repetition_penalty = 1.3
     try:
         assert refusal(run.model) == "its generation config sets repetition_penalty"
-        with pytest.raises(UsageError, match="batch_size must be 1 for this model.*repetition_penalty"):
+        with pytest.raises(UsageError, match=r"batch_size must be 1 for this model.*repetition_penalty"):
             run(batch_size=2)
         assert len(found(run(SELECTORS, ("9",), samples=1))) == 5
     finally:
@@ -205,7 +205,7 @@ def test_an_argument_that_nobody_can_pad_is_named(run, task):
     sample = next(task.samples(1, 0))
     inputs = prepare(run.processor, sample.image, "what?", run.model.device)
     row = prune_inputs(run.model, inputs, None).inputs | {"depths": torch.zeros(1, 3)}
-    with pytest.raises(UsageError, match="batch_size must be 1.*does not say how to pad depths"):
+    with pytest.raises(UsageError, match=r"batch_size must be 1.*does not say how to pad depths"):
         pad_left(run.model, [row])
 
 
