@@ -512,7 +512,12 @@ def _machine(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--dtype", help=f"auto (as stored), float32, bfloat16, float16 (default: {defaults['dtype']})")
     parser.add_argument("--device-map", metavar="MAP", help="spread a large model, e.g. auto (needs accelerate)")
     parser.add_argument("--attention", metavar="NAME", help="attn_implementation of the model, e.g. eager")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 1 for a small model)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of torch (default: 1 for a small model, but for batches those of torch)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

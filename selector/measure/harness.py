@@ -119,27 +119,27 @@ class Harness:
     def read(self, turns: Sequence[tuple[Measured, Turn]]) -> list[Reading]:
         """One batch of prompts, answered `Protocol.repeats` times; times are medians.
 
-        The first batch is answered once more before, and that time does not count.
+        Before the first batch two of its prompts are answered, and that time is in no record.
         """
-        warm = "batch" in self._warm
-        self._warm.add("batch")
+        if "batch" not in self._warm:
+            self._warm.add("batch")
+            self._read(turns[:2])
+        timed = zip(*(self._read(turns) for _ in range(self.protocol.repeats)), strict=True)
+        return [replace(same[0], answer=_median([each.answer for each in same])) for same in timed]
+
+    def _read(self, turns: Sequence[tuple[Measured, Turn]]) -> list[Reading]:
         layer = self.protocol.layer
         with threads(self.batch_threads):
-            repeated = [
-                read(
-                    self.model,
-                    self.processor,
-                    [turn.inputs for _, turn in turns],
-                    [None if measured.full is None else measured.full.ids for measured, _ in turns],
-                    self.protocol.max_new_tokens,
-                    self.spent,
-                    layer,
-                    [measured.image_token_id if turn.pruned else None for measured, turn in turns] if layer else (),
-                )
-                for _ in range(self.protocol.repeats + int(not warm))
-            ]
-        timed = zip(*repeated[-self.protocol.repeats :], strict=True)
-        return [replace(same[0], answer=_median([each.answer for each in same])) for same in timed]
+            return read(
+                self.model,
+                self.processor,
+                [turn.inputs for _, turn in turns],
+                [None if measured.full is None else measured.full.ids for measured, _ in turns],
+                self.protocol.max_new_tokens,
+                self.spent,
+                layer,
+                [measured.image_token_id if turn.pruned else None for measured, turn in turns] if layer else (),
+            )
 
     def prune(self, inputs: Mapping[str, Any], row: Row, encoded: Encoded) -> Pruned:
         """The pruned inputs, selected `Protocol.repeats` times; the seconds that selection took are the median."""
