@@ -83,7 +83,7 @@ def eliminate(
         if merge:
             joins = leaves & (best > APART)
             index = into[..., None].expand(-1, -1, total.shape[2])
-            total = total.scatter_add(1, index, total.gather(1, _wide(even, total)) * joins[..., None])
+            total.scatter_add_(1, index, total.gather(1, _wide(even, total)) * joins[..., None])
 
         left = left - leaves.sum(1)
     return Elimination(rank, parent)
