@@ -37,6 +37,11 @@ class Taught:
         log_probs: per question ``[A, V]``, the teacher's log-probabilities along the answer.
         looks: per question ``[L]``, what the answer's tokens attend to (`FrozenLanguageModel.attention_to_image`), zero
             at newlines; empty where no objective reads it.
+
+    >>> branches = tuple(Branch(torch.tensor([7]), torch.tensor([8, 2]), question) for question in ("Who?", "Where?"))
+    >>> taught = Taught(Conversation({}, torch.tensor([1, 5]), branches), [torch.zeros(2, 10)] * 2, looks=[])
+    >>> taught.bytes, len(taught.sampled(1, torch.Generator()).log_probs)
+    (160, 1)
     """
 
     conversation: Conversation
@@ -108,6 +113,14 @@ class Teacher:
         fingerprint: hash of the model's weights, so that another model's answers are never reused.
         looks: also record what the answers attend to.
         memory: bytes of probabilities to remember; what does not fit is computed anew each time.
+
+    >>> from training.encoders import LlavaNextModel
+    >>> from training.pages import page
+    >>> model, shown = LlavaNextModel("checkpoints/llava-next-tiny"), page("documents", "test", 0, 0)
+    >>> asked = model.converse(shown.image, [("what is TOTAL?", None)])
+    >>> taught = Teacher(FrozenLanguageModel(model.model), limit=7)(model.encoded(asked, frozenset()), asked)
+    >>> model.converse.processor.decode(taught.conversation.branches[0].answer), taught.log_probs[0].shape
+    ('TOTAL 6', torch.Size([7, 202]))
     """
 
     def __init__(

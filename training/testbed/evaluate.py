@@ -24,7 +24,7 @@ from selector.tasks import GENERATED, SCORED_BY_ANLS, generator
 from selector.tasks.sample import Sample
 
 
-class BaseView(TokenSelector):
+class _BaseView(TokenSelector):
     """Keeps the downscaled base view of every image and nothing else, whatever the budget."""
 
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
@@ -72,8 +72,8 @@ def answers(model: Any, processor: Any, samples: list[Sample], batch: int, way: 
         prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         images = {} if way == "blind" else {"images": [one.image for one in part]}
         inputs = processor(text=prompts, return_tensors="pt", padding=True, **images)
-        # Any budget does: `BaseView` does not look at it.
-        cut = select_tokens(model, BaseView(), keep=1) if way == "base" else nullcontext()
+        # Any budget does: `_BaseView` does not look at it.
+        cut = select_tokens(model, _BaseView(), keep=1) if way == "base" else nullcontext()
         with torch.no_grad(), cut:
             # 48 tokens just hold the longest answer, five values compared on a chart.
             out = model.generate(**inputs, max_new_tokens=48, do_sample=False)

@@ -37,6 +37,11 @@ class Round:
         parts: batches that a step averages; as many processes under torchrun share them.
         tower: the tower's rate as a share of the others'; where it is not 0, the tower learns from the answers and
             goes on learning densely.
+
+    >>> grade = Grade({"documents": 1.0}, batch=8, rate=1e-3, until=2.0, at_most=500)
+    >>> one = Round([grade, grade], last=0.1, tower=0.3)
+    >>> sum(grade.at_most for grade in one.grades), one.tower * grade.rate  # steps, and the tower's rate
+    (1000, 0.0003)
     """
 
     grades: list[Grade]

@@ -41,6 +41,14 @@ class Lesson:
         kept: numbers of these slots in the packed order of the whole page (slots,).
         tiles: [tiles, 2, 12, 12], what lies under every patch.
         image: the page, if the lesson was drawn.
+
+    >>> from training.testbed.vocabulary import build_tokenizer
+    >>> page = pages.draft("documents", Random(0), size=(192, 96), count=(1, 1))
+    >>> one = lesson(Random(0), build_tokenizer(), "documents", page, turns=1, aloud=1.0)
+    >>> one.kind, one.symbols.shape, one.tiles.shape  # 3 tiles of 12 x 12 patches, and 12 newlines
+    ('documents_all', (2, 444), (3, 2, 12, 12))
+    >>> build_tokenizer().decode([label for label in one.labels if label != -100])
+    'MONTH KWX</s>'
     """
 
     kind: str

@@ -205,6 +205,10 @@ class Phase:
             start has no sense of nearness, and shapes, unlike characters, are only told by comparing neighbours.
         parts: batches per step; as many processes under torchrun share them.
         whole_every: the last layer is trained in every so many-th step only.
+
+    >>> phase = Phase(steps=100, rate=1e-3, last=1e-4, shares={"documents": 0.75})
+    >>> [round(schedule(step, phase.steps, phase.rate, 0, phase.last / phase.rate), 6) for step in (0, 50, 100)]
+    [0.001, 0.00055, 0.0001]
     """
 
     steps: int
