@@ -75,7 +75,10 @@ class FrozenLanguageModel:
 
     def __init__(self, model: Any):
         self.model = model
-        self.checkpointing = bool(getattr(model.model.language_model, "is_gradient_checkpointing", False))
+
+        # The flag of the layers: the model's own has another name from one version of transformers to the next.
+        layers = model.model.language_model.modules()
+        self.checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
         if self.checkpointing and getattr(model.config.text_config, "attention_dropout", 0):
             raise ValueError("gradient_checkpointing needs a language model without dropout")
 

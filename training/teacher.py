@@ -133,7 +133,8 @@ class Teacher:
         looks: bool = False,
         memory: int = 2 * 2**30,
     ):
-        self.language, self.answers, self.limit, self.looks, self.memory = language, answers, limit, looks, memory
+        self.language, self.answers, self.limit, self.looks = language, answers, limit, looks
+        self._memory_left = memory
 
         # Everything that an answer depends on beside image and question is in the file's name: nothing stale is read.
         settings = language.model.generation_config.to_dict()
@@ -160,9 +161,9 @@ class Teacher:
             taught = replace(taught, conversation=replace(taught.conversation, pixels={}))  # nothing reads them again
 
             # First come, first kept: epochs ask in another order each, so that evicting would gain nothing.
-            if self.memory < taught.bytes:
+            if self._memory_left < taught.bytes:
                 return taught
-            self.memory -= taught.bytes
+            self._memory_left -= taught.bytes
             self._remembered[key] = taught
         return self._remembered[key]
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from selector import Budget, TokenSelector, VisualTokens, select_tokens
 from selector.errors import UsageError
 from selector.measure.metrics import anls, exact_match
+from selector.report.statistics import wilson
 from selector.tasks import GENERATED, SCORED_BY_ANLS, generator
 from selector.tasks.sample import Sample
 
@@ -30,27 +31,6 @@ class _BaseView(TokenSelector):
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
         """The patches of the base tiles, True at those kept."""
         return tokens.base
-
-
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a proportion.
-
-    Args:
-        right: successes.
-        total: trials, at least 1.
-        z: quantile of the normal distribution; the default gives 95%.
-
-    Returns:
-        (low, high).
-
-    >>> tuple(round(side, 3) for side in wilson(10, 20))
-    (0.299, 0.701)
-    """
-    # Wilson 1927: the proportions p for which right / total lies within z standard errors of p.
-    share, spread = right / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * (share * (1 - share) / total + spread / (4 * total)) ** 0.5
-    return middle - half, middle + half
 
 
 def answers(model: Any, processor: Any, samples: list[Sample], batch: int, way: str) -> list[str]:

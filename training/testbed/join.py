@@ -167,14 +167,14 @@ def embed(
     # An empty start: a batch of comparisons alone has no page, and `cat` needs a tensor.
     visual = [projected[:0].flatten(0, 1)]
     for one, part in zip(shown, projected.split([len(one.tiles) for one in shown]), strict=True):
-        packed = pack(part, model.model.image_newline, pictures(one).width // TILE)
+        packed = pack(part, model.model.image_newline, page_of(one).width // TILE)
         visual.append(packed[torch.from_numpy(one.kept)])
 
     embedded = model.model.language_model.embed_tokens(ids)
     return embedded.masked_scatter((ids == model.config.image_token_id)[..., None], torch.cat(visual))
 
 
-def pictures(lesson: Lesson) -> Image.Image:
+def page_of(lesson: Lesson) -> Image.Image:
     """The lesson's page.
 
     Raises:
@@ -204,7 +204,7 @@ def learn(
     tiles_of_all = sum(len(one.tiles) for one in lessons)
     values, hits = {"loss": 0.0, "length": float(max(len(one.ids) for one in lessons))}, Counter()
     for part, share in by_length(lessons):
-        pages = [torch.from_numpy(cut(pictures(one))) for one in part if len(one.tiles)]
+        pages = [torch.from_numpy(cut(page_of(one))) for one in part if len(one.tiles)]
         # A group of comparisons has no page, so no features.
         features = torch.zeros(0, GRID * GRID, model.model.vision_tower.config.hidden_size)
         if pages:
