@@ -187,7 +187,7 @@ class Objective(ABC):
 
 
 class _Reconstruction(Objective):
-    """What the three have in common: budgets, noise, and random masks at the start; arguments: see `SampledBudget`."""
+    """Base of the three: sampled budgets, noise, and random masks at the start. Arguments: see `SampledBudget`."""
 
     reconstructs = True
     threshold_gradient = True

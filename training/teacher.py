@@ -136,7 +136,7 @@ class Teacher:
         self.language, self.answers, self.limit, self.looks = language, answers, limit, looks
         self._memory_left = memory
 
-        # Everything that an answer depends on beside image and question is in the file's name: nothing stale is read.
+        # Everything that an answer depends on besides image and question is in the file's name: nothing stale is read.
         settings = language.model.generation_config.to_dict()
         settings.pop("transformers_version", None)
         identity = f"{fingerprint} {limit} {json.dumps(settings, sort_keys=True, default=str)}"

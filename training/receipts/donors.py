@@ -165,8 +165,8 @@ def _donors(receipt: Receipt) -> list[Donor]:
 def _good(patches: np.ndarray, characters: str) -> np.ndarray:
     """Which patches (n, 108) resemble their character, while no other character resembles them clearly better.
 
-    A patch is compared with renderings and with the patches of this scan. Letters are not told from digits, as 0 and O
-    are alike in print: letters compete with letters and signs, digits with digits and signs.
+    A patch is compared with renderings and with the patches of this scan. Letters are not distinguished from digits, as
+    0 and O are alike in print: letters compete with letters and signs, digits with digits and signs.
     """
     names = LETTERS + DIGITS + SIGNS
     codes, row = np.array([names.index(c) for c in characters]), np.arange(len(characters))

@@ -165,7 +165,7 @@ def make(
         threads: CPU threads; the tower and the reader can be trained at the same time by two calls, one
             `--until tower`.
         until: the last stage to run.
-        notes: what the card should say beside the figures about how these weights came about.
+        notes: what the card should say about how these weights were made, besides the figures.
     """
     torch.set_num_threads(threads)
     processor = build_processor()
@@ -215,7 +215,7 @@ def make(
     draw_curves(out / "log.jsonl", out / "curves.png")
 
     results = evaluate(out, evaluation.count, evaluation.seed, evaluation.batch)
-    # Beside the scores, what the card tells of how the weights came about.
+    # Besides the scores, what the card says about how the weights were made.
     results["wall_seconds"] = stage_seconds(work / "log.jsonl")
     results["tokens_per_s"] = stage_speeds(work / "log.jsonl")
     results["notes"] = notes

@@ -79,9 +79,9 @@ class Muon(torch.optim.AdamW):
 
         for group in every:
             if group.get("orthogonal"):
-                self._turn(group)
+                self._step_matrices(group)
 
-    def _turn(self, group: dict) -> None:
+    def _step_matrices(self, group: dict) -> None:
         """Muon's update of one group.
 
         Matrices of one shape are made orthogonal together: one batched product instead of many small ones.

@@ -257,9 +257,9 @@ def train_reader(
             ids, labels, positions = collate(part)
             symbols = torch.cat([torch.from_numpy(one.symbols) for one in part], dim=1)
             embedded = reader.embed(ids, symbols)
-            loss, told = answer_loss(reader.language, embedded, labels, positions, [one.kind for one in part])
+            loss, of_part = answer_loss(reader.language, embedded, labels, positions, [one.kind for one in part])
             (loss * share).backward()
-            total, hits = total + share * loss.item(), hits + told
+            total, hits = total + share * loss.item(), hits + of_part
 
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
