@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -114,6 +114,9 @@ class Teacher:
         looks: also record what the answers attend to.
         memory: bytes of probabilities to remember; what does not fit is computed anew each time.
 
+    Raises:
+        ValueError: `answers` is neither of the two, or a limit below 1.
+
     >>> from training.encoders import LlavaNextModel
     >>> from training.pages import page
     >>> model, shown = LlavaNextModel("checkpoints/llava-next-tiny"), page("documents", "test", 0, 0)
@@ -133,6 +136,10 @@ class Teacher:
         looks: bool = False,
         memory: int = 2 * 2**30,
     ):
+        if answers not in get_args(AnswersFrom):
+            raise ValueError(f"answers must be one of {get_args(AnswersFrom)}, got {answers!r}")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1 token, got {limit}")
         self.language, self.answers, self.limit, self.looks = language, answers, limit, looks
         self._memory_left = memory
 

@@ -113,6 +113,7 @@ def fit_projector(
         seed: seed of the tiles.
     """
     projector, log = model.model.multi_modal_projector, Log(work / "log.jsonl", "projector")
+    rank, _ = process_rank()
 
     # Without the newline, which no patch shows. Errors are measured in standard deviations of the embeddings.
     table = reader.table()[:-1].detach()
@@ -143,7 +144,8 @@ def fit_projector(
         loss.backward()
         optimizer.step()
 
-        if (step + 1) % 25 == 0 or step + 1 == steps:
+        # Every process fits the same projector on the same tiles, so one of them logs.
+        if rank == 0 and ((step + 1) % 25 == 0 or step + 1 == steps):
             nearest = torch.cdist(projected.flatten(0, 1).detach(), table).argmin(-1).view_as(classes)
             log(step + 1, loss=loss.item(), symbols=(nearest == classes)[classes > 0].float().mean().item())
 
