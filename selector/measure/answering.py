@@ -167,7 +167,8 @@ def forced(
 
     Args:
         target: ids of the answer to read.
-            last: normed).
+        layers: whose hidden states of the visual tokens are wanted: 0 for what enters the language model, k for what
+            leaves its k-th block (the last: normed).
         image_token_id: what marks the visual tokens; needed with layers.
     """
     new = _fresh(inputs)
