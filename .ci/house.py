@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import doctest
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -45,8 +46,9 @@ def definitions(tree: ast.Module) -> Iterator[tuple[Definition, bool]]:
 
 
 def has_example(node: ast.ClassDef) -> bool:
-    """Whether the docstring of a class shows it at work; `tests/test_docstrings.py` runs what it shows."""
-    return ">>> " in (ast.get_docstring(node) or "")
+    """Whether the docstring of a class shows it at work and prints something: what prints nothing shows nothing."""
+    examples = doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+    return any(example.want for example in examples)
 
 
 def without_example(folder: Path) -> list[str]:

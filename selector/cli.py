@@ -104,8 +104,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
     **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
 }
-"""Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated. Flags follow
-them, see `_Parser.setting`."""
+"""Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated. Flags
+follow them, see `_Parser.setting`."""
 
 EXAMPLES = """\
 examples:

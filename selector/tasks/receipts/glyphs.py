@@ -35,9 +35,9 @@ class Line:
         >>> from PIL import Image
         >>> from selector.tasks.receipts.scans import receipt_of
         >>> bars = np.uint8([255, 255, 0, 255, 0, 255, 0, 255, 255, 255]).repeat(6)  # as if of H, I and M
-        >>> Image.fromarray(np.tile(bars, (40, 1))).save("scan.png")
+        >>> Image.fromarray(np.tile(bars, (40, 1))).save("him.png")
         >>> row = {"size": [60, 40], "qa": [], "text": [{"t": "HIM", "box": [10, 10, 44, 30]}]}
-        >>> line(receipt_of(Path("scan.png"), row, companies=set()), 0).borders.tolist()
+        >>> line(receipt_of(Path("him.png"), row, companies=set()), 0).borders.tolist()
         [12, 22, 32, 42]
     """
 
