@@ -41,7 +41,14 @@ FULL, BLIND = "full", "blind"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a selector at a budget, or one of the two references, which have neither."""
+    """One line of the table: a selector at a budget, or one of the two references, which have neither.
+
+    Example:
+        >>> from selector import load_selector
+        >>> rows = [Row(FULL), *(Row("norm", load_selector("norm"), Budget(keep)) for keep in (64, 16))]
+        >>> [(row.label, None if row.budget is None else row.budget.keep) for row in rows]
+        [('full', None), ('norm', 64), ('norm', 16)]
+    """
 
     label: str
     selector: TokenSelector | None = None
@@ -67,6 +74,14 @@ class Harness:
 
     Attributes:
         spent: what the time went into so far.
+
+    Example:
+        >>> from selector.commands.loading import load_model
+        >>> from selector.tasks import load_task
+        >>> model, processor = load_model("checkpoints/llava-next-tiny", "cpu")
+        >>> harness = Harness(model, processor, frozenset({"features"}), Protocol(max_new_tokens=4))
+        >>> [sum(harness.open(sample).whole.full) for sample in load_task("scenes").samples(2, seed=0)]  # visual tokens
+        [744, 444]
     """
 
     def __init__(
@@ -165,6 +180,16 @@ class Measured:
         asked: whether the sample has a question, and the run asks it.
         full: the unpruned model's answer; in batches it comes later, from `take_full`.
         image_token_id: placeholder of visual tokens; None for a prompt without images.
+
+    Example:
+        >>> from selector import load_selector
+        >>> from selector.commands.loading import load_model
+        >>> from selector.tasks import load_task
+        >>> harness = Harness(*load_model("checkpoints/llava-next-tiny", "cpu"), frozenset({"features"}), Protocol())
+        >>> measured = harness.open(next(load_task("scenes").samples(1, seed=0)))
+        >>> record = measured.record(Row("norm", load_selector("norm"), Budget(64)))
+        >>> record["tokens"], record["full_tokens"], record["prompt_tokens"]
+        (64, 744, 81)
     """
 
     def __init__(
