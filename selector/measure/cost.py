@@ -95,7 +95,7 @@ class Spent:
     """
 
     def __init__(self, device: torch.device):
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._device, self._phase, self._since = device, "", 0.0
 
     @contextmanager

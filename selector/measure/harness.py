@@ -313,18 +313,19 @@ class Measured:
         if row.label not in self._scores:
             tokens, repeats = self.encoded.tokens, self.harness.protocol.repeats
             warm = row.label in self.harness._warm
-            times = []
+            times: list[float] = []
+            taken: list[Tensor] = []
             with torch.no_grad(), self.harness.spent.on("select"):
                 for _ in range(repeats + int(not warm)):
                     synchronize(self.harness.model.device)
                     start = time.perf_counter()
-                    scores = row.selector.score(tokens)
+                    taken.append(row.selector.score(tokens))
                     synchronize(self.harness.model.device)
                     times.append(time.perf_counter() - start)
 
-            # A shallow copy: calibration and all else stay the selector's own.
+            # A shallow copy: calibration and all else stay the selector's own, and its method is set on the copy alone.
             known = copy.copy(row.selector)
-            known.score = lambda _: scores
+            vars(known)["score"] = lambda _: taken[-1]
             self._scores[row.label] = known, median(times[-repeats:])
         return self._scores[row.label]
 
@@ -415,10 +416,12 @@ class Measured:
 
 def scores_once(selector: TokenSelector | None) -> bool:
     """Whether one score serves every budget, and nothing but the cut depends on the budget."""
+    if not isinstance(selector, ScoreSelector):
+        return False
+    # A subclass with a cut of its own, or one that merges by the budget, is asked for each.
     cls = type(selector)
     return (
-        isinstance(selector, ScoreSelector)
-        and cls.ranking is ScoreSelector.ranking
+        cls.ranking is ScoreSelector.ranking
         and cls.forward is RankSelector.forward
         and cls.select is TokenSelector.select
     )
