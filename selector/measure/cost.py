@@ -87,7 +87,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         Bytes; on a GPU as its allocator hands them out, in blocks of 512.
 
     Example:
-        >>> peak_bytes(lambda: torch.zeros(1000).add(1).mul(2), torch.device("cpu"))  # two of three at a time
+        >>> peak_bytes(lambda: torch.zeros(1000).neg().neg(), torch.device("cpu"))  # two of three at a time
         8000
     """
     if device.type == "cuda":

@@ -34,7 +34,7 @@ class Listing:
     rows: tuple[tuple[str, ...], ...]
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float | None:
+def slope(points: Sequence[tuple[int | float, float]]) -> float | None:
     """Exponent p of y = c · xᵖ, by least squares in logarithms; None for fewer than two different x.
 
     Args:
