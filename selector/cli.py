@@ -104,7 +104,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 GEOMETRY: dict[str, Any] = {"keep": [64, 160, 320, 640], "repeats": 5, "selectors": [], "threads": 1}
-"""Defaults of ``bench --geometry`` that are other than those of ``bench``; no selectors named are all that there are."""
+"""Defaults of ``bench --geometry`` where they are others than those of ``bench``; no selectors named: all there are."""
 KINDS: dict[str, type | tuple[type, ...]] = {
     "selectors": (str, dict),
     "seeds": (str, dict),
@@ -428,7 +428,9 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         help="decoder layers to build and time; 0: the prefill counts by its operations alone "
         f"(default: {defaults['prefill_layers']})",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="where a --geometry writes NAME.json, .md, .svg (default: none)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where a --geometry writes NAME.json, .md, .svg (default: none)"
+    )
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:

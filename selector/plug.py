@@ -68,8 +68,8 @@ class SelectionLog:
         measured: per image, in the order of the calls, visual tokens that reached the language model.
         full: the same before pruning.
         selection_seconds: wall time of all selections.
-        last: the outcome of the latest call, whose `tokens` say where tokens lie and have no values: a log that lives on
-            must not hold the features of every token (`prune_inputs` returns them).
+        last: the outcome of the latest call, whose `tokens` say where tokens lie and have no values: a log that lives
+            on must not hold the features of every token (`prune_inputs` returns them).
     """
 
     measured: list[int] = field(default_factory=list)

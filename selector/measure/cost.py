@@ -104,11 +104,12 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         work()
 
     # Every allocation has a positive size and every release a negative one.
-    assert trace.profiler is not None and trace.profiler.kineto_results is not None
+    assert trace.profiler is not None
+    assert trace.profiler.kineto_results is not None
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
+        live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]: the stub lacks it
         highest = max(highest, live)
     return highest
 

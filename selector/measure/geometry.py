@@ -1,4 +1,4 @@
-"""Models of published sizes with random weights, for measurements whose outcome does not depend on what a model learned.
+"""Models of published sizes with random weights, for measurements that do not depend on what a model has learned.
 
 Nothing is downloaded: the sizes are in `GEOMETRIES`, the classes are those of transformers, and pixels go through the
 model's own image processor. Vision tower and projector are whole. The language model, which for a 7B model would be

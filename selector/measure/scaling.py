@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor
 
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
 from selector.errors import UsageError
+from selector.images import open_image
 from selector.measure.consistency import spectrum
 from selector.measure.cost import allocated_cache_bytes, peak_bytes, processor_time, seconds_of
 from selector.measure.flops import cache_bytes, counted_flops, language_flops
-from selector.measure.geometry import GEOMETRIES, build, find_geometry, natural_picture, pixels, prompt
+from selector.measure.geometry import Geometry, build, find_geometry, natural_picture, pixels, prompt
 from selector.models import Encoded, encode
 from selector.plug import prune_inputs
 from selector.registry import available_selectors, load_selector
@@ -54,7 +54,7 @@ SPECS = {
     "merge": ("svd-prune:merge=nearest",),
     "mix": ("mix:a=svd-prune,b=norm",),
 }
-"""Specs of methods that need arguments, or other ones where a model cannot give what they read: the first that it can."""
+"""Specs of methods that need arguments, or others where a model cannot give what they read: the first that it can."""
 
 Say = Callable[[str], None]
 
@@ -124,10 +124,17 @@ def measure(
     # The tower, and the picture as it comes out of it.
     say(f"{geometry}: vision tower and projector")
     model = build(sizes, layers, seed=seed, device=device, dtype=dtype, attention=attention)
-    image = natural_picture(*sizes.size, seed) if picture is None else _opened(picture)
+    image = natural_picture(*sizes.size, seed) if picture is None else open_image(picture)
     with torch.no_grad():
         inputs = pixels(sizes, image, device, dtype)
         tower_flops, encoded = _counted(lambda: _encoded(model, inputs, {"features", "projected"}))
+
+        # Every budget at all tiles, the smallest at each number of them; checked before anything is timed.
+        places = list(dict.fromkeys([(sizes.tiles, keep) for keep in keeps] + [(n, min(keeps)) for n in tiles]))
+        for number, keep in places:
+            most = len(first_tiles(encoded, number).packed[0])
+            if not 1 <= keep <= most:
+                raise UsageError(f"keep must be in 1..{most}, the visual tokens of {number} tiles, got {keep}")
         tower, projector = _encoder_seconds(model, inputs, repeats, device)
 
         # Selectors, each with what it reads; the prompt is there for those that read the question.
@@ -136,28 +143,25 @@ def measure(
         needs = {"features", "projected"}.union(*(each.needs for each in chosen.values()))
         encoded = _encoded(model, inputs, needs)
 
-        # All budgets are checked before the first is timed.
-        views = {number: first_tiles(encoded, number) for number in {*tiles, sizes.tiles}}
-        for number, keep in _places(keeps, tiles, sizes.tiles):
-            if not 1 <= keep <= len(views[number].packed[0]):
-                raise UsageError(
-                    f"keep must be in 1..{len(views[number].packed[0])}, the visual tokens of {number} tiles, got {keep}"
-                )
-
+        views = {number: first_tiles(encoded, number) for number in sorted({*tiles, sizes.tiles})}
         budgets = {keep: Budget(keep, scope, newlines) for keep in keeps}
         prefill = _prefill(sizes, model, inputs, encoded, budgets, layers, repeats, say)
+
         cells: list[dict[str, Any]] = []
         for label, selector in list(chosen.items()):
             say(f"{geometry}: {label}")
             try:
-                for number, keep in _places(keeps, tiles, sizes.tiles):
+                for number, keep in places:
                     row = _cell(selector, views[number], budgets[keep], repeats, device)
                     cells.append({"selector": label, "tiles": number, "keep": keep} | row)
             except ValueError as error:  # that it has no answer here is a finding, and the others go on
                 skipped[label] = " ".join(str(error).split())
                 cells = [cell for cell in cells if cell["selector"] != label]
                 del chosen[label]
+    _check_any(chosen, skipped)
 
+    given = dict(selectors) if isinstance(selectors, Mapping) else {}
+    untrained = {label for label in LEARNED if given.get(label) is None}
     return {
         "geometry": geometry,
         "command": command,
@@ -168,13 +172,13 @@ def measure(
         "picture": f"1/f noise, seed {seed}" if picture is None else picture.name,
         "seed": seed,
         "patches": encoded.tokens.features.shape[1],
-        "tokens": {str(number): len(view.packed[0]) for number, view in sorted(views.items())},
+        "tokens": {str(number): len(view.packed[0]) for number, view in views.items()},
         "spectrum": {name: _energy(encoded.tokens, name) for name in ("features", "projected")},
         "encoder": {"tiles": sizes.tiles, "tower_ms": tower, "projector_ms": projector, "flops": tower_flops},
         "prefill": prefill,
         "selectors": [
             {"selector": label, "parameters": sum(weight.numel() for weight in selector.parameters())}
-            | {"weights": "random" if label in LEARNED else None}
+            | {"weights": "random" if label in untrained else None}
             for label, selector in chosen.items()
         ],
         "skipped": [{"selector": label, "reason": reason} for label, reason in skipped.items()],
@@ -207,14 +211,7 @@ def first_tiles(encoded: Encoded, count: int) -> Encoded:
     return replace(encoded, tokens=short, packed=[encoded.packed[0][stays[0]]])
 
 
-def _places(keeps: Sequence[int], tiles: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """(tiles, budget) of every figure: each budget at all tiles, and the smallest at every number of tiles."""
-    return list(dict.fromkeys([(most, keep) for keep in keeps] + [(number, min(keeps)) for number in tiles]))
-
-
-def _cell(
-    selector: TokenSelector, view: Encoded, budget: Budget, repeats: int, device: torch.device
-) -> dict[str, Any]:
+def _cell(selector: TokenSelector, view: Encoded, budget: Budget, repeats: int, device: torch.device) -> dict[str, Any]:
     """What one selection takes: kept tokens, milliseconds, operations, memory."""
     kept: list[int] = []
 
@@ -249,26 +246,32 @@ def _encoder_seconds(
 ) -> tuple[float, float | None]:
     """Milliseconds of the vision tower and of the projector behind it, None where the tower has one inside."""
     parts = [_tower(model), getattr(model.base_model, "multi_modal_projector", None)]
-    times: list[list[float]] = [[] for _ in parts]
+    spent = [0.0 for _ in parts]
 
-    # Where the model calls them: each has its clock, started and stopped by hooks.
+    def stopwatch(place: int, sign: int) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            spent[place] += sign * processor_time(device)
+
+        return note
+
+    # Where the model itself calls them: a clock is started before each and stopped behind it.
     handles = []
-    for part, runs in zip(parts, times, strict=True):
+    for place, part in enumerate(parts):
         if part is not None:
-            handles.append(part.register_forward_pre_hook(lambda *_, runs=runs: runs.append(-processor_time(device))))
-            handles.append(part.register_forward_hook(lambda *_, runs=runs: _stop(runs, device)))
+            handles.append(part.register_forward_pre_hook(stopwatch(place, -1)))
+            handles.append(part.register_forward_hook(stopwatch(place, 1)))
+
+    runs = []
     try:
         for _ in range(repeats):
+            spent[:] = [0.0 for _ in parts]
             _encoded(model, inputs, {"features", "projected"})
+            runs.append(list(spent))
     finally:
         for handle in handles:
             handle.remove()
-    tower, projector = (1e3 * sum(runs) / repeats if len(runs) != repeats else 1e3 * median(runs) for runs in times)
-    return tower, projector if times[1] else None
-
-
-def _stop(runs: list[float], device: torch.device) -> None:
-    runs[-1] += processor_time(device)
+    tower, projector = (1e3 * median(times) for times in zip(*runs, strict=True))
+    return tower, None if parts[1] is None else projector
 
 
 def _tower(model: Any) -> torch.nn.Module:
@@ -298,14 +301,16 @@ def _choose(
         else:
             skipped[name] = reasons[-1]
 
-    if not chosen:
-        raise UsageError("selectors must hold one that this geometry can serve: " + "; ".join(skipped.values()))
+    _check_any(chosen, skipped)
     return chosen, skipped
 
 
-def _candidates(
-    name: str, selector: TokenSelector | None, tokens: VisualTokens
-) -> Iterator[tuple[str, TokenSelector]]:
+def _check_any(chosen: Mapping[str, TokenSelector], skipped: Mapping[str, str]) -> None:
+    if not chosen:
+        raise UsageError("selectors must hold one that this geometry can serve: " + "; ".join(skipped.values()))
+
+
+def _candidates(name: str, selector: TokenSelector | None, tokens: VisualTokens) -> Iterator[tuple[str, TokenSelector]]:
     """A selector under its label; for a bare name in every form in which a model may be able to serve it."""
     if selector is not None:
         yield name, selector
@@ -370,7 +375,7 @@ def _stopped(tower: torch.nn.Module) -> Iterator[None]:
 
 
 def _prefill(
-    sizes: Any,
+    sizes: Geometry,
     model: Any,
     inputs: Mapping[str, Any],
     encoded: Encoded,
@@ -379,10 +384,10 @@ def _prefill(
     repeats: int,
     say: Say,
 ) -> dict[str, Any]:
-    """The language model's prefill with every token and under each budget: operations, and with `layers` time and cache.
+    """The language model's prefill with every token and under each budget: operations, with `layers` time and cache.
 
-    Time is that of the layers that were built, scaled to all of them; the cache is allocated by these layers, and stands
-    beside the formula for as many.
+    Time is that of the layers that were built, scaled to all of them; the cache is what these layers allocate, and
+    stands beside the formula for as many.
     """
     whole, small = sizes.config(), model.config
     total, element = whole.get_text_config().num_hidden_layers, model.dtype.itemsize
@@ -442,12 +447,3 @@ def _cpu_name() -> str:
     lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
-
-
-def _opened(path: Path) -> Image.Image:
-    from selector.images import open_image
-
-    return open_image(path)
-
-
-__all__ = ["GEOMETRIES", "LEARNED", "first_tiles", "known_selectors", "measure"]

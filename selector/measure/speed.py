@@ -128,8 +128,8 @@ def table(bench: Bench, title: str) -> Table:
         title: shown above, as plain text.
 
     Returns:
-        A row per timing; the net gain of a selector is what the shorter prefill saves minus the selection itself. Of the
-        cache of keys and values stands what is allocated after the prefill, beside the formula.
+        A row per timing; the net gain of a selector is what the shorter prefill saves minus the selection itself. Of
+        the cache of keys and values stands what is allocated after the prefill, beside the formula.
     """
     shown = Table(title=Text(title), title_justify="left", title_style="bold")
     shown.add_column("work")

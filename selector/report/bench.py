@@ -83,20 +83,20 @@ def _preface(data: dict[str, Any]) -> list[str]:
     tiles = data["encoder"]["tiles"]
     spectra = "; ".join(
         f"of the {'encoder features' if name == 'features' else 'projected tokens'}, 90% of the energy lies in "
-        f"{each['most']} of {each['directions']} directions"
+        f"{each['most']:,} of {each['directions']:,} directions"
         for name, each in energy.items()
     )
+    runs, threads = _count(data["repeats"], "run"), _count(machine["threads"], "thread")
     return [
-        f"{_tiles(tiles)} of {data['patches']} patches, {data['tokens'][str(tiles)]:,} visual "
-        f"tokens, {data['prefill']['text_tokens']} text tokens. Random weights in {machine['dtype']}; picture: "
-        f"{data['picture']}; {spectra}. Median of {data['repeats']} {'run' if data['repeats'] == 1 else 'runs'}, "
-        f"{machine['clock']}, {machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'} on {machine['name']} "
-        f"(torch {machine['torch']}, transformers {machine['transformers']}). Ratios carry over to other machines better "
-        "than milliseconds do.",
+        f"{_count(tiles, 'tile')} of {data['patches']} patches, {data['tokens'][str(tiles)]:,} visual tokens, "
+        f"{data['prefill']['text_tokens']} text tokens. Random weights in {machine['dtype']}; picture: "
+        f"{data['picture']}; {spectra}. Median of {runs}, {machine['clock']}, {threads} on {machine['name']} "
+        f"(torch {machine['torch']}, transformers {machine['transformers']}). Ratios carry over to other machines "
+        "better than milliseconds do.",
         f"```bash\n{data['command']}\n```",
-        "Shares are of the vision tower on all tiles and of the prefill of every token, all from this run. Operations are "
-        "those of matrix products and decompositions. Memory is what a selection allocates at most, beyond its inputs. "
-        f"{RANDOM_WEIGHTS}: learned, with random weights.",
+        "Shares are of the vision tower on all tiles and of the prefill of every token, all from this run. Operations "
+        "are those of matrix products and decompositions. Memory is what a selection allocates at most, beyond its "
+        f"inputs. {RANDOM_WEIGHTS}: learned, with random weights.",
     ]
 
 
@@ -116,17 +116,18 @@ def _model(data: dict[str, Any]) -> Listing:
 
     # The cache of all layers is known by the formula alone, unless all of them were built.
     caches = [(f"{row['kv_bytes_formula'] / 1e6:.1f}",) for row in prefill["rows"]]
-    headers: tuple[str, ...] = (f"KV MB, {_layers(layers)}, by formula",)
+    headers: tuple[str, ...] = (f"KV MB, {_count(layers, 'layer')}, by formula",)
     if built:
         measured = [
-            (f"{row['kv_bytes_built'] / 1e6:.2f}", f"{row['kv_bytes_formula_built'] / 1e6:.2f}") for row in prefill["rows"]
+            (f"{row['kv_bytes_built'] / 1e6:.2f}", f"{row['kv_bytes_formula_built'] / 1e6:.2f}")
+            for row in prefill["rows"]
         ]
         caches = [(*two, *one) for two, one in zip(measured, caches, strict=True)]
-        headers = (f"KV MB, {_layers(built)}, allocated", "by formula", *headers)
+        headers = (f"KV MB, {_count(built, 'layer')}, allocated", "by formula", *headers)
     references = len(rows) - len(caches)
     caches = [*[("",) * len(headers)] * references, *caches]
 
-    timed = f"time: {built} of {_layers(layers)}, scaled" if built else "no layer was built, so it has no time"
+    timed = f"time: {built} of {_count(layers, 'layer')}, scaled" if built else "no layer was built, so it has no time"
     rows = [(*row, *cache) for row, cache in zip(rows, caches, strict=True)]
     return Listing(f"The model (prefill: {timed})", ("work", "tokens", "ms", "GFLOP", *headers), tuple(rows))
 
@@ -175,7 +176,9 @@ def _growth(data: dict[str, Any]) -> Listing:
         "peak MB",
         "growth with K",
         f"growth with tiles, K = {keeps[0]}",
-        f"ms at {', '.join(map(str, counts[:-1]))} and {_tiles(counts[-1])}" if counts[1:] else f"ms at {_tiles(counts[0])}",
+        f"ms at {', '.join(map(str, counts[:-1]))} and {_count(counts[-1], 'tile')}"
+        if counts[1:]
+        else f"ms at {_count(counts[0], 'tile')}",
     )
     return Listing(f"Prefill, memory (K = {keeps[-1]}), growth", headers, tuple(rows))
 
@@ -195,9 +198,9 @@ def draw(data: dict[str, Any], out: Path) -> None:
     rows = range(len(names))
     cells = [_cells(data, name) for name in names]
 
-    # Text stays text, and the same data gives the same bytes. A row per selector: as curves they could not be told apart.
+    # Text stays text, and the same data gives the same bytes. A row per selector: curves could not be told apart.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9}):
-        figure = Figure(figsize=(11, 1.6 + 0.2 * len(names)), layout="constrained")
+        figure = Figure(figsize=(11, 1.2 + 0.2 * len(names)), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True, width_ratios=(4, 4, 3))
         shades = colormaps["viridis"]
 
@@ -209,10 +212,12 @@ def draw(data: dict[str, Any], out: Path) -> None:
         for i, count in enumerate(counts):
             times = [each[count, keeps[0]]["ms"] for each in cells]
             color = shades(0.9 * i / max(1, len(counts) - 1))
-            panels[1].plot(times, rows, "o", color=color, markersize=4, label=_tiles(count))
-        panels[2].plot([each[tiles, keeps[-1]]["peak_bytes"] / 1e6 for each in cells], rows, "o", color="0.3", markersize=4)
+            panels[1].plot(times, rows, "o", color=color, markersize=4, label=_count(count, "tile"))
+        panels[2].plot(
+            [each[tiles, keeps[-1]]["peak_bytes"] / 1e6 for each in cells], rows, "o", color="0.3", markersize=4
+        )
 
-        panels[0].set(title=f"{data['geometry']}, {_tiles(tiles)}", xlabel="% of the vision tower's time")
+        panels[0].set(title=f"{data['geometry']}, {_count(tiles, 'tile')}", xlabel="% of the vision tower's time")
         panels[1].set(title=f"K = {keeps[0]}", xlabel="ms")
         panels[2].set(title=f"K = {keeps[-1]}", xlabel="peak memory, MB")
         panels[0].set_yticks(rows, [_marked(data, name) for name in names])
@@ -220,9 +225,7 @@ def draw(data: dict[str, Any], out: Path) -> None:
             axes.set_xscale("log")
             axes.grid(alpha=0.25)
         for axes in panels[:2]:
-            axes.legend(
-                loc="upper center", bbox_to_anchor=(0.5, -2.2 / len(names)), ncols=5, frameon=False, columnspacing=1
-            )
+            axes.legend(loc="upper right", fontsize=8)  # the quickest rows are above, so that this corner is free
 
         with output(out), atomic(out) as partial:
             figure.savefig(partial, metadata={"Date": None} if out.suffix == ".svg" else None)
@@ -253,12 +256,8 @@ def write(data: dict[str, Any], folder: Path, measured: bool = True) -> list[Pat
     return paths if measured else paths[1:]
 
 
-def _tiles(count: int) -> str:
-    return "1 tile" if count == 1 else f"{count} tiles"
-
-
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _keeps(data: dict[str, Any]) -> list[int]:
@@ -301,7 +300,7 @@ def _giga(value: int | None) -> str:
 
 
 def _exponent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return "" if value is None else f"{round(value, 2) + 0.0:.2f}"  # plus 0: no minus before a zero
 
 
 def main(argv: Sequence[str] | None = None) -> int:

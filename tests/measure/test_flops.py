@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import families
 from selector import Budget, GumbelSelector, Random, SVDPrune
 from selector.measure.answering import prepare
 from selector.measure.flops import cache_bytes, counted_flops, language_flops, tower_flops
