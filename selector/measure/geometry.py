@@ -121,6 +121,11 @@ class Geometry:
         settings: of its configuration, by the names of transformers.
         size: height and width of the picture in pixels.
         tiles: views that the model makes of such a picture, the base view included.
+
+    Example:
+        >>> sizes = GEOMETRIES["llava-next-7b"]
+        >>> sizes.tiles, sizes.config().text_config.num_hidden_layers, sizes.small_config(1).text_config.num_hidden_layers
+        (5, 32, 1)
     """
 
     kind: str

@@ -27,7 +27,13 @@ RANDOM_WEIGHTS = "*"
 
 @dataclass(frozen=True)
 class Listing:
-    """A table as texts: the first column names its rows, the others hold figures."""
+    """A table as texts: the first column names its rows, the others hold figures.
+
+    Example:
+        >>> listing = Listing("Milliseconds per image", ("selector", "K = 64"), (("norm", "1.8"), ("scope", "184")))
+        >>> dict(listing.rows)["norm"]
+        '1.8'
+    """
 
     title: str
     headers: tuple[str, ...]
