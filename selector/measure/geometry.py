@@ -124,8 +124,8 @@ class Geometry:
 
     Example:
         >>> sizes = GEOMETRIES["llava-next-7b"]
-        >>> sizes.tiles, sizes.config().text_config.num_hidden_layers, sizes.small_config(1).text_config.num_hidden_layers
-        (5, 32, 1)
+        >>> [config.text_config.num_hidden_layers for config in (sizes.config(), sizes.small_config(1))]
+        [32, 1]
     """
 
     kind: str
