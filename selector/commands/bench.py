@@ -53,8 +53,9 @@ def run(settings: dict[str, Any]) -> int:
 def _geometry(settings: dict[str, Any]) -> int:
     """At the sizes of a published model: one result, as tables, and with ``out`` as files."""
     chosen = settings | {name: value for name, value in GEOMETRY.items() if name not in settings["given"]}
-    name = chosen["geometry"]
-    find_geometry(name)
+
+    # Mistakes in the settings are errors before anything is built; the measurement itself checks tiles and layers.
+    find_geometry(chosen["geometry"])
     budgets = loading.parse_budgets(chosen["keep"], chosen["scope"], chosen["newlines"])
     for budget in budgets:
         if not isinstance(budget.keep, int):
@@ -65,20 +66,15 @@ def _geometry(settings: dict[str, Any]) -> int:
     for number in chosen["tiles"]:
         positive("tiles", number)
 
-    device, folder = loading.find_device(chosen["device"]), chosen["out"]
-    picture = None if chosen["image"] is None else Path(chosen["image"])
+    device, folder, picture = loading.find_device(chosen["device"]), chosen["out"], chosen["image"]
     if picture is not None:
-        open_image(picture)
+        open_image(Path(picture))
     if folder is not None:
         check_output(Path(folder))
-    if chosen["dtype"] not in loading.DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(loading.DTYPES)}, got {chosen['dtype']!r}")
-    auto = "float32" if device.type == "cpu" else "bfloat16"  # what each is run in
-    dtype = getattr(torch, auto if chosen["dtype"] == "auto" else chosen["dtype"])
 
     torch.set_num_threads(chosen["threads"])
     data = scaling.measure(
-        name,
+        chosen["geometry"],
         _selectors(chosen["selectors"], device, chosen["allow"]),
         [int(budget.keep) for budget in budgets],
         chosen["tiles"],
@@ -87,9 +83,9 @@ def _geometry(settings: dict[str, Any]) -> int:
         scope=chosen["scope"],
         newlines=chosen["newlines"],
         device=device,
-        dtype=dtype,
+        dtype=_dtype(chosen["dtype"], device),
         attention=chosen["attention"],
-        picture=picture,
+        picture=None if picture is None else Path(picture),
         seed=seed,
         command=_command(settings),
         say=lambda line: print(f"selector bench: {line}", file=sys.stderr),
@@ -105,9 +101,20 @@ def _geometry(settings: dict[str, Any]) -> int:
     return 0
 
 
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of that name; "auto" is the one that such a device runs these models in."""
+    if name not in loading.DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(loading.DTYPES)}, got {name!r}")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
+
+
 def _selectors(specs: Sequence[Any], device: torch.device, allow: Sequence[str]) -> dict[str, TokenSelector | None]:
     """By label, in the order given: loaded ones, and None for a name that the measurement has to fit to its model."""
     known = scaling.known_selectors()
+
+    # Whatever is no bare name has arguments or weights of its own; labels come back in the order of the specs.
     rest = [spec for spec in specs if spec not in known]
     loaded = loading.load_selectors(rest, device, allow) if rest else {}
     labels = iter(loaded)

@@ -222,7 +222,7 @@ def build(
         attention: as ``attn_implementation`` of transformers.
 
     Raises:
-        UsageError: more layers than the language model has, or fewer than 0.
+        UsageError: more layers than the language model has, or fewer than 0; an unknown kind of attention.
     """
     most = geometry.config().get_text_config().num_hidden_layers
     if not 0 <= layers <= most:
@@ -234,7 +234,12 @@ def build(
     # The caller's random numbers go on as if nothing had been drawn.
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(geometry.small_config(layers), **options)
+        try:
+            model = AutoModelForImageTextToText.from_config(geometry.small_config(layers), **options)
+        except (ValueError, ImportError) as error:  # an implementation that model or machine do not have
+            if attention is None:
+                raise
+            raise UsageError(f"attention {attention!r} cannot be used: {' '.join(str(error).split())}") from error
     return model.eval().requires_grad_(False)
 
 

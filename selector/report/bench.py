@@ -92,6 +92,7 @@ def _preface(data: dict[str, Any]) -> list[str]:
         f"{each['most']:,} of {each['directions']:,} directions"
         for name, each in energy.items()
     )
+
     runs, threads = _count(data["repeats"], "run"), _count(machine["threads"], "thread")
     return [
         f"{_count(tiles, 'tile')} of {data['patches']} patches, {data['tokens'][str(tiles)]:,} visual tokens, "
@@ -158,11 +159,14 @@ def _growth(data: dict[str, Any]) -> Listing:
     rows = []
     for name in _ranked(data):
         cells = _cells(data, name)
+
+        # What was not built or has no formula leaves its cell empty.
         largest = cells[tiles, keeps[-1]]
         shares = (
             _percent(100 * largest["flops"] / prefill["flops"]) if prefill["flops"] else "",
             _percent(100 * largest["ms"] / prefill["ms"]) if "ms" in prefill else "",
         )
+
         by_budget = slope([(keep, cells[tiles, keep]["ms"]) for keep in keeps])
         by_tiles = slope([(count, cells[count, keeps[0]]["ms"]) for count in counts])
         times = " / ".join(_ms(cells[count, keeps[0]]["ms"]) for count in counts)
@@ -321,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("result", type=Path, help="the JSON that it wrote")
     parser.add_argument("--out", type=Path, help="folder for page and picture (default: print the page)")
     options = parser.parse_args(argv)
+
     try:
         data = json.loads(options.result.read_text(encoding="utf-8"))
         if options.out is None:

@@ -172,6 +172,7 @@ def test_mistakes_of_the_other_commands(call, arguments, message):
         (["--prefill-layers", "5"], r"prefill-layers must be in 0\.\.4, .*, got 5"),
         (["--threads", "0"], "threads must be an int >= 1, got 0"),
         (["--repeats", "0"], "repeats must be an int >= 1, got 0"),
+        (["--attention", "careful"], "attention 'careful' cannot be used: "),
         (["--dtype", "float7"], "dtype must be one of .*, got 'float7'"),
         (["--image", "gone.png"], r"gone\.png cannot be read"),
         (["--selectors", "nobody"], "unknown selector 'nobody'"),
