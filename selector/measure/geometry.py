@@ -232,7 +232,8 @@ def build(
         options["attn_implementation"] = attention
 
     # The caller's random numbers go on as if nothing had been drawn.
-    with torch.random.fork_rng(), torch.device(device):
+    device = torch.device(device)
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type="cuda"), device:
         torch.manual_seed(seed)
         try:
             model = AutoModelForImageTextToText.from_config(geometry.small_config(layers), **options)

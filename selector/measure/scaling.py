@@ -213,19 +213,19 @@ def first_tiles(encoded: Encoded, count: int) -> Encoded:
 
 def _cell(selector: TokenSelector, view: Encoded, budget: Budget, repeats: int, device: torch.device) -> dict[str, Any]:
     """What one selection takes: kept tokens, milliseconds, operations, memory."""
-    kept: list[int] = []
 
-    def work() -> None:
+    def work() -> Tensor:
         selection = selector.select(view.tokens, budget)
         if selection.flow is not None:  # kept tokens take dropped ones in
             selection.flow.apply(view.packed)
-        kept[:] = [int(selection.keep.sum())]
+        return selection.keep
 
-    # The counted call warms up, too; its own clock would show the counter.
+    # One call is counted: its operations, its memory, what it keeps. It warms up, too; a clock would show the counter.
     flops: list[int] = []
-    peak = peak_bytes(lambda: flops.append(counted_flops(work)), device)
+    kept: list[Tensor] = []
+    peak = peak_bytes(lambda: flops.append(counted_flops(lambda: kept.append(work()))), device)
     seconds = seconds_of(work, device, repeats, warmup=0, clock=lambda: processor_time(device))
-    return {"kept": kept[0], "ms": 1e3 * median(seconds), "flops": flops[0], "peak_bytes": peak}
+    return {"kept": int(kept[0].sum()), "ms": 1e3 * median(seconds), "flops": flops[0], "peak_bytes": peak}
 
 
 def _encoded(model: Any, inputs: Mapping[str, Any], needs: set[str]) -> Encoded:
@@ -337,7 +337,7 @@ def _untrained(name: str, tokens: VisualTokens) -> TokenSelector:
     if name.endswith("-question"):
         settings["question_dim"] = language
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(0)
         return available_selectors()[name.removesuffix("-question")](**settings)
 
