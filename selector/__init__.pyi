@@ -14,11 +14,13 @@ from selector.methods.divprune import DivPrune as DivPrune
 from selector.methods.downsample import Downsample as Downsample
 from selector.methods.farthest_point import FarthestPoint as FarthestPoint
 from selector.methods.grid_pool import GridPool as GridPool
+from selector.methods.fastv import FastV as FastV
 from selector.methods.gumbel import GumbelSelector as GumbelSelector
 from selector.methods.hiprune import HiPrune as HiPrune
 from selector.methods.hired import HiRED as HiRED
 from selector.methods.holov import HoloV as HoloV
 from selector.methods.image_transformer import ImageTransformer as ImageTransformer
+from selector.methods.inside import Inside as Inside
 from selector.methods.lofi import LoFi as LoFi
 from selector.methods.lrcp import LRCP as LRCP
 from selector.methods.merge import Merge as Merge
@@ -30,11 +32,13 @@ from selector.methods.prumerge_plus import PruMergePlus as PruMergePlus
 from selector.methods.random import Random as Random
 from selector.methods.ridge_leverage import RidgeLeverage as RidgeLeverage
 from selector.methods.scope import SCOPE as SCOPE
+from selector.methods.stages import Stages as Stages
 from selector.methods.svd_prune import SVDPrune as SVDPrune
 from selector.methods.tome import ToMe as ToMe
 from selector.methods.uniform import Uniform as Uniform
 from selector.methods.visionzip import VisionZip as VisionZip
 from selector.methods.vispruner import VisPruner as VisPruner
+from selector.methods.vtw import VTW as VTW
 from selector.plug import prune_inputs as prune_inputs
 from selector.plug import select_tokens as select_tokens
 from selector.registry import available_selectors as available_selectors
