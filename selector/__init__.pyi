@@ -13,8 +13,8 @@ from selector.methods.dart import DART as DART
 from selector.methods.divprune import DivPrune as DivPrune
 from selector.methods.downsample import Downsample as Downsample
 from selector.methods.farthest_point import FarthestPoint as FarthestPoint
-from selector.methods.grid_pool import GridPool as GridPool
 from selector.methods.fastv import FastV as FastV
+from selector.methods.grid_pool import GridPool as GridPool
 from selector.methods.gumbel import GumbelSelector as GumbelSelector
 from selector.methods.hiprune import HiPrune as HiPrune
 from selector.methods.hired import HiRED as HiRED

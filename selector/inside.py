@@ -14,9 +14,10 @@ Attention is never asked of the model: queries and keys are overheard at ``q_pro
 taken for the rows that a selector asks for, so that eager attention, SDPA and FlashAttention serve alike.
 
 **A new method inside** is a file in ``selector/methods`` like any other: a selector with ``acts = "inside"``, its
-``needs``, and `stages`, whose layers are `scaled_layer` of the published ones. A new quantity is a function in `READERS`,
-a field of `VisualTokens` (or an entry of its ``layers``) and its name in `selector.stages.INSIDE`. Selectors that merge
-(`Selection.flow`) do so on the hidden states.
+``needs``, and `stages`, whose layers are `scaled_layer` of the published ones (`selector.methods.fastv` is the
+shortest). A new quantity is a function in `READERS`, a field of `VisualTokens` and its name in
+`selector.stages.INSIDE`; `_View` has what such functions are made of. Selectors that merge (`Selection.flow`) do so on
+the hidden states.
 
 Within a block, caches that were filled under it can be continued, by ``generate`` and by hand. Refused by name: caches
 that have one length for all layers (StaticCache), compiled models, flex attention, a second prompt with images on a
@@ -191,7 +192,7 @@ class _Run:
         self.stages = {stage.layer: number for number, stage in enumerate(plan.stages)} if plan else {}
         self.depth = len(decoder.layers)
         self.implementation = str(decoder.config._attn_implementation)
-        self.prefill = False
+        self.prefill = self.started = False
         self.columns: dict[int, Columns] = {}  # of the stages passed, by layer
         self.heard: dict[str, Tensor] = {}  # queries, keys, cos and sin of the layer that a stage will ask for
         self.kept = plan.kept if plan else None
@@ -230,10 +231,10 @@ class _Run:
 
         self.prefill = past == 0
         if not self.prefill:
-            if cache not in self.memory.caches:
+            if cache not in self.memory.caches or (self.plan is not None and not self.started):
                 raise ValueError(
-                    "past_key_values must be empty, or filled within this block: layers of a cache that was filled "
-                    "elsewhere hold other columns"
+                    "past_key_values must be empty for a prompt with images, and for text filled within this block: "
+                    "layers of a cache that was filled elsewhere hold other columns"
                 )
             self.columns = self.memory.caches[cache]
             return
@@ -251,7 +252,7 @@ class _Run:
                 f"layer must be >= {deep} for this model, whose first {deep} layers add further visual features "
                 f"(deepstack) at all visual tokens, got {min(self.stages)}"
             )
-        self.columns, self.kept, plan.last = {}, plan.kept, plan.kept
+        self.columns, self.kept, plan.last, self.started = {}, plan.kept, plan.kept, True
 
     def _enter(self, number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """In front of a layer: a stage, if there is one here, then everything for the columns still there."""
@@ -536,8 +537,8 @@ def _refuse_window(config: Any, length: int) -> None:
     sliding = "sliding_attention" in kinds if kinds else window is not None
     if sliding and length >= window:
         raise ValueError(
-            f"sliding_window={window} is reached by a sequence of {length} tokens: windows count columns, and no longer "
-            "fit where tokens left inside the language model; prune before it, or use shorter prompts"
+            f"sliding_window={window} is reached by a sequence of {length} tokens: windows count columns, and do not "
+            "fit once tokens have left inside the language model; prune before it, or use shorter prompts"
         )
 
 

@@ -3,8 +3,8 @@
 `prune_inputs` encodes the images with the model's own code, lets a selector choose, cuts the dropped tokens'
 placeholders out of the prompt and hands the surviving features over as ``mm_encoder_outputs``; prefill and KV cache are
 really shorter. `select_tokens` puts that around ``forward`` and ``generate`` of one model instance. No class is
-patched, nothing global changes, and all use of this seam is in this file. Needs transformers >= 5.19. What leaves inside
-the language model, for selectors that act there, leaves by `selector.inside`.
+patched, nothing global changes, and all use of this seam is in this file. Needs transformers >= 5.19. For selectors
+that act inside the language model, `selector.inside` does the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from selector.base import Stage, TokenSelector

@@ -65,7 +65,7 @@ def scaled_layer(published: int, depth: int) -> int:
     return min(max(1, (2 * published * depth + PUBLISHED_DEPTH) // (2 * PUBLISHED_DEPTH)), depth - 1)
 
 
-def check_layer(layer: int | None) -> None:
+def check_layer(layer: object) -> None:
     """Raises ValueError unless `layer` may be the argument of a method that acts inside the language model."""
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
         raise ValueError(f"layer must be an int >= 1, the first decoder layer that sees fewer tokens, got {layer!r}")

@@ -45,11 +45,11 @@ class VisualTokens:
             (the user's words and what the chat template puts around them, of several turns all that follow; labelled
             tokens are left out), zero where `question_mask` is False.
         question_mask: ``[I, Q]`` which of these are real.
-        hidden: ``[T, N, d]`` inside the language model: the states that enter the decoder layer of this stage.
+        hidden: ``[T, N, h]`` inside the language model: the states that enter the decoder layer of this stage.
         text_attention: ``[T, N]`` inside it: what the last token of the prompt paid each visual token in the layer
             before this stage, mean over heads, softmax over all that it could see.
         own_text_attention: ``[T, N]`` the same of the layer of this stage itself, by its own weights, before it runs.
-        layer_keys: ``[T, N, k]`` rotated keys of the layer before this stage, all key heads side by side.
+        layer_keys: ``[T, N, g]`` rotated keys of the layer before this stage, all key heads side by side.
         layers: `cls_attention`, `received_attention` and `keys` of any attention layer of the vision tower, by names
             such as ``"cls_attention@0"``: layers count from 0, or from -1 backwards. With ``joint_`` before the name
             (``"joint_keys@-1"``), all heads side by side count as a single one, scaled by their common width.
@@ -74,10 +74,10 @@ class VisualTokens:
     text: Float[Tensor, "T N"] | None = None
     question: Float[Tensor, "I Q d"] | None = None
     question_mask: Bool[Tensor, "I Q"] | None = None
-    hidden: Float[Tensor, "T N d"] | None = None
+    hidden: Float[Tensor, "T N h"] | None = None
     text_attention: Float[Tensor, "T N"] | None = None
     own_text_attention: Float[Tensor, "T N"] | None = None
-    layer_keys: Float[Tensor, "T N k2"] | None = None
+    layer_keys: Float[Tensor, "T N g"] | None = None
     layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -2,8 +2,8 @@
 
 Published for LLaVA-1.5 with K = 2 of 32 layers: the attention of the last prompt token in decoder layer K - 1 (from 0),
 mean over heads, ranks the visual tokens; layers from K on see, and cache, only the highest and all text. The first K
-layers run at full length. Other models get the layer that lies as deep (`selector.stages.scaled_layer`); how many stay is
-the budget's, averaged over the layers unless ``count=after`` (published: a share of the tokens behind layer K).
+layers run at full length. Other models get the layer that lies as deep (`selector.stages.scaled_layer`); how many stay
+is the budget's, averaged over the layers unless ``count=after`` (published: a share of the tokens behind layer K).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Two selectors in turn: one before the language model, one inside it.
 
-A budget scales both shares by a common factor: with ``before_share=1`` and ``inside_share=0.25`` the language model gets
-four times as many tokens as are left behind the layer, and their average over the layers is the budget. In a spec:
+A budget scales both shares by a common factor: with ``before_share=1`` and ``inside_share=0.25`` the language model
+gets four times as many tokens as are left behind the layer, and their average over the layers is the budget. In a spec:
 ``stages:before=svd-prune,inside=fastv,inside_share=0.25``; a part with arguments goes in parentheses.
 """
 

@@ -1,8 +1,8 @@
 """Visual tokens withdrawal (VTW, arXiv 2405.05803): behind a layer of the language model no visual token is left.
 
-Published for LLaVA-1.5 7B with K = 16 of 32 layers: by then the text has taken up what it needs. The paper finds K by the
-divergence of the outputs on a few samples; here it is an argument. Nothing is chosen, so a budget only bounds: it must
-be at least the average over the layers that the layer implies.
+Published for LLaVA-1.5 7B with K = 16 of 32 layers: by then the text has taken up what it needs. The paper finds K by
+the divergence of the outputs on a few samples; here it is an argument. Nothing is chosen, so a budget only bounds: it
+must be at least the average over the layers that the layer implies.
 """
 
 from __future__ import annotations

@@ -40,8 +40,12 @@ def transformer(question: bool = False) -> ImageTransformer:
 
 LEARNED = {"gumbel": gumbel, "image-transformer": transformer, "image-transformer:question": lambda: transformer(True)}
 
+# Their masks are made while a language model runs; tests/inside has them.
+RUNNING = {"stages", "vtw"}
+
 # By its own name as a spec, unless that would not be a fair default at this size.
-SPECS = {name: name for name in available_selectors() if name not in LEARNED} | {
+SPECS = {name: name for name in available_selectors() if name not in {*LEARNED, *RUNNING}} | {
+    "inside": "inside:selector=norm,layer=1",
     "lofi": "lofi:rank=3",
     "merge": "merge:selector=norm",
     "mix": "mix:a=norm,b=cls-attention",
@@ -79,6 +83,9 @@ VARIANTS = SPECS | {
         "cdpruner:relevance=received_attention",
         "svd-prune:rank=3,merge=nearest",
         "mix:a=(svd-prune:rank=2),b=divprune,weight=0.25,merge=nearest",
+        "lofi:rank=3,layer=2,count=after",
+        "ridge-leverage:layer=1",
+        "norm:merge=nearest,layer=1",
     )
 }
 every_method = pytest.mark.parametrize("name", [*VARIANTS, *LEARNED])
@@ -291,7 +298,7 @@ def test_a_budget_a_tile_reaches_every_tile(name):
     tokens = single(torch.randn(3, N, D))
     asked = {"question": torch.randn(1, 4, D + 2), "question_mask": torch.ones(1, 4, dtype=torch.bool)}
     one = {"image": torch.zeros(3, dtype=torch.long), "slots": tokens.slots.view(1, -1)}
-    image = replace(tokens, projected=torch.randn(3, N, D + 2), **one, **asked)
+    image = replace(tokens, projected=torch.randn(3, N, D + 2), hidden=torch.randn(3, N, D + 2), **one, **asked)
     keep = make(name)(image, Budget(12, "tile"))
     assert image.tiles_of(keep).sum(1).tolist() == [4, 4, 4]
 
@@ -349,7 +356,8 @@ def test_what_a_method_says_of_itself(name):
     method = make(name)
     assert method.paper
     assert method.cost
-    assert method.acts == "before"
+    assert method.acts in ("before", "inside")
+    assert [stage.layer > 0 for stage in method.stages(4)] == [method.acts == "inside"]
     assert method.needs <= {*TABLES, *SCORES, *LAYERS, *JOINT, "joint_keys@-1", "question"}
 
 
