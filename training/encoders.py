@@ -42,6 +42,21 @@ class VisionEncoder(nn.Module, ABC):
         grid: (h, w), rows and columns of patches in a tile.
         dim: D, width of the features.
         name: its name in a model card.
+
+    A new kind of encoder needs its preprocessing, a name, and `encode`; grid and width are measured.
+
+    >>> class Colours(VisionEncoder):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.name, self.preprocess = "mean colours", lambda image: torch.zeros(1, 3, 32, 32)
+    ...         self._freeze()
+    ...
+    ...     def encode(self, pixels):
+    ...         self.grid = (4, 4)
+    ...         return nn.functional.avg_pool2d(pixels, 8).flatten(2).mT
+    >>> encoder = Colours()
+    >>> encoder.grid, encoder.num_patches, encoder.dim
+    ((4, 4), 16, 3)
     """
 
     preprocess: Preprocess
@@ -126,6 +141,12 @@ class LlavaNextEncoder(VisionEncoder):
     Raises:
         FileNotFoundError: no such folder.
         ValueError: another kind of model, one that joins several layers, or one without weights for its tower.
+
+    >>> encoder = LlavaNextEncoder("checkpoints/llava-next-tiny")
+    >>> tiles = encoder.preprocess(Image.new("RGB", (192, 96)))  # the base view and two tiles
+    >>> features = encoder(tiles)
+    >>> tiles.shape, features.shape, encoder.project(features).shape
+    (torch.Size([3, 3, 96, 96]), torch.Size([3, 144, 160]), torch.Size([3, 144, 192]))
     """
 
     def __init__(self, path: str, backend: str = "pil"):
@@ -194,6 +215,12 @@ class LlavaNextModel(VisionEncoder):
     Raises:
         FileNotFoundError: no such folder.
         ValueError: the folder holds another kind of model.
+
+    >>> model = LlavaNextModel("checkpoints/llava-next-tiny")
+    >>> asked = model.converse(Image.new("RGB", (192, 96)), [("what is TAX?", None)])
+    >>> tokens = model.encoded(asked, frozenset({"features"})).tokens
+    >>> tokens.features.shape, tokens.slots.shape  # 3 tiles of 144 patches, and 12 newlines
+    (torch.Size([3, 144, 160]), torch.Size([1, 444]))
     """
 
     def __init__(
@@ -274,6 +301,14 @@ class TransformersEncoder(VisionEncoder):
 
     Raises:
         FileNotFoundError: no such folder.
+
+    >>> from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+    >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    >>> ViTModel(config).save_pretrained("vit")
+    >>> _ = ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("vit")
+    >>> encoder = TransformersEncoder("./vit", layer=-2)
+    >>> encoder.grid, encoder(encoder.preprocess(Image.new("RGB", (300, 200)))).shape
+    ((4, 4), torch.Size([1, 16, 8]))
     """
 
     def __init__(self, path: str, layer: int | None = None, backend: str = "pil"):
@@ -361,6 +396,11 @@ class ProcessorTiles:
 
     Args:
         processor: an image processor of transformers.
+
+    >>> from training.testbed.vocabulary import build_processor
+    >>> tiles = ProcessorTiles(build_processor().image_processor)
+    >>> tiles(Image.new("RGB", (192, 96))).shape  # the base view, then the two halves
+    torch.Size([3, 3, 96, 96])
     """
 
     def __init__(self, processor: Any):

@@ -18,6 +18,11 @@ class KeptPictures(Callback):
         model: checkpoint folder or hub name of the LLaVA-NeXT whose tower the selector is trained on.
         images: image files; without any, a generated document and a generated scene.
         keep: the budget, see `Budget`.
+
+    >>> from selector import load_selector
+    >>> callback = KeptPictures("checkpoints/llava-next-tiny", keep=0.25)
+    >>> [strip.size for strip in callback.strips(load_selector("uniform"))]  # of a document and a scene
+    [(736, 328), (736, 498)]
     """
 
     def __init__(self, model: str, images: list[str] | None = None, keep: int | float | str = 0.25) -> None:
@@ -65,8 +70,7 @@ class KeptPictures(Callback):
     def _vlm(self) -> tuple[Any, Any]:
         """Model and processor; a model of its own, since the training's encoder may lack the language model."""
         if self._loaded is None:
-            from transformers import AutoModelForImageTextToText, AutoProcessor
+            from selector.commands.loading import load_model
 
-            model = AutoModelForImageTextToText.from_pretrained(self.model).eval()
-            self._loaded = model, AutoProcessor.from_pretrained(self.model, backend="pil")
+            self._loaded = load_model(self.model, "cpu")
         return self._loaded
