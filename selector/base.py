@@ -28,7 +28,7 @@ from selector.hub import Checkpoint
 from selector.merging import Selection
 from selector.tokens import VisualTokens
 
-QUESTION_FIELDS = frozenset({"question", "text", "text_attention", "own_text_attention"})
+QUESTION_FIELDS = frozenset({"question", "text", "text_attention", "own_text_attention", "rater_attention"})
 """Fields of `VisualTokens` that come from the user's question."""
 
 Count = Literal["average", "after"]

@@ -5,7 +5,7 @@ Shapes: B rows, S columns of the whole batch, R columns of the shortened one, H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,6 +29,7 @@ class Columns:
         index: ``[B, R]`` column of the whole prompt; at padding any that is not kept.
         real: ``[B, R]`` False at padding.
         width: S, columns of the whole prompt; what follows them in decoding stays.
+        padded: whether there is padding at all; known without asking a GPU.
 
     Example:
         >>> columns = Columns.of(torch.tensor([[True, False, True], [True, True, True]]), right=False, width=3)
@@ -39,13 +40,15 @@ class Columns:
     index: Int[Tensor, "B R"]
     real: Bool[Tensor, "B R"]
     width: int
+    padded: bool
 
     @classmethod
     def of(cls, keep: Bool[Tensor, "B S0"], right: bool, width: int) -> Columns:
         """The kept columns of a prompt, and all of what stands behind it up to `width`."""
         index, real = compact(keep, right)
         more = torch.arange(keep.shape[1], width, device=keep.device).expand(len(keep), -1)
-        return cls(torch.cat([index, more], 1), torch.cat([real, torch.ones_like(more, dtype=torch.bool)], 1), width)
+        real = torch.cat([real, torch.ones_like(more, dtype=torch.bool)], 1)
+        return cls(torch.cat([index, more], 1), real, width, not bool(real.all()))
 
     def repeated(self, rows: int) -> Columns:
         """For a batch in which every row stands several times, as beam search has it.
@@ -58,11 +61,15 @@ class Columns:
         if rows % len(self.index):
             raise ValueError(f"a cache of {len(self.index)} rows cannot be continued by {rows} rows")
         times = rows // len(self.index)
-        return Columns(self.index.repeat_interleave(times, 0), self.real.repeat_interleave(times, 0), self.width)
+        return replace(self, index=self.index.repeat_interleave(times, 0), real=self.real.repeat_interleave(times, 0))
+
+    def every(self, times: int) -> Columns:
+        """One row of each `times`: the inverse of `repeated`."""
+        return replace(self, index=self.index[::times], real=self.real[::times])
 
     def to(self, device: torch.device) -> Columns:
         """The same on another device."""
-        return Columns(self.index.to(device), self.real.to(device), self.width)
+        return replace(self, index=self.index.to(device), real=self.real.to(device))
 
     @property
     def place(self) -> Int[Tensor, "B S"]:
@@ -79,10 +86,10 @@ class Columns:
         """
         more = length - self.index.shape[1]
         if more <= 0:
-            return Columns(self.index[:, :length], self.real[:, :length], self.width)
+            return replace(self, index=self.index[:, :length], real=self.real[:, :length])
         new = torch.arange(self.width, self.width + more, device=self.index.device).expand(len(self.index), -1)
         real = torch.cat([self.real, torch.ones_like(new, dtype=torch.bool)], 1)
-        return Columns(torch.cat([self.index, new], 1), real, self.width + more)
+        return Columns(torch.cat([self.index, new], 1), real, self.width + more, self.padded)
 
     def take(self, values: Tensor, axis: int) -> Tensor:
         """Values of the whole prompt at these columns.
@@ -118,9 +125,8 @@ class Columns:
                 for causal attention without padding.
             implementation: ``config._attn_implementation``, which decides the form of a mask where there was none.
         """
-        padded = not bool(self.real.all())
         if mask is None:
-            return self._causal(implementation) if padded else None
+            return self._causal(implementation) if self.padded else None
         if mask.ndim == 2:
             return self.take(mask.bool(), -1) & self.real
 
@@ -128,15 +134,15 @@ class Columns:
         mask = mask.expand(len(self.index), -1, -1, -1)
         rows = self.index[:, None, :, None].expand(-1, heads, -1, mask.shape[3])
         mask = self.keys(mask.gather(2, rows))
-        return self._open_at_padding(mask) if padded and mask.dtype == torch.bool else mask
+        return self._open_at_padding(mask) if self.padded and mask.dtype == torch.bool else mask
 
     def keys(self, mask: Tensor) -> Tensor:
         """A mask ``[B or 1, H, Q, S]`` for these columns as keys, closed at padding."""
         mask = mask.expand(len(self.index), -1, -1, -1)
         mask = mask.gather(3, self.index[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-        closed = ~self.real[:, None, None, :]
-        if not bool(closed.any()):
+        if not self.padded:
             return mask
+        closed = ~self.real[:, None, None, :]
         return mask & ~closed if mask.dtype == torch.bool else mask.masked_fill(closed, torch.finfo(mask.dtype).min)
 
     def decoding(self, mask: Tensor | None, queries: int, implementation: str) -> Tensor | None:
@@ -148,7 +154,7 @@ class Columns:
             implementation: see `queries_and_keys`.
         """
         if mask is None:
-            if bool(self.real.all()):
+            if not self.padded:
                 return None
             if _is_flash(implementation):
                 return self.real

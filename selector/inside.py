@@ -6,10 +6,11 @@ stage's layer on, so do the caches of these layers, and hidden states are brough
 layer, so that logits, labels and loss fit the prompt.
 
 How a stage at layer K goes (`selector.base.Stage`): in front of layer K the plug fills the fields of `VisualTokens`
-that the stage's selector names in `needs` (`READERS`: ``hidden``, ``text_attention``, ``own_text_attention``,
-``layer_keys``; all others are those of the vision tower), cuts the table down to the tokens still there, and calls
-`TokenSelector.select` with the number that each image may keep. The columns of the others are cut out of hidden states,
-position embeddings and masks, for this layer and all that follow; position ids are those of the unpruned prompt.
+that the stage's selector names in `needs` (those of `READERS`: ``hidden``, ``text_attention``, ``own_text_attention``,
+``rater_attention``, ``layer_keys``; all others are those of the vision tower), cuts the table down to the tokens still
+there, and calls `TokenSelector.select` with the number that each image may keep. The columns of the others are cut out
+of hidden states, position embeddings and masks, for this layer and all that follow; position ids stay those of the
+prompt that enters the language model.
 Attention is never asked of the model: queries and keys are overheard at ``q_proj`` and ``k_proj``, and a softmax is
 taken for the rows that a selector asks for, so that eager attention, SDPA and FlashAttention serve alike.
 
@@ -158,6 +159,10 @@ def decoder_of(model: Any) -> Any:
     return decoder
 
 
+_ACTING: set[tuple[int, int]] = set()
+"""(language model, thread) of the open blocks: two sets of hooks on one model would both cut."""
+
+
 @contextmanager
 def acting(model: Any, plan: Plan | None, memory: Memory | None = None) -> Iterator[None]:
     """Within the block, prompts lose their visual tokens as `plan` has it, and caches that know of it are continued.
@@ -168,11 +173,15 @@ def acting(model: Any, plan: Plan | None, memory: Memory | None = None) -> Itera
         memory: of an open `select_tokens` block.
 
     Raises:
+        RuntimeError: such a block is open already, on this model and in this thread.
         ValueError: what this module refuses by name.
     """
     decoder = decoder_of(model)
     _refuse_model(model)
-    run, handles = _Run(decoder, plan, memory or Memory()), []
+    run, handles, place = _Run(decoder, plan, memory or Memory()), [], (id(decoder), threading.get_ident())
+    if place in _ACTING:
+        raise RuntimeError("acting: this model is within another block of this thread; one prompt is pruned at a time")
+    _ACTING.add(place)
     run.memory.threads.add(run.thread)
     try:
         run.attach(handles)
@@ -181,6 +190,7 @@ def acting(model: Any, plan: Plan | None, memory: Memory | None = None) -> Itera
         for handle in handles:
             handle.remove()
         run.memory.threads.discard(run.thread)
+        _ACTING.discard(place)
 
 
 class _Run:
@@ -190,12 +200,15 @@ class _Run:
         self.decoder, self.plan, self.memory = decoder, plan, memory
         self.thread = threading.get_ident()
         self.stages = {stage.layer: number for number, stage in enumerate(plan.stages)} if plan else {}
+        self.needs = frozenset().union(*(stage.selector.needs for stage in plan.stages)) if plan else frozenset()
         self.depth = len(decoder.layers)
         self.implementation = str(decoder.config._attn_implementation)
         self.prefill = self.started = False
         self.columns: dict[int, Columns] = {}  # of the stages passed, by layer
         self.heard: dict[str, Tensor] = {}  # queries, keys, cos and sin of the layer that a stage will ask for
         self.kept = plan.kept if plan else None
+        self.embedded: Tensor | None = None  # what enters the first layer
+        self.cut: dict[Any, Any] = {}  # arguments of this pass at the columns still there, shared by layers
 
     def attach(self, handles: list[Any]) -> None:
         """Sets the hooks, and puts their handles into the list one by one."""
@@ -229,7 +242,7 @@ class _Run:
         past = 0 if cache is None else cache.get_seq_length()
         _refuse_window(self.decoder.config, past + embedded.shape[1])
 
-        self.prefill = past == 0
+        self.prefill, self.cut = past == 0, {}
         if not self.prefill:
             if cache not in self.memory.caches or (self.plan is not None and not self.started):
                 raise ValueError(
@@ -264,7 +277,7 @@ class _Run:
             hidden = self._prefill(number, layer, hidden, kwargs)
         else:
             columns = self._current(number)
-            if columns is not None:
+            if columns is not None and (columns.padded or kwargs.get("attention_mask") is not None):
                 length = kwargs["past_key_values"].get_seq_length(number) + hidden.shape[1]
                 columns = columns.repeated(len(hidden)).to(hidden.device).longer(length)
                 mask = columns.decoding(kwargs.get("attention_mask"), hidden.shape[1], self.implementation)
@@ -276,6 +289,8 @@ class _Run:
 
     def _prefill(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         whole = dict(kwargs)
+        if number == 0 and "rater_attention" in self.needs:
+            self.embedded = hidden.detach()
         if number in self.stages:
             hidden = self._stage(number, layer, hidden, whole)
         columns = self._current(number)
@@ -293,11 +308,19 @@ class _Run:
 
     def _narrow(self, kwargs: dict[str, Any], whole: dict[str, Any], columns: Columns) -> None:
         """Arguments of a layer that have the prompt's length, for the columns still there."""
-        kwargs["position_embeddings"] = tuple(columns.take(part, -2) for part in whole["position_embeddings"])
         mask = whole.get("attention_mask")
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"attn_implementation must not be flex attention here, got a {type(mask).__name__}")
-        kwargs["attention_mask"] = columns.queries_and_keys(mask, self.implementation)
+
+        # Layers are handed the same objects, which live as long as the pass: each is cut once per stage.
+        given, width = whole["position_embeddings"], columns.index.shape[1]
+        device = columns.index.device
+        angles, masks = (width, id(given), device, "angles"), (width, id(mask), device)
+        if angles not in self.cut:
+            self.cut[angles] = tuple(columns.take(part, -2) for part in given)
+        if masks not in self.cut:
+            self.cut[masks] = columns.queries_and_keys(mask, self.implementation)
+        kwargs["position_embeddings"], kwargs["attention_mask"] = self.cut[angles], self.cut[masks]
         if whole.get("position_ids") is not None:
             # FlashAttention reads gaps in position ids as packed sequences; the rotation is in the embeddings already.
             ids = whole["position_ids"]
@@ -332,10 +355,10 @@ class _Run:
         gone = (plan.tokens.slots != PAD) & ~keep
         staying[plan.row[gone].to(staying.device), plan.column[gone].to(staying.device)] = False
         staying = staying.repeat_interleave(len(hidden) // len(staying), 0).to(hidden.device)
-        columns = Columns.of(staying, plan.right, view.width)
+        columns = Columns.of(staying, plan.right, view.all_columns.width)
 
         # From the columns before this stage to those behind it; padding takes any.
-        source = view.columns.place.gather(1, columns.index).clamp(min=0)
+        source = view.all_columns.place.gather(1, columns.index).clamp(min=0)
         hidden = hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1]))
         self.columns[number], self.kept, plan.last = columns, keep, keep
         for own, count in zip(plan.layers, keep.sum(1).tolist(), strict=True):
@@ -367,7 +390,14 @@ class _Run:
 
 
 class _View:
-    """What a stage can be asked: hidden states, attention and keys at the visual tokens still there."""
+    """What a stage can be asked: hidden states, attention and keys of the columns still there.
+
+    Attributes:
+        tokens: the table, cut down to the visual tokens still there.
+        order: ``[I, L2]`` which slot of the prompt each slot of that table is.
+        hidden: ``[B, R, d]`` states that enter the layer of the stage.
+        columns: of these states; `all_columns` with the rows that beams repeat.
+    """
 
     def __init__(
         self,
@@ -381,15 +411,16 @@ class _View:
         plan = run.plan
         assert plan is not None
         self.run, self.plan, self.layer, self.whole = run, plan, layer, whole
+        self.before = run.decoder.layers[number - 1]
         self.times = len(hidden) // len(plan.prompt)  # beams repeat every row: one of each is enough
         self.hidden = hidden[:: self.times]
-        self.width = whole["position_embeddings"][0].shape[-2]
+
         current = run._current(number - 1)
         if current is None:
             every = torch.ones(len(hidden), plan.prompt.shape[1], dtype=torch.bool, device=hidden.device)
-            current = Columns.of(every, plan.right, self.width)
-        self.columns = current.to(hidden.device)
-        self.before = run.decoder.layers[number - 1]
+            current = Columns.of(every, plan.right, hidden.shape[1])
+        self.all_columns = current.to(hidden.device)
+        self.columns = self.all_columns.every(self.times)
 
         # As if the tokens that are gone had never been: packed to the left.
         width = int(kept.sum(1).max())
@@ -397,22 +428,22 @@ class _View:
         slots = torch.where(kept, plan.tokens.slots, PAD).gather(1, self.order)
         self.tokens = replace(plan.tokens, slots=slots)
         self.row, self.column = (part.gather(1, self.order) for part in (plan.row, plan.column))
-
-    @property
-    def own_columns(self) -> Columns:
-        """Of one row per row of the prompt."""
-        return Columns(self.columns.index[:: self.times], self.columns.real[:: self.times], self.columns.width)
+        self.heads: dict[bool, tuple[Tensor, Tensor, Any]] = {}
 
     @property
     def position(self) -> Int[Tensor, "I L2"]:
         """Where the token of each slot stands among the columns still there."""
-        place = self.own_columns.place
+        place = self.columns.place
         return place[self.row.to(place.device), self.column.to(place.device)].clamp(min=0)
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """``[B, R]`` or ``[B, R, C]`` of columns to ``[T, N]`` or ``[T, N, C]`` of encoder tokens, zero elsewhere."""
+        return self.unpacked(values[self.row.to(values.device), self.position])
+
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """``[I, L2]`` or ``[I, L2, C]`` of slots to ``[T, N]`` or ``[T, N, C]`` of encoder tokens, zero elsewhere."""
         tokens = self.tokens
-        packed = values[self.row.to(values.device), self.position].to(tokens.features.device)
+        packed = packed.to(tokens.features.device)
         table = packed.new_zeros(tokens.features.shape[0] * tokens.features.shape[1], *packed.shape[2:])
         table[tokens.slots[tokens.is_patch]] = packed[tokens.is_patch]
         return table.view(*tokens.features.shape[:2], *packed.shape[2:])
@@ -425,8 +456,7 @@ class _View:
         for beam in range(self.times):
             own = hidden[beam :: self.times]
             packed = [own[r[m], p[m]] for r, p, m in zip(row, position, real, strict=True)]
-            merged = torch.cat(chosen.flow.apply(packed))
-            hidden[row[real] * self.times + beam, position[real]] = merged
+            hidden[row[real] * self.times + beam, position[real]] = torch.cat(chosen.flow.apply(packed))
         return hidden
 
     def queries_and_keys(self, own: bool) -> tuple[Tensor, Tensor, Any]:
@@ -435,65 +465,112 @@ class _View:
         Args:
             own: of the layer of this stage, by its weights on what enters it; else of the layer before.
         """
+        if own not in self.heads:
+            self.heads[own] = self._queries_and_keys(own)
+        return self.heads[own]
+
+    def _queries_and_keys(self, own: bool) -> tuple[Tensor, Tensor, Any]:
         if own:
             attention, embeddings = self.layer.self_attn, self.whole["position_embeddings"]
             entering = self.layer.input_layernorm(self.hidden)
             queries, keys = attention.q_proj(entering), attention.k_proj(entering)
-            cos, sin = (self.own_columns.take(part[:: self.times], -2) for part in embeddings)
+            cos, sin = (self.columns.take(part[:: self.times], -2) for part in embeddings)
         else:
             attention, heard = self.before.self_attn, self.run.heard
-            queries, keys = heard["q_proj"][:: self.times], heard["k_proj"][:: self.times]
-            cos, sin = heard["cos"][:: self.times], heard["sin"][:: self.times]
+            queries, keys, cos, sin = (heard[part][:: self.times] for part in ("q_proj", "k_proj", "cos", "sin"))
         if cos.ndim != 3:
             raise ValueError("position embeddings of several axes need a newer transformers")
+
         queries, keys = (part.unflatten(-1, (-1, attention.head_dim)) for part in (queries, keys))
         if getattr(attention, "q_norm", None) is not None:
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
         cos, sin = cos[:, None].to(queries.device), sin[:, None].to(queries.device)
         return rotated(queries.transpose(1, 2), cos, sin), rotated(keys.transpose(1, 2), cos, sin), attention
 
-    def attention(self, rows: Int[Tensor, "B Q"], own: bool = False) -> Float[Tensor, "B Q R"]:
+    def attention(self, row: Int[Tensor, "n"], column: Int[Tensor, "n Q"], own: bool = False) -> Float[Tensor, "n Q R"]:
         """What some tokens pay all columns still there: mean over heads of the softmax over what each of them sees.
 
         Args:
-            rows: columns of the prompt (not of what is left of it) of the tokens that pay.
+            row: of the prompt, in which the paying tokens stand.
+            column: of the prompt (not of what is left of it).
             own: see `queries_and_keys`.
         """
         queries, keys, attention = self.queries_and_keys(own)
-        columns = self.own_columns
-        rows = rows.to(keys.device)
-        place = columns.place.gather(1, rows)
-        chosen = queries.gather(2, place[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
+        row, column = row.to(keys.device), column.to(keys.device)
+        queries, keys, index = queries[row], keys[row], self.columns.index[row]
+        place = self.columns.place[row].gather(1, column)
+        queries = queries.gather(2, place[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
 
         # Grouped queries share keys. In float32 at least, as the model's own softmax.
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
         precision = torch.promote_types(keys.dtype, torch.float32)
-        scores = chosen.to(precision) @ keys.to(precision).mT * attention.scaling
+        scores = queries.to(precision) @ keys.to(precision).mT * attention.scaling
         cap = getattr(attention, "attn_logit_softcapping", None)
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
 
-        prompt = torch.nn.functional.pad(
-            self.plan.prompt.to(keys.device), (0, columns.width - self.plan.prompt.shape[1])
-        )
-        seen = columns.real & prompt.gather(1, columns.index)
-        seen = seen[:, None] & (columns.index[:, None] <= rows[..., None])
+        # Neither padding nor what follows: the prompt, up to the paying token.
+        prompt = self.plan.prompt.to(keys.device)
+        prompt = torch.nn.functional.pad(prompt, (0, self.columns.width - prompt.shape[1]))[row]
+        seen = (self.columns.real[row] & prompt.gather(1, index))[:, None] & (index[:, None] <= column[..., None])
         return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)
 
     def text_attention(self, own: bool) -> Float[Tensor, "T N"]:
         """Of the last token of each row's prompt."""
-        return self.at_tokens(self.attention(self.plan.asker[:, None], own)[:, 0])
+        rows = torch.arange(len(self.plan.prompt))
+        return self.at_tokens(self.attention(rows, self.plan.asker[:, None], own)[:, 0])
+
+    def words(self) -> list[tuple[int, Int[Tensor, "_"]]]:
+        """Per image its row, and the columns of the text behind it: prompt tokens that are neither visual nor labelled.
+
+        Raises:
+            ValueError: an image has no text behind it.
+        """
+        plan = self.plan
+        present = plan.tokens.slots != PAD
+        text = plan.prompt.clone()
+        text[plan.row[present].to(text.device), plan.column[present].to(text.device)] = False
+        column = torch.arange(text.shape[1], device=text.device)
+        text &= column <= plan.asker[:, None]
+
+        found = []
+        for row, own, there in zip(plan.row, plan.column, present, strict=True):
+            number, last = int(row[there][0]), int(own[there].max())
+            behind = (text[number] & (column > last)).nonzero()[:, 0]
+            if not len(behind):
+                raise ValueError("rater_attention needs text behind every image, and an image of this batch has none")
+            found.append((number, behind))
+        return found
+
+    def rater_attention(self) -> Float[Tensor, "T N"]:
+        """Of the text tokens behind an image that its visual tokens are most like (SparseVLM's raters)."""
+        embedded = self.run.embedded
+        assert embedded is not None
+        embedded = embedded[:: self.times].float()
+        plan, rows = self.plan, []
+        for image, (row, text) in enumerate(self.words()):
+            present = plan.tokens.slots[image] != PAD
+            visual = embedded[row, plan.column[image][present].to(embedded.device)]
+            alike = (visual @ embedded[row, text.to(embedded.device)].mT).softmax(-1).mean(0)
+
+            # Above the mean; where all are equal nothing is, and all of them rate.
+            above = (alike > alike.mean()).to(text.device)
+            raters = text[above] if bool(above.any()) else text
+            paid = self.attention(torch.tensor([row]), raters[None])[0].mean(0)
+            rows.append(paid[self.position[image].to(paid.device)])
+        return self.unpacked(torch.stack(rows))
 
 
 READERS: dict[str, Callable[[_View], Tensor]] = {
     "hidden": lambda view: view.at_tokens(view.hidden.detach()),
     "text_attention": lambda view: view.text_attention(own=False),
     "own_text_attention": lambda view: view.text_attention(own=True),
+    "rater_attention": _View.rater_attention,
     "layer_keys": lambda view: view.at_tokens(view.queries_and_keys(own=False)[1].transpose(1, 2).flatten(2)),
 }
 """What fills each field of `selector.stages.INSIDE` at a stage."""
 
-OVERHEARD = frozenset({"text_attention", "layer_keys"})
+OVERHEARD = frozenset({"text_attention", "rater_attention", "layer_keys"})
 """Those that need queries or keys of the layer before the stage, as they pass by."""
 
 
@@ -535,7 +612,7 @@ def _refuse_window(config: Any, length: int) -> None:
         raise ValueError(f"layer_types must be full or sliding attention, got {sorted(kinds)}")
     window = getattr(config, "sliding_window", None)
     sliding = "sliding_attention" in kinds if kinds else window is not None
-    if sliding and length >= window:
+    if sliding and window is not None and length >= window:
         raise ValueError(
             f"sliding_window={window} is reached by a sequence of {length} tokens: windows count columns, and do not "
             "fit once tokens have left inside the language model; prune before it, or use shorter prompts"

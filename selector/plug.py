@@ -90,10 +90,10 @@ class Pruned:
         if plan is None:
             yield
             return
-        before = plan.seconds
+        outside, plan.seconds = self.selection_seconds - plan.seconds, 0.0  # of this run alone, not of earlier ones
         with acting(model, plan, memory):
             yield
-        self.selection_seconds += plan.seconds - before
+        self.selection_seconds = outside + plan.seconds
         self.measured = [mean_tokens(own) for own in plan.layers]
         self.keep = self.keep if plan.last is None else plan.last
 

@@ -173,7 +173,7 @@ def mean_tokens(layers: Sequence[int]) -> int | float:
     return total // len(layers) if total % len(layers) == 0 else total / len(layers)
 
 
-INSIDE: frozenset[str] = frozenset({"hidden", "text_attention", "own_text_attention", "layer_keys"})
+INSIDE: frozenset[str] = frozenset({"hidden", "text_attention", "own_text_attention", "rater_attention", "layer_keys"})
 """Fields of `VisualTokens` that only a stage inside the language model can fill; see `selector.inside`."""
 
 

@@ -49,6 +49,9 @@ class VisualTokens:
         text_attention: ``[T, N]`` inside it: what the last token of the prompt paid each visual token in the layer
             before this stage, mean over heads, softmax over all that it could see.
         own_text_attention: ``[T, N]`` the same of the layer of this stage itself, by its own weights, before it runs.
+        rater_attention: ``[T, N]`` as `text_attention`, the mean over the text tokens behind the image that are most
+            like it: M, the mean over its visual tokens of the softmax over the text of their inner products, all as
+            embedded, is above the mean of M (SparseVLM, arXiv 2410.04417).
         layer_keys: ``[T, N, g]`` rotated keys of the layer before this stage, all key heads side by side.
         layers: `cls_attention`, `received_attention` and `keys` of any attention layer of the vision tower, by names
             such as ``"cls_attention@0"``: layers count from 0, or from -1 backwards. With ``joint_`` before the name
@@ -77,6 +80,7 @@ class VisualTokens:
     hidden: Float[Tensor, "T N h"] | None = None
     text_attention: Float[Tensor, "T N"] | None = None
     own_text_attention: Float[Tensor, "T N"] | None = None
+    rater_attention: Float[Tensor, "T N"] | None = None
     layer_keys: Float[Tensor, "T N g"] | None = None
     layers: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -11,7 +11,7 @@ from selector import VisualTokens
 
 N, D = 16, 12
 TABLES = ("features", "projected", "keys", "hidden", "layer_keys")
-SCORES = ("cls_attention", "received_attention", "text", "text_attention", "own_text_attention")
+SCORES = ("cls_attention", "received_attention", "text", "text_attention", "own_text_attention", "rater_attention")
 LAYERS = ("cls_attention@0", "received_attention@0", "received_attention@1", "received_attention@9")
 JOINT = ("joint_cls_attention@-1", "joint_received_attention@-1")
 
@@ -44,6 +44,7 @@ def anyres(seed: int = 0, images: int = 2, dtype: torch.dtype = torch.float32, d
         hidden=draw(dim + 2).to(dtype),
         text_attention=draw().mul(2).softmax(1).to(dtype),
         own_text_attention=draw().mul(2).softmax(1).to(dtype),
+        rater_attention=draw().mul(2).softmax(1).to(dtype),
         layer_keys=draw(8).to(dtype),
         question=torch.randn(images, 5, dim + 2, generator=generator).to(dtype),
         question_mask=torch.arange(5)[None] < torch.arange(3, 3 + images).clamp(max=5)[:, None],
@@ -70,6 +71,7 @@ def single(features: torch.Tensor, seed: int = 0) -> VisualTokens:
         hidden=features,
         text_attention=cls.flip(1),
         own_text_attention=received.flip(1),
+        rater_attention=text.flip(1),
         layer_keys=features,
         layers=dict(zip((*LAYERS, *JOINT), layers, strict=True)) | {"joint_keys@-1": features},
     )

@@ -249,6 +249,44 @@ def test_layer_keys_and_hidden_states_are_those_of_the_model():
     torch.testing.assert_close(seen["hidden"].flatten(0, 1), plain.hidden_states[LAYER][visual])
 
 
+def test_raters_are_the_text_most_like_the_image():
+    """Oracle: SparseVLM's rule written out, and the model's own eager attention."""
+    family = FAMILIES[0]
+    model, inputs = family.model, family.batch([[family.picture(0)], [family.picture(1)]])
+    seen = {}
+
+    class Reads(FastV):
+        needs = frozenset({"rater_attention"})
+
+        def score(self, tokens):
+            seen["paid"] = tokens.read("rater_attention", self)
+            return seen["paid"]
+
+    with torch.no_grad():
+        with select_tokens(model, Reads(layer=LAYER, count="after"), keep=5):
+            model(**inputs)
+        model.set_attn_implementation("eager")
+        plain = model(**inputs, output_attentions=True, output_hidden_states=True)
+        model.set_attn_implementation("sdpa")
+    for row, ids in enumerate(inputs["input_ids"]):
+        visual = (ids == family.placeholder).nonzero().flatten()
+        text = torch.arange(int(visual[-1]) + 1, len(ids))
+        states = plain.hidden_states[0][row]
+        alike = torch.stack([(states[v] @ states[text].T).softmax(0) for v in visual]).mean(0)
+        raters = text[alike > alike.mean()]
+        assert 0 < len(raters) < len(text)
+        paid = plain.attentions[LAYER - 1][row].mean(0)[raters].mean(0)
+        torch.testing.assert_close(seen["paid"][row], paid[visual], rtol=1e-4, atol=1e-6)
+    alone = family.batch([[family.picture(0)]])
+    end = int((alone["input_ids"][0] == family.placeholder).nonzero()[-1]) + 1
+    alone |= {name: alone[name][:, :end] for name in ("input_ids", "attention_mask")}
+    with (
+        select_tokens(model, Reads(layer=LAYER, count="after"), keep=5),
+        pytest.raises(ValueError, match="text behind"),
+    ):
+        model(**alone)
+
+
 class Falling(FastV):
     """Two stages, by the attention of each layer itself."""
 
@@ -533,8 +571,21 @@ def test_no_hook_is_left_after_any_exit():
     pruned = prune_inputs(model, inputs, FastV(LAYER, "after"), Budget(3), inside=True)
     with pytest.raises(KeyError), pruned.acting(model):
         raise KeyError
+    with pruned.acting(model), pytest.raises(RuntimeError, match="within another block"), pruned.acting(model):
+        pass
     assert hooks(model) == before
     assert "_selection_blocks" not in vars(model)
+
+
+def test_compositions_are_rebuilt_from_their_checkpoint(tmp_path):
+    for number, spec in enumerate(("stages:before=norm,inside=(fastv:layer=2)", "vtw:layer=2", "lofi:layer=1")):
+        one = load_selector(spec)
+        folder = one.save_pretrained(tmp_path / str(number))
+        again = load_selector(folder)
+        assert again.init_args.keys() == one.init_args.keys()
+        assert [stage[:2] for stage in again.stages(4)] == [stage[:2] for stage in one.stages(4)]
+    inner = load_selector(f"{Norm().save_pretrained(tmp_path / 'norm')}:layer=2,count=after")
+    assert (type(inner.selector), inner.layer, inner.count) == (Norm, 2, "after")
 
 
 def test_refusals():
