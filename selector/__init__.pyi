@@ -29,6 +29,7 @@ from selector.methods.norm import Norm as Norm
 from selector.methods.pivoted_qr import PivotedQR as PivotedQR
 from selector.methods.prumerge import PruMerge as PruMerge
 from selector.methods.prumerge_plus import PruMergePlus as PruMergePlus
+from selector.methods.pyramid_drop import PyramidDrop as PyramidDrop
 from selector.methods.random import Random as Random
 from selector.methods.ridge_leverage import RidgeLeverage as RidgeLeverage
 from selector.methods.scope import SCOPE as SCOPE

@@ -48,11 +48,11 @@ class Counts(Budget):
         return torch.minimum(tokens.lengths.new_tensor(self.per_image), tokens.lengths)
 
 
-def scaled_layer(published: int, depth: int) -> int:
-    """The layer that lies as deep in this model as a published one in a model of 32 layers.
+def scaled_layer(published: int, depth: int, of: int = PUBLISHED_DEPTH) -> int:
+    """The layer that lies as deep in this model as a published one in a model of `of` layers.
 
     Returns:
-        ``round(published / 32 · depth)``, halves up, but at least 1 and at most ``depth - 1``.
+        ``round(published / of · depth)``, halves up, but at least 1 and at most ``depth - 1``.
 
     Raises:
         ValueError: a language model of a single layer, which has no inside.
@@ -62,7 +62,18 @@ def scaled_layer(published: int, depth: int) -> int:
     """
     if depth < 2:
         raise ValueError(f"a language model of {depth} layer has no layer between its first and its last")
-    return min(max(1, (2 * published * depth + PUBLISHED_DEPTH) // (2 * PUBLISHED_DEPTH)), depth - 1)
+    return min(max(1, (2 * published * depth + of) // (2 * of)), depth - 1)
+
+
+def steps_at(layers: Sequence[int], shares: Sequence[float], selector: TokenSelector) -> list[Stage]:
+    """Stages of one selector; of steps that fall together in a shallow model, the last is left.
+
+    >>> from selector import FastV
+    >>> [(stage.layer, stage.share) for stage in steps_at([1, 1, 2], [0.5, 0.2, 0.1], FastV())]
+    [(1, 0.2), (2, 0.1)]
+    """
+    last = dict(zip(layers, shares, strict=True))
+    return [Stage(layer, share, selector) for layer, share in sorted(last.items())]
 
 
 def check_layer(layer: object) -> None:

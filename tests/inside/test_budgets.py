@@ -89,6 +89,17 @@ def test_layers_scale_with_the_depth():
     assert load_selector("fastv:layer=3").stages(4)[0].layer == 3
 
 
+def test_pyramid_drop_halves_at_each_quarter():
+    pyramid = load_selector("pyramid-drop")
+    assert [stage[:2] for stage in pyramid.stages(32)] == [(8, 0.5), (16, 0.25), (24, 0.125)]
+    assert [stage[:2] for stage in pyramid.stages(4)] == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    assert [stage[:2] for stage in pyramid.stages(2)] == [(1, 0.125)]
+    assert [stage[:2] for stage in load_selector("pyramid-drop:ratio=0.25,steps=1").stages(32)] == [(16, 0.25)]
+    for spec, message in (("ratio=1.0", "ratio must be in"), ("steps=0", "steps must be >= 1")):
+        with pytest.raises(ValueError, match=message):
+            load_selector(f"pyramid-drop:{spec}")
+
+
 def test_vtw_keeps_nothing_behind_its_layer():
     stages = load_selector("vtw").stages(4)
     assert planned_counts("VTW", 100, 50, 4, stages, "average") == [0]

@@ -357,7 +357,7 @@ def test_what_a_method_says_of_itself(name):
     assert method.paper
     assert method.cost
     assert method.acts in ("before", "inside")
-    assert [stage.layer > 0 for stage in method.stages(4)] == [method.acts == "inside"]
+    assert {stage.layer > 0 for stage in method.stages(4)} == {method.acts == "inside"}
     assert method.needs <= {*TABLES, *SCORES, *LAYERS, *JOINT, "joint_keys@-1", "question"}
 
 
