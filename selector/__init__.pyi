@@ -33,6 +33,7 @@ from selector.methods.pyramid_drop import PyramidDrop as PyramidDrop
 from selector.methods.random import Random as Random
 from selector.methods.ridge_leverage import RidgeLeverage as RidgeLeverage
 from selector.methods.scope import SCOPE as SCOPE
+from selector.methods.sparse_vlm import SparseVLM as SparseVLM
 from selector.methods.stages import Stages as Stages
 from selector.methods.svd_prune import SVDPrune as SVDPrune
 from selector.methods.tome import ToMe as ToMe

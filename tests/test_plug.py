@@ -289,6 +289,7 @@ def test_every_shipped_method_runs_on_a_model_as_it_is_loaded(ragged):
             "hiprune": "hiprune:layer=1",
             "fastv": "fastv:count=after",
             "pyramid-drop": "pyramid-drop:count=after",
+            "sparse-vlm": "sparse-vlm:count=after",
             "inside": "inside:selector=norm,layer=1,count=after",
             "stages": "stages:before=norm,inside=fastv,count=after",
         }.get(name, name)
