@@ -17,7 +17,7 @@ taken for the rows that a selector asks for, so that eager attention, SDPA and F
 **A new method inside** is a file in ``selector/methods`` like any other: a selector with ``acts = "inside"``, its
 ``needs``, and `stages`, whose layers are `scaled_layer` of the published ones (`selector.methods.fastv` is the
 shortest). A new quantity is a function in `READERS`, a field of `VisualTokens` and its name in
-`selector.stages.INSIDE`; `_View` has what such functions are made of. Selectors that merge (`Selection.flow`) do so on
+`selector.tokens.INSIDE`; `_View` has what such functions are made of. Selectors that merge (`Selection.flow`) do so on
 the hidden states.
 
 Within a block, caches that were filled under it can be continued, by ``generate`` and by hand. Refused by name: caches
@@ -46,8 +46,8 @@ from selector.base import Stage
 from selector.budget import Budget
 from selector.columns import Columns
 from selector.merging import Selection
-from selector.stages import INSIDE, Counts, per_layer
-from selector.tokens import PAD, VisualTokens
+from selector.stages import Counts, per_layer
+from selector.tokens import INSIDE, PAD, VisualTokens
 
 
 @dataclass
@@ -568,7 +568,7 @@ READERS: dict[str, Callable[[_View], Tensor]] = {
     "rater_attention": _View.rater_attention,
     "layer_keys": lambda view: view.at_tokens(view.queries_and_keys(own=False)[1].transpose(1, 2).flatten(2)),
 }
-"""What fills each field of `selector.stages.INSIDE` at a stage."""
+"""What fills each field of `selector.tokens.INSIDE` at a stage."""
 
 OVERHEARD = frozenset({"text_attention", "rater_attention", "layer_keys"})
 """Those that need queries or keys of the layer before the stage, as they pass by."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selector.base import Count, Stage, TokenSelector
 from selector.budget import Budget
-from selector.tokens import VisualTokens
+from selector.tokens import INSIDE, VisualTokens
 
 PUBLISHED_DEPTH = 32
 """Layers of the language models (Vicuna 7B, Mistral 7B) that published layer numbers are of."""
@@ -182,10 +182,6 @@ def mean_tokens(layers: Sequence[int]) -> int | float:
     """The average over the layers, as an int where it is one."""
     total = sum(layers)
     return total // len(layers) if total % len(layers) == 0 else total / len(layers)
-
-
-INSIDE: frozenset[str] = frozenset({"hidden", "text_attention", "own_text_attention", "rater_attention", "layer_keys"})
-"""Fields of `VisualTokens` that only a stage inside the language model can fill; see `selector.inside`."""
 
 
 def outside_needs(stages: Sequence[Stage]) -> frozenset[str]:

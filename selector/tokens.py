@@ -22,6 +22,8 @@ NEWLINE = -1
 """Slot of a learned newline embedding: no encoder token lands here."""
 PAD = -2
 """Slot past the end of a shorter image of the batch."""
+INSIDE = frozenset({"hidden", "text_attention", "own_text_attention", "rater_attention", "layer_keys"})
+"""Fields of `VisualTokens` that only a stage inside the language model can fill, see `selector.inside`."""
 
 
 @dataclass(frozen=True)

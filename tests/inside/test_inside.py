@@ -28,6 +28,7 @@ from selector import (
 from selector.base import Stage
 from selector.inside import decoder_of
 from selector.measure.answering import forced
+from selector.models import encode
 
 LAYER, NEW = 2, 5
 FASTV = f"fastv:layer={LAYER},count=after"
@@ -602,6 +603,8 @@ def test_refusals():
     foreign = model(**inputs, use_cache=True).past_key_values
     with select_tokens(model, FASTV, keep=3), pytest.raises(ValueError, match="past_key_values must be empty"):
         model(**inputs, past_key_values=foreign)
+    with pytest.raises(ValueError, match="hidden, text_attention exists inside the language model alone"):
+        encode(model, inputs, {"text_attention", "features", "hidden"})
     with select_tokens(model, "fastv:layer=3", keep=3), pytest.raises(ValueError, match="layer must be below 3"):
         model(**inputs)
     layer = decoder_of(model).layers[0]
