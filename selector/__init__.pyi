@@ -10,6 +10,7 @@ from selector.merging import Selection as Selection
 from selector.methods.cdpruner import CDPruner as CDPruner
 from selector.methods.cls_attention import CLSAttention as CLSAttention
 from selector.methods.dart import DART as DART
+from selector.methods.dart_inside import DARTInside as DARTInside
 from selector.methods.divprune import DivPrune as DivPrune
 from selector.methods.downsample import Downsample as Downsample
 from selector.methods.farthest_point import FarthestPoint as FarthestPoint
@@ -40,6 +41,7 @@ from selector.methods.tome import ToMe as ToMe
 from selector.methods.uniform import Uniform as Uniform
 from selector.methods.visionzip import VisionZip as VisionZip
 from selector.methods.vispruner import VisPruner as VisPruner
+from selector.methods.vscan import VScan as VScan
 from selector.methods.vtw import VTW as VTW
 from selector.plug import prune_inputs as prune_inputs
 from selector.plug import select_tokens as select_tokens

@@ -28,7 +28,9 @@ from selector.hub import Checkpoint
 from selector.merging import Selection
 from selector.tokens import VisualTokens
 
-QUESTION_FIELDS = frozenset({"question", "text", "text_attention", "own_text_attention", "rater_attention"})
+QUESTION_FIELDS = frozenset(
+    {"question", "text", "text_attention", "own_text_attention", "rater_attention", "word_normed", "word_keys"}
+)
 """Fields of `VisualTokens` that come from the user's question."""
 
 Count = Literal["average", "after"]

@@ -6,11 +6,10 @@ stage's layer on, so do the caches of these layers, and hidden states are brough
 layer, so that logits, labels and loss fit the prompt.
 
 How a stage at layer K goes (`selector.base.Stage`): in front of layer K the plug fills the fields of `VisualTokens`
-that the stage's selector names in `needs` (those of `READERS`: ``hidden``, ``text_attention``, ``own_text_attention``,
-``rater_attention``, ``layer_keys``; all others are those of the vision tower), cuts the table down to the tokens still
-there, and calls `TokenSelector.select` with the number that each image may keep. The columns of the others are cut out
-of hidden states, position embeddings and masks, for this layer and all that follow; position ids stay those of the
-prompt that enters the language model.
+that the stage's selector names in `needs` (those of `READERS`; all others are those of the vision tower), cuts the
+table down to the tokens still there, and calls `TokenSelector.select` with the number that each image may keep. The
+columns of the others are cut out of hidden states, position embeddings and masks, for this layer and all that follow;
+position ids stay those of the prompt that enters the language model.
 Attention is never asked of the model: queries and keys are overheard at ``q_proj`` and ``k_proj``, and a softmax is
 taken for the rows that a selector asks for, so that eager attention, SDPA and FlashAttention serve alike.
 
@@ -520,8 +519,11 @@ class _View:
         rows = torch.arange(len(self.plan.prompt))
         return self.at_tokens(self.attention(rows, self.plan.asker[:, None], own)[:, 0])
 
-    def words(self) -> list[tuple[int, Int[Tensor, "_"]]]:
+    def words(self, reader: str) -> list[tuple[int, Int[Tensor, "_"]]]:
         """Per image its row, and the columns of the text behind it: prompt tokens that are neither visual nor labelled.
+
+        Args:
+            reader: what is to be read of them, for the error.
 
         Raises:
             ValueError: an image has no text behind it.
@@ -538,7 +540,7 @@ class _View:
             number, last = int(row[there][0]), int(own[there].max())
             behind = (text[number] & (column > last)).nonzero()[:, 0]
             if not len(behind):
-                raise ValueError("rater_attention needs text behind every image, and an image of this batch has none")
+                raise ValueError(f"{reader} needs text behind every image, and an image of this batch has none")
             found.append((number, behind))
         return found
 
@@ -548,7 +550,7 @@ class _View:
         assert embedded is not None
         embedded = embedded[:: self.times].float()
         plan, rows = self.plan, []
-        for image, (row, text) in enumerate(self.words()):
+        for image, (row, text) in enumerate(self.words("rater_attention")):
             present = plan.tokens.slots[image] != PAD
             visual = embedded[row, plan.column[image][present].to(embedded.device)]
             alike = (visual @ embedded[row, text.to(embedded.device)].mT).softmax(-1).mean(0)
@@ -560,17 +562,36 @@ class _View:
             rows.append(paid[self.position[image].to(paid.device)])
         return self.unpacked(torch.stack(rows))
 
+    def keys(self) -> Float[Tensor, "B R g"]:
+        """Of the layer before this stage, all key heads side by side."""
+        return self.queries_and_keys(own=False)[1].transpose(1, 2).flatten(2)
+
+    def normed(self) -> Float[Tensor, "B R h"]:
+        """The hidden states under the norm behind the last layer."""
+        return self.run.decoder.norm(self.hidden.detach())
+
+    def at_words(self, values: Float[Tensor, "B R C"]) -> Float[Tensor, "I Q C"]:
+        """Of columns to the text tokens behind each image, zero behind the last one of them."""
+        words = [
+            values[row, self.columns.place[row, text.to(values.device)]]
+            for row, text in self.words("word_normed or word_keys")
+        ]
+        return torch.nn.utils.rnn.pad_sequence(words, batch_first=True)
+
 
 READERS: dict[str, Callable[[_View], Tensor]] = {
     "hidden": lambda view: view.at_tokens(view.hidden.detach()),
     "text_attention": lambda view: view.text_attention(own=False),
     "own_text_attention": lambda view: view.text_attention(own=True),
     "rater_attention": _View.rater_attention,
-    "layer_keys": lambda view: view.at_tokens(view.queries_and_keys(own=False)[1].transpose(1, 2).flatten(2)),
+    "normed": lambda view: view.at_tokens(view.normed()),
+    "layer_keys": lambda view: view.at_tokens(view.keys()),
+    "word_normed": lambda view: view.at_words(view.normed()),
+    "word_keys": lambda view: view.at_words(view.keys()),
 }
 """What fills each field of `selector.tokens.INSIDE` at a stage."""
 
-OVERHEARD = frozenset({"text_attention", "rater_attention", "layer_keys"})
+OVERHEARD = frozenset({"text_attention", "rater_attention", "layer_keys", "word_keys"})
 """Those that need queries or keys of the layer before the stage, as they pass by."""
 
 

@@ -148,12 +148,15 @@ def _names() -> list[str]:
 
 
 def _class_of(name: str) -> type[TokenSelector]:
-    """The one selector class that a file defines; what it imports from others does not count."""
+    """The one public selector class that a file defines; what it imports from others does not count."""
     module = importlib.import_module(f"selector.methods.{name.replace('-', '_')}")
     (cls,) = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, TokenSelector) and value.__module__ == module.__name__
+        if inspect.isclass(value)
+        and issubclass(value, TokenSelector)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
     ]
     return cls
 

@@ -287,9 +287,11 @@ def test_every_shipped_method_runs_on_a_model_as_it_is_loaded(ragged):
             "mix": "mix:a=norm,b=cls-attention",
             "lofi": "lofi:rank=3",
             "hiprune": "hiprune:layer=1",
+            "dart-inside": "dart-inside:count=after",
             "fastv": "fastv:count=after",
             "pyramid-drop": "pyramid-drop:count=after",
             "sparse-vlm": "sparse-vlm:count=after",
+            "vscan": "vscan:layer=0,count=after",
             "inside": "inside:selector=norm,layer=1,count=after",
             "stages": "stages:before=norm,inside=fastv,count=after",
         }.get(name, name)

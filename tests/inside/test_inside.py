@@ -659,3 +659,32 @@ def test_another_thread_meets_no_hooks_of_this_one():
         thread.start()
         thread.join()
     assert torch.equal(found[0], plain)
+
+
+def test_words_are_read_behind_each_image():
+    """Normed states and keys of the text behind an image, against a full-length pass of the model itself."""
+    family = FAMILIES[0]
+    model, inputs = family.model, family.batch(ragged(family))
+    read = {}
+
+    class Reads(FastV):
+        needs = frozenset({"word_normed", "word_keys", "normed"})
+
+        def score(self, tokens):
+            read.update(normed=tokens.word_normed, keys=tokens.word_keys, visual=tokens.normed)
+            return tokens.normed[..., 0]
+
+    with torch.no_grad():
+        with select_tokens(model, Reads(LAYER, "after"), keep=4):
+            model(**inputs)
+        whole = model(**inputs, output_hidden_states=True, use_cache=True)
+        states = decoder_of(model).norm(whole.hidden_states[LAYER])
+    keys = whole.past_key_values.layers[LAYER - 1].keys.transpose(1, 2).flatten(2)
+    visual, real = inputs["input_ids"] == family.placeholder, inputs["attention_mask"].bool()
+    for image, (row, before) in enumerate([(0, 0), (1, 0), (1, 16)]):  # images of 16 visual tokens each
+        own = visual[row].nonzero()[before : before + 16, 0]
+        assert torch.equal(read["visual"][image], states[row, own])
+        behind = [c for c in range(int(own[-1]) + 1, visual.shape[1]) if real[row, c] and not visual[row, c]]
+        torch.testing.assert_close(read["normed"][image, : len(behind)], states[row, behind])
+        torch.testing.assert_close(read["keys"][image, : len(behind)], keys[row, behind])
+        assert not read["keys"][image, len(behind) :].any()

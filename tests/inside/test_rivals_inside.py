@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selector import Budget, SparseVLM, VisualTokens
+from selector import Budget, DARTInside, SparseVLM, VisualTokens, VScan
 from selector.clustering import density_peaks
 from selector.methods.sparse_vlm import recycling
 
@@ -98,3 +98,76 @@ def test_sparse_vlm_without_recycling_is_a_ranking():
     chosen = SparseVLM(recycle=False).select(tokens, Budget(2))
     assert chosen.keep.tolist() == [[False, True, False, True]]
     assert chosen.flow is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), keep=st.integers(1, 143), local=st.sampled_from([0.5, 0.25, 1.0, 0.0]))
+def test_vscan_scans_windows_and_then_the_whole(seed, keep, local):
+    """Of two images of 12 x 12 patches, which have four windows each."""
+    generator = torch.Generator().manual_seed(seed)
+    near, far = torch.rand(2, 2, 144, generator=generator)
+    tokens = VisualTokens.from_features(
+        torch.randn(2, 144, 5, generator=generator), cls_attention=far, layers={"cls_attention@5": near}
+    )
+    (before, after) = VScan(local=local).stages(28)
+    chosen = before.selector.select(tokens, Budget(keep))
+    assert (before.layer, before.share, after.layer, after.share) == (0, 1.0, 14, 1 / 3)
+    for i in range(2):
+        want = set()
+        for window in range(4):
+            inside = [n for n in range(144) if (n // 12 // 6) * 2 + n % 12 // 6 == window]
+            want |= set(sorted(inside, key=lambda n: -float(near[i, n]))[: int(keep * local / 4)])
+        rest = sorted((n for n in range(144) if n not in want), key=lambda n: -float(far[i, n]))
+        want |= set(rest[: keep - len(want)])
+        assert set(chosen.keep[i].nonzero().flatten().tolist()) == want
+
+        # Every dropped token is part of the mean of the kept one that it is most like.
+        rows = torch.nn.functional.normalize(tokens.features[i].double(), dim=-1)
+        kept = sorted(want)
+        target = {n: n if n in want else kept[int((rows[n] @ rows[kept].T).argmax())] for n in range(144)}
+        merged = chosen.flow.apply(list(tokens.features))[i]
+        for k in kept[:5]:
+            own = [n for n, t in target.items() if t == k]
+            torch.testing.assert_close(merged[k], tokens.features[i, own].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"local": 1.5}, r"local must be in \[0, 1\], got 1.5"),
+        ({"inside_share": 0.0}, r"inside_share must be in \(0, 1\], got 0.0"),
+    ],
+)
+def test_vscan_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VScan(**arguments)
+    with pytest.raises(TypeError, match="no keep mask of its own"):
+        VScan()(VisualTokens.from_features(torch.zeros(1, 4, 1)), Budget(2))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), keep=st.integers(1, 29), pivots=st.sampled_from([1, 4]))
+def test_dart_takes_what_each_pivot_is_least_like(seed, keep, pivots):
+    """Of two images with 3 and 6 words, batched."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator)
+
+    words, keys = draw(2, 6, 5), draw(2, 6, 7)
+    words[0, 3:], keys[0, 3:] = 0, 0
+    tokens = VisualTokens.from_features(
+        torch.zeros(2, 30, 1), normed=draw(2, 30, 5), layer_keys=draw(2, 30, 7), word_normed=words, word_keys=keys
+    )
+    kept = DARTInside(pivots=pivots)(tokens, Budget(keep))
+    for i, length in enumerate((3, 6)):
+        rows = torch.nn.functional.normalize(tokens.normed[i].double(), dim=-1)
+        text = torch.nn.functional.normalize(words[i].double(), dim=-1)
+        own = sorted(range(30), key=lambda n: -float(tokens.layer_keys[i, n].abs().sum()))[:pivots]
+        of_words = sorted(range(length), key=lambda n: -float(keys[i, n].abs().sum()))[:pivots]
+        want, all_pivots = list(own), [rows[n] for n in own] + [text[n] for n in of_words]
+        each, more = divmod(max(0, keep - len(own)), len(all_pivots))
+        for number, pivot in enumerate(all_pivots):
+            free = sorted((n for n in range(30) if n not in want), key=lambda n: float(rows[n] @ pivot))
+            want += free[: each + (number < more)]
+        assert kept[i].nonzero().flatten().tolist() == sorted(want[:keep])
