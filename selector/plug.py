@@ -260,6 +260,10 @@ def select_tokens(
 ) -> Iterator[SelectionLog]:
     """Within the block, ``model(...)`` and ``model.generate(...)`` select visual tokens first.
 
+    Selectors that act inside the language model (`TokenSelector.stages`) let tokens leave between its layers. Position
+    ids then are those of the prompt that enters it, logits and loss keep the prompt's length, and a cache that was
+    filled within the block can be continued there; see `selector.inside`.
+
     ``generate`` still returns the original prompt followed by the new tokens, so that callers who cut at the prompt's
     length stay right, and `max_length` and `min_length` (as arguments, or from a generation config) mean the original
     prompt's length too. Prompts without images pass through untouched. On leaving the block, however it is left, the

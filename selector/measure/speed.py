@@ -33,7 +33,7 @@ class Timing:
     name: str
     milliseconds: float
     calls: int
-    tokens: int | None = None
+    tokens: int | float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def measure(
     inputs = prepare(processor, image, "what is in the image?", device)
     needs = frozenset({"features"}).union(*(s.needs for s in selectors.values()))
 
-    def timed(name: str, work: Any, tokens: int | None = None) -> Timing:
+    def timed(name: str, work: Any, tokens: int | float | None = None) -> Timing:
         with torch.no_grad():
             seconds = seconds_of(work, device, repeats)
         return Timing(name, 1e3 * median(seconds), len(seconds), tokens)
