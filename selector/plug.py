@@ -28,9 +28,10 @@ from torch import Tensor
 from selector.base import Stage, TokenSelector
 from selector.budget import Budget, Newlines, Scope
 from selector.columns import compact
-from selector.inside import Memory, Plan, acting, decoder_of
+from selector.inside import Memory, acting, decoder_of
 from selector.merging import Selection
 from selector.models import Adapter, Encoded, Relevance, adapter_of, encode, has_visuals, model_type_of
+from selector.plan import Plan
 from selector.registry import load_selector
 from selector.stages import Counts, checked_stages, mean_tokens, outside_needs, planned_counts
 from selector.tokens import PAD, VisualTokens
