@@ -54,7 +54,15 @@ from selector.tokens import INSIDE, PAD
 
 @dataclass
 class Memory:
-    """Which columns the layers of a cache hold: kept as long as the cache, by the block under which it was filled."""
+    """Which columns the layers of a cache hold: kept as long as the cache, by the block under which it was filled.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> memory, cache = Memory(), DynamicCache()
+        >>> memory.caches[cache] = {}  # a prompt of which nothing left
+        >>> memory.knows(cache), memory.knows(DynamicCache()), memory.knows(None)
+        (True, False, False)
+    """
 
     caches: weakref.WeakKeyDictionary[Any, dict[int, Columns]] = field(default_factory=weakref.WeakKeyDictionary)
     threads: set[int] = field(default_factory=set)

@@ -32,6 +32,12 @@ class Passed:
             with which it rotates them.
         angles: cos and sin ``[B or 1, S, c]`` of the whole prompt, as the layer of the stage is handed them.
         embedded: ``[B, S, d]`` what entered the first layer, where a selector asks for it.
+
+    Example:
+        >>> angles = torch.arange(3.0)[None, :, None]  # three positions, one frequency
+        >>> passed = Passed({}, (angles.cos(), angles.sin()))
+        >>> passed.embedded is None
+        True
     """
 
     heard: dict[str, Tensor]
@@ -47,6 +53,11 @@ class LayerView:
         order: ``[I, L2]`` which slot of the prompt each slot of that table is.
         hidden: ``[B, R, d]`` states that enter the layer of the stage.
         columns: of these states; `all_columns` with the rows that beams repeat.
+
+    Example:
+        >>> from selector import FastV
+        >>> FastV().needs <= READERS.keys()  # what a selector may name in `needs`: each is a function of a view
+        True
     """
 
     def __init__(

@@ -32,6 +32,16 @@ class Plan:
         last: the same behind the last stage; None until the model has run.
         layers: per image, the visual tokens in each decoder layer; as planned, and as it was after a run.
         seconds: wall time of selection and merging at the stages.
+
+    Example:
+        >>> from PIL import Image
+        >>> from selector import Budget, load_selector, prune_inputs
+        >>> from selector.commands.loading import load_model
+        >>> model, processor = load_model("checkpoints/llava-next-tiny", "cpu")
+        >>> inputs = processor(text="<image> what is TOTAL?", images=Image.new("RGB", (96, 96)), return_tensors="pt")
+        >>> pruned = prune_inputs(model, inputs, load_selector("fastv"), Budget(0.5), inside=True)
+        >>> pruned.inside.counts, pruned.inside.layers
+        ([[100]], [[300, 100, 100, 100]])
     """
 
     stages: list[Stage]
