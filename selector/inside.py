@@ -6,18 +6,19 @@ stage's layer on, so do the caches of these layers, and hidden states are brough
 layer, so that logits, labels and loss fit the prompt.
 
 How a stage at layer K goes (`selector.base.Stage`): in front of layer K the plug fills the fields of `VisualTokens`
-that the stage's selector names in `needs` (those of `READERS`; all others are those of the vision tower), cuts the
-table down to the tokens still there, and calls `TokenSelector.select` with the number that each image may keep. The
-columns of the others are cut out of hidden states, position embeddings and masks, for this layer and all that follow;
-position ids stay those of the prompt that enters the language model.
+that the stage's selector names in `needs` (those of `selector.layer_view.READERS`; all others are those of the vision
+tower), cuts the table down to the tokens still there, and calls `TokenSelector.select` with the number that each image
+may keep. The columns of the others are cut out of hidden states, position embeddings and masks, for this layer and all
+that follow; position ids stay those of the prompt that enters the language model.
+
 Attention is never asked of the model: queries and keys are overheard at ``q_proj`` and ``k_proj``, and a softmax is
 taken for the rows that a selector asks for, so that eager attention, SDPA and FlashAttention serve alike.
 
 **A new method inside** is a file in ``selector/methods`` like any other: a selector with ``acts = "inside"``, its
 ``needs``, and `stages`, whose layers are `scaled_layer` of the published ones (`selector.methods.fastv` is the
 shortest). A new quantity is a function in `READERS`, a field of `VisualTokens` and its name in
-`selector.tokens.INSIDE`; `_View` has what such functions are made of. Selectors that merge (`Selection.flow`) do so on
-the hidden states.
+`selector.tokens.INSIDE`; `LayerView` has what such functions are made of. Selectors that merge (`Selection.flow`) do so
+on the hidden states.
 
 Within a block, caches that were filled under it can be continued, by ``generate`` and by hand. Refused by name: caches
 that have one length for all layers (StaticCache), compiled models, flex attention, a second prompt with images on a
@@ -38,100 +39,29 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import Stage
-from selector.budget import Budget
 from selector.columns import Columns
+from selector.layer_view import OVERHEARD, READERS, LayerView, Passed
 from selector.merging import Selection
-from selector.stages import Counts, per_layer
-from selector.tokens import INSIDE, PAD, VisualTokens
-
-
-@dataclass
-class Plan:
-    """What is to leave a prompt inside the language model, and, once the model has run, what has left.
-
-    Attributes:
-        stages: those inside, by rising layer.
-        counts: per stage, the visual tokens that each image keeps.
-        budget: whose scope and newline policy the stages are under.
-        tokens: the visual tokens that reach the language model: slots of others are `PAD`.
-        row, column: ``[I, L]`` where each slot's token stands in the prompt; 0 where there is none.
-        prompt: ``[B, S]`` real columns of the prompt.
-        asker: ``[B]`` column of the last token of each row's prompt, in front of any labelled token.
-        right: whether rows are padded on the right.
-        kept: ``[I, L]`` slots that reach the language model.
-        last: the same behind the last stage; None until the model has run.
-        layers: per image, the visual tokens in each decoder layer; as planned, and as it was after a run.
-        seconds: wall time of selection and merging at the stages.
-    """
-
-    stages: list[Stage]
-    counts: list[list[int]]
-    budget: Budget
-    tokens: VisualTokens
-    row: Int[Tensor, "I L"]
-    column: Int[Tensor, "I L"]
-    prompt: Bool[Tensor, "B S"]
-    asker: Int[Tensor, "B"]
-    right: bool
-    kept: Bool[Tensor, "I L"]
-    layers: list[list[int]] = field(default_factory=list)
-    last: Bool[Tensor, "I L"] | None = None
-    seconds: float = 0.0
-
-    @classmethod
-    def of(
-        cls,
-        stages: list[Stage],
-        counts: list[list[int]],
-        budget: Budget,
-        tokens: VisualTokens,
-        keep: Bool[Tensor, "I L"],
-        inputs: dict[str, Any],
-        image_token_id: int,
-        depth: int,
-    ) -> Plan:
-        """The plan of a prompt.
-
-        Args:
-            stages, counts: those inside the language model.
-            budget: see the class.
-            tokens: what the vision tower gave.
-            keep: what of it reaches the language model.
-            inputs: of the prompt as the language model gets it, placeholders of dropped tokens cut.
-            image_token_id: placeholder of a visual token.
-            depth: decoder layers of the language model.
-        """
-        ids = inputs["input_ids"]
-        prompt = inputs["attention_mask"].bool() if inputs.get("attention_mask") is not None else torch.ones_like(ids)
-        prompt = prompt.bool()
-
-        # Placeholders stand in the order of the packed tokens, row by row.
-        where = (ids == image_token_id).nonzero().to(keep.device)
-        row, column = (torch.zeros_like(tokens.slots) for _ in range(2))
-        row[keep], column[keep] = where.unbind(1)
-
-        # The question ends where the answer that is to be learned begins.
-        asks, labels = prompt, inputs.get("labels")
-        if labels is not None:
-            asks = prompt & (labels.to(prompt.device) == -100)
-        asker = (asks * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(1) - 1
-
-        slots = tokens.slots.masked_fill(~keep, PAD)
-        lengths = keep.sum(1).tolist()
-        layers = [per_layer(n, own, depth, stages) for n, own in zip(lengths, zip(*counts, strict=True), strict=True)]
-        right = bool((~prompt[:, -1]).any())
-        return cls(
-            stages, counts, budget, replace(tokens, slots=slots), row, column, prompt, asker, right, keep, layers
-        )
+from selector.plan import Plan
+from selector.stages import Counts
+from selector.tokens import INSIDE, PAD
 
 
 @dataclass
 class Memory:
-    """Which columns the layers of a cache hold: kept as long as the cache, by the block under which it was filled."""
+    """Which columns the layers of a cache hold: kept as long as the cache, by the block under which it was filled.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> memory, cache = Memory(), DynamicCache()
+        >>> memory.caches[cache] = {}  # a prompt of which nothing left
+        >>> memory.knows(cache), memory.knows(DynamicCache()), memory.knows(None)
+        (True, False, False)
+    """
 
     caches: weakref.WeakKeyDictionary[Any, dict[int, Columns]] = field(default_factory=weakref.WeakKeyDictionary)
     threads: set[int] = field(default_factory=set)
@@ -178,6 +108,7 @@ def acting(model: Any, plan: Plan | None, memory: Memory | None = None) -> Itera
     decoder = decoder_of(model)
     _refuse_model(model)
     run, handles, place = _Run(decoder, plan, memory or Memory()), [], (id(decoder), threading.get_ident())
+
     if place in _ACTING:
         raise RuntimeError("acting: this model is within another block of this thread; one prompt is pruned at a time")
     _ACTING.add(place)
@@ -272,15 +203,18 @@ class _Run:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         kwargs = dict(kwargs)
+
         if self.prefill:
             hidden = self._prefill(number, layer, hidden, kwargs)
         else:
             columns = self._current(number)
+            # Without a mask there is nothing to cut, unless rows have come to be of unequal length.
             if columns is not None and (columns.padded or kwargs.get("attention_mask") is not None):
                 length = kwargs["past_key_values"].get_seq_length(number) + hidden.shape[1]
                 columns = columns.repeated(len(hidden)).to(hidden.device).longer(length)
                 mask = columns.decoding(kwargs.get("attention_mask"), hidden.shape[1], self.implementation)
                 kwargs["attention_mask"] = mask
+
         if args:
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
@@ -295,7 +229,7 @@ class _Run:
         columns = self._current(number)
         if columns is not None:
             columns = columns.to(hidden.device)
-            self._narrow(kwargs, whole, columns)
+            self._narrow(number, kwargs, whole, columns)
         if kwargs.get("past_key_values") is not None:  # also where nothing leaves: it is then known to be whole
             self.memory.caches[kwargs["past_key_values"]] = self.columns
 
@@ -305,26 +239,27 @@ class _Run:
             self.heard |= {"cos": cos, "sin": sin}
         return hidden
 
-    def _narrow(self, kwargs: dict[str, Any], whole: dict[str, Any], columns: Columns) -> None:
+    def _narrow(self, number: int, kwargs: dict[str, Any], whole: dict[str, Any], columns: Columns) -> None:
         """Arguments of a layer that have the prompt's length, for the columns still there."""
         mask = whole.get("attention_mask")
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"attn_implementation must not be flex attention here, got a {type(mask).__name__}")
 
-        # Layers are handed the same objects, which live as long as the pass: each is cut once per stage.
-        given, width = whole["position_embeddings"], columns.index.shape[1]
-        device = columns.index.device
-        angles, masks = (width, id(given), device, "angles"), (width, id(mask), device)
-        if angles not in self.cut:
-            self.cut[angles] = tuple(columns.take(part, -2) for part in given)
-        if masks not in self.cut:
-            self.cut[masks] = columns.queries_and_keys(mask, self.implementation)
-        kwargs["position_embeddings"], kwargs["attention_mask"] = self.cut[angles], self.cut[masks]
+        def once(given: Any, cut: Callable[[], Any]) -> Any:
+            # Layers are handed the same objects: each is cut once per stage. Kept beside the result, so that no other
+            # object gets its identity meanwhile.
+            key = (max(layer for layer in self.columns if layer <= number), id(given), columns.index.device)
+            if key not in self.cut:
+                self.cut[key] = given, cut()
+            return self.cut[key][1]
+
+        angles = whole["position_embeddings"]
+        kwargs["position_embeddings"] = once(angles, lambda: tuple(columns.take(part, -2) for part in angles))
+        kwargs["attention_mask"] = once(mask, lambda: columns.queries_and_keys(mask, self.implementation))
         if whole.get("position_ids") is not None:
             # FlashAttention reads gaps in position ids as packed sequences; the rotation is in the embeddings already.
-            ids = whole["position_ids"]
             flash = "flash" in self.implementation
-            kwargs["position_ids"] = None if flash else columns.take(ids, -1)
+            kwargs["position_ids"] = None if flash else columns.take(whole["position_ids"], -1)
 
     def _current(self, number: int) -> Columns | None:
         """The columns that this layer sees; None for all."""
@@ -343,7 +278,9 @@ class _Run:
         _synchronize(hidden.device)
         start = time.perf_counter()
         with torch.no_grad():
-            view = _View(self, number, layer, hidden, whole, kept)
+            passed = Passed(self.heard, whole["position_embeddings"], self.embedded, self.decoder.norm)
+            layers = (self.decoder.layers[number - 1], layer)
+            view = LayerView(plan, layers, hidden, self._current(number - 1), kept, passed)
             chosen, order = self._choose(stage, counts, view)
         keep = torch.zeros_like(kept).scatter(1, order, chosen.keep)
         if chosen.flow is not None:
@@ -367,7 +304,7 @@ class _Run:
         plan.seconds += time.perf_counter() - start
         return hidden
 
-    def _choose(self, stage: Stage, counts: list[int], view: _View) -> tuple[Selection, Int[Tensor, "I L2"]]:
+    def _choose(self, stage: Stage, counts: list[int], view: LayerView) -> tuple[Selection, Int[Tensor, "I L2"]]:
         """What stays of the tokens still there, and which slot of the prompt each of theirs is."""
         order = view.order
         if not any(counts):
@@ -381,229 +318,16 @@ class _Run:
 
     def _leave(self, _: Any, __: Any, output: Any) -> Any:
         """Behind the last layer of a prompt: full length again."""
-        if self.thread != threading.get_ident() or not self.prefill or not self.columns:
+        if self.thread != threading.get_ident() or not self.prefill:
+            return None
+
+        # What only stages read is not held through decoding.
+        self.heard, self.cut, self.embedded = {}, {}, None
+        if not self.columns:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         hidden = self.columns[max(self.columns)].to(hidden.device).back(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-class _View:
-    """What a stage can be asked: hidden states, attention and keys of the columns still there.
-
-    Attributes:
-        tokens: the table, cut down to the visual tokens still there.
-        order: ``[I, L2]`` which slot of the prompt each slot of that table is.
-        hidden: ``[B, R, d]`` states that enter the layer of the stage.
-        columns: of these states; `all_columns` with the rows that beams repeat.
-    """
-
-    def __init__(
-        self,
-        run: _Run,
-        number: int,
-        layer: Any,
-        hidden: Float[Tensor, "B R d"],
-        whole: dict[str, Any],
-        kept: Bool[Tensor, "I L"],
-    ):
-        plan = run.plan
-        assert plan is not None
-        self.run, self.plan, self.layer, self.whole = run, plan, layer, whole
-        self.before = run.decoder.layers[number - 1]
-        self.times = len(hidden) // len(plan.prompt)  # beams repeat every row: one of each is enough
-        self.hidden = hidden[:: self.times]
-
-        current = run._current(number - 1)
-        if current is None:
-            every = torch.ones(len(hidden), plan.prompt.shape[1], dtype=torch.bool, device=hidden.device)
-            current = Columns.of(every, plan.right, hidden.shape[1])
-        self.all_columns = current.to(hidden.device)
-        self.columns = self.all_columns.every(self.times)
-
-        # As if the tokens that are gone had never been: packed to the left.
-        width = int(kept.sum(1).max())
-        self.order = (~kept).int().argsort(dim=1, stable=True)[:, :width]
-        slots = torch.where(kept, plan.tokens.slots, PAD).gather(1, self.order)
-        self.tokens = replace(plan.tokens, slots=slots)
-        self.row, self.column = (part.gather(1, self.order) for part in (plan.row, plan.column))
-        self.heads: dict[bool, tuple[Tensor, Tensor, Any]] = {}
-
-    @property
-    def position(self) -> Int[Tensor, "I L2"]:
-        """Where the token of each slot stands among the columns still there."""
-        place = self.columns.place
-        return place[self.row.to(place.device), self.column.to(place.device)].clamp(min=0)
-
-    def at_tokens(self, values: Tensor) -> Tensor:
-        """``[B, R]`` or ``[B, R, C]`` of columns to ``[T, N]`` or ``[T, N, C]`` of encoder tokens, zero elsewhere."""
-        return self.unpacked(values[self.row.to(values.device), self.position])
-
-    def unpacked(self, packed: Tensor) -> Tensor:
-        """``[I, L2]`` or ``[I, L2, C]`` of slots to ``[T, N]`` or ``[T, N, C]`` of encoder tokens, zero elsewhere."""
-        tokens = self.tokens
-        packed = packed.to(tokens.features.device)
-        table = packed.new_zeros(tokens.features.shape[0] * tokens.features.shape[1], *packed.shape[2:])
-        table[tokens.slots[tokens.is_patch]] = packed[tokens.is_patch]
-        return table.view(*tokens.features.shape[:2], *packed.shape[2:])
-
-    def merged(self, hidden: Tensor, chosen: Selection) -> Tensor:
-        """Hidden states with merged tokens in their targets' places."""
-        assert chosen.flow is not None
-        row, position, real = self.row.to(hidden.device), self.position, (self.tokens.slots != PAD).to(hidden.device)
-        hidden = hidden.clone()
-        for beam in range(self.times):
-            own = hidden[beam :: self.times]
-            packed = [own[r[m], p[m]] for r, p, m in zip(row, position, real, strict=True)]
-            hidden[row[real] * self.times + beam, position[real]] = torch.cat(chosen.flow.apply(packed))
-        return hidden
-
-    def queries_and_keys(self, own: bool) -> tuple[Tensor, Tensor, Any]:
-        """Rotated queries ``[B, H, R, c]``, rotated keys ``[B, H', R, c]`` and the attention module.
-
-        Args:
-            own: of the layer of this stage, by its weights on what enters it; else of the layer before.
-        """
-        if own not in self.heads:
-            self.heads[own] = self._queries_and_keys(own)
-        return self.heads[own]
-
-    def _queries_and_keys(self, own: bool) -> tuple[Tensor, Tensor, Any]:
-        if own:
-            attention, embeddings = self.layer.self_attn, self.whole["position_embeddings"]
-            entering = self.layer.input_layernorm(self.hidden)
-            queries, keys = attention.q_proj(entering), attention.k_proj(entering)
-            cos, sin = (self.columns.take(part[:: self.times], -2) for part in embeddings)
-        else:
-            attention, heard = self.before.self_attn, self.run.heard
-            queries, keys, cos, sin = (heard[part][:: self.times] for part in ("q_proj", "k_proj", "cos", "sin"))
-        if cos.ndim != 3:
-            raise ValueError("position embeddings of several axes need a newer transformers")
-
-        queries, keys = (part.unflatten(-1, (-1, attention.head_dim)) for part in (queries, keys))
-        if getattr(attention, "q_norm", None) is not None:
-            queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-        cos, sin = cos[:, None].to(queries.device), sin[:, None].to(queries.device)
-        return rotated(queries.transpose(1, 2), cos, sin), rotated(keys.transpose(1, 2), cos, sin), attention
-
-    def attention(self, row: Int[Tensor, "n"], column: Int[Tensor, "n Q"], own: bool = False) -> Float[Tensor, "n Q R"]:
-        """What some tokens pay all columns still there: mean over heads of the softmax over what each of them sees.
-
-        Args:
-            row: of the prompt, in which the paying tokens stand.
-            column: of the prompt (not of what is left of it).
-            own: see `queries_and_keys`.
-        """
-        queries, keys, attention = self.queries_and_keys(own)
-        row, column = row.to(keys.device), column.to(keys.device)
-        queries, keys, index = queries[row], keys[row], self.columns.index[row]
-        place = self.columns.place[row].gather(1, column)
-        queries = queries.gather(2, place[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
-
-        # Grouped queries share keys. In float32 at least, as the model's own softmax.
-        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
-        precision = torch.promote_types(keys.dtype, torch.float32)
-        scores = queries.to(precision) @ keys.to(precision).mT * attention.scaling
-        cap = getattr(attention, "attn_logit_softcapping", None)
-        if cap is not None:
-            scores = torch.tanh(scores / cap) * cap
-
-        # Neither padding nor what follows: the prompt, up to the paying token.
-        prompt = self.plan.prompt.to(keys.device)
-        prompt = torch.nn.functional.pad(prompt, (0, self.columns.width - prompt.shape[1]))[row]
-        seen = (self.columns.real[row] & prompt.gather(1, index))[:, None] & (index[:, None] <= column[..., None])
-        return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)
-
-    def text_attention(self, own: bool) -> Float[Tensor, "T N"]:
-        """Of the last token of each row's prompt."""
-        rows = torch.arange(len(self.plan.prompt))
-        return self.at_tokens(self.attention(rows, self.plan.asker[:, None], own)[:, 0])
-
-    def words(self, reader: str) -> list[tuple[int, Int[Tensor, "_"]]]:
-        """Per image its row, and the columns of the text behind it: prompt tokens that are neither visual nor labelled.
-
-        Args:
-            reader: what is to be read of them, for the error.
-
-        Raises:
-            ValueError: an image has no text behind it.
-        """
-        plan = self.plan
-        present = plan.tokens.slots != PAD
-        text = plan.prompt.clone()
-        text[plan.row[present].to(text.device), plan.column[present].to(text.device)] = False
-        column = torch.arange(text.shape[1], device=text.device)
-        text &= column <= plan.asker[:, None]
-
-        found = []
-        for row, own, there in zip(plan.row, plan.column, present, strict=True):
-            number, last = int(row[there][0]), int(own[there].max())
-            behind = (text[number] & (column > last)).nonzero()[:, 0]
-            if not len(behind):
-                raise ValueError(f"{reader} needs text behind every image, and an image of this batch has none")
-            found.append((number, behind))
-        return found
-
-    def rater_attention(self) -> Float[Tensor, "T N"]:
-        """Of the text tokens behind an image that its visual tokens are most like (SparseVLM's raters)."""
-        embedded = self.run.embedded
-        assert embedded is not None
-        embedded = embedded[:: self.times].float()
-        plan, rows = self.plan, []
-        for image, (row, text) in enumerate(self.words("rater_attention")):
-            present = plan.tokens.slots[image] != PAD
-            visual = embedded[row, plan.column[image][present].to(embedded.device)]
-            alike = (visual @ embedded[row, text.to(embedded.device)].mT).softmax(-1).mean(0)
-
-            # Above the mean; where all are equal nothing is, and all of them rate.
-            above = (alike > alike.mean()).to(text.device)
-            raters = text[above] if bool(above.any()) else text
-            paid = self.attention(torch.tensor([row]), raters[None])[0].mean(0)
-            rows.append(paid[self.position[image].to(paid.device)])
-        return self.unpacked(torch.stack(rows))
-
-    def keys(self) -> Float[Tensor, "B R g"]:
-        """Of the layer before this stage, all key heads side by side."""
-        return self.queries_and_keys(own=False)[1].transpose(1, 2).flatten(2)
-
-    def normed(self) -> Float[Tensor, "B R h"]:
-        """The hidden states under the norm behind the last layer."""
-        return self.run.decoder.norm(self.hidden.detach())
-
-    def at_words(self, values: Float[Tensor, "B R C"]) -> Float[Tensor, "I Q C"]:
-        """Of columns to the text tokens behind each image, zero behind the last one of them."""
-        words = [
-            values[row, self.columns.place[row, text.to(values.device)]]
-            for row, text in self.words("word_normed or word_keys")
-        ]
-        return torch.nn.utils.rnn.pad_sequence(words, batch_first=True)
-
-
-READERS: dict[str, Callable[[_View], Tensor]] = {
-    "hidden": lambda view: view.at_tokens(view.hidden.detach()),
-    "text_attention": lambda view: view.text_attention(own=False),
-    "own_text_attention": lambda view: view.text_attention(own=True),
-    "rater_attention": _View.rater_attention,
-    "normed": lambda view: view.at_tokens(view.normed()),
-    "layer_keys": lambda view: view.at_tokens(view.keys()),
-    "word_normed": lambda view: view.at_words(view.normed()),
-    "word_keys": lambda view: view.at_words(view.keys()),
-}
-"""What fills each field of `selector.tokens.INSIDE` at a stage."""
-
-OVERHEARD = frozenset({"text_attention", "rater_attention", "layer_keys", "word_keys"})
-"""Those that need queries or keys of the layer before the stage, as they pass by."""
-
-
-def rotated(heads: Float[Tensor, "B H R c"], cos: Float[Tensor, "#B 1 R r"], sin: Float[Tensor, "#B 1 R r"]) -> Tensor:
-    """Rotary position embedding, halves paired, on as many leading channels as the angles have.
-
-    Su et al. 2021 (arXiv 2104.09864), in the layout of Llama.
-    """
-    turned, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
-    half = turned.shape[-1] // 2
-    other = torch.cat([-turned[..., half:], turned[..., :half]], -1)
-    return torch.cat([turned * cos + other * sin, rest], -1)
 
 
 def _refuse_model(model: Any) -> None:

@@ -28,9 +28,10 @@ from torch import Tensor
 from selector.base import Stage, TokenSelector
 from selector.budget import Budget, Newlines, Scope
 from selector.columns import compact
-from selector.inside import Memory, Plan, acting, decoder_of
+from selector.inside import Memory, acting, decoder_of
 from selector.merging import Selection
 from selector.models import Adapter, Encoded, Relevance, adapter_of, encode, has_visuals, model_type_of
+from selector.plan import Plan
 from selector.registry import load_selector
 from selector.stages import Counts, checked_stages, mean_tokens, outside_needs, planned_counts
 from selector.tokens import PAD, VisualTokens
@@ -55,6 +56,15 @@ class Pruned:
         approximate: whether `keep` traces each packed token to the nearest encoder token only, see `Encoded`.
         inside: what is to leave inside the language model, which takes running the model within `acting`; None where
             nothing does. `keep` and `features` then are what reaches its first layer, until the model has run.
+
+    Example:
+        >>> from PIL import Image
+        >>> from selector.commands.loading import load_model
+        >>> model, processor = load_model("checkpoints/llava-next-tiny", "cpu")
+        >>> inputs = processor(text="<image> what is TOTAL?", images=Image.new("RGB", (96, 96)), return_tensors="pt")
+        >>> pruned = prune_inputs(model, inputs, load_selector("norm"), Budget(16))
+        >>> pruned.full, pruned.measured, inputs["input_ids"].shape[1] - pruned.inputs["input_ids"].shape[1]
+        ([300], [16], 284)
     """
 
     inputs: dict[str, Any]
@@ -109,6 +119,13 @@ class SelectionLog:
         full: as `measured`, before pruning.
         selection_seconds: wall time of all selections.
         last: the outcome of the latest call.
+
+    Example:
+        >>> log = SelectionLog()
+        >>> for kept, full in ((64, 320), (16, 80)):  # two calls, an image each
+        ...     log.add(Pruned({}, measured=[kept], full=[full]))
+        >>> log.measured, sum(log.measured) / sum(log.full)
+        ([64, 16], 0.2)
     """
 
     measured: list[int | float] = field(default_factory=list)
@@ -259,6 +276,10 @@ def select_tokens(
     relevance: Relevance | None = None,
 ) -> Iterator[SelectionLog]:
     """Within the block, ``model(...)`` and ``model.generate(...)`` select visual tokens first.
+
+    Selectors that act inside the language model (`TokenSelector.stages`) let tokens leave between its layers. Position
+    ids then are those of the prompt that enters it, logits and loss keep the prompt's length, and a cache that was
+    filled within the block can be continued there; see `selector.inside`.
 
     ``generate`` still returns the original prompt followed by the new tokens, so that callers who cut at the prompt's
     length stay right, and `max_length` and `min_length` (as arguments, or from a generation config) mean the original

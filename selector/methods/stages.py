@@ -50,11 +50,13 @@ class Stages(TokenSelector):
             raise ValueError(f"before must act before the language model, {type(before).__name__} does not")
         if inside.acts != "inside":
             raise ValueError(f"inside must act inside the language model, {type(inside).__name__} does not")
+
         if not 0 < inside_share <= before_share <= 1:
             raise ValueError(
                 f"shares must be 0 < inside_share <= before_share <= 1, got {inside_share} and {before_share}"
             )
         check_count(count)
+
         self.before, self.inside = before, inside
         self.before_share, self.inside_share = before_share, inside_share
         self.count: Count = count

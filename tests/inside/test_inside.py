@@ -331,6 +331,30 @@ def test_stages_nest(left):
     ]
 
 
+def test_stages_nest_beside_a_long_row_of_text():
+    """The batch stays as wide as that row, and yet every stage cuts other columns."""
+    family = FAMILIES[0]
+    model, inputs = family.model, family.batch([[family.picture(0)]])
+    text = torch.randint(4, 50, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    inputs |= {"input_ids": torch.cat([inputs["input_ids"], text])}
+    inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    kept = []
+
+    class Noted(Falling):
+        def score(self, tokens):
+            kept.append(tokens.valid.clone())
+            return super().score(tokens)
+
+    with torch.no_grad():
+        with select_tokens(model, Noted(count="after"), keep=4) as log:
+            got = model(**inputs)
+        first, last = inputs["input_ids"] == family.placeholder, gone(inputs, log.last, family)
+        first[first.clone()] = ~kept[1].flatten()
+        with masked_from(model, 1, first), masked_from(model, 2, last):
+            want = model(**inputs)
+    torch.testing.assert_close(got.logits[~last], want.logits[~last], rtol=1e-4, atol=1e-4)
+
+
 def test_before_and_inside_in_turn():
     """The prompt is cut first; the stage inside acts on what is left of it."""
     family = FAMILIES[0]
