@@ -29,7 +29,7 @@ def density_peaks(rows: Float[Tensor, "M C"], clusters: int) -> tuple[Int[Tensor
     Example:
         >>> centres, member = density_peaks(torch.tensor([[0.0], [0.1], [0.2], [2.0], [2.1]]), 2)
         >>> centres.tolist(), member.tolist()
-        ([0, 3], [0, 0, 0, 3, 3])
+        ([3, 0], [0, 0, 0, 3, 3])
     """
     if not 1 <= clusters <= len(rows):
         raise ValueError(f"clusters must be in 1..{len(rows)}, the number of rows, got {clusters}")

@@ -44,7 +44,7 @@ class Passed:
     heard: dict[str, Tensor]
     angles: tuple[Tensor, Tensor]
     embedded: Tensor | None = None
-    norm: Callable[[Tensor], Tensor] = torch.nn.Identity()
+    norm: Callable[[Tensor], Tensor] | None = None
 
 
 class LayerView:
@@ -228,6 +228,7 @@ class LayerView:
 
     def normed(self) -> Float[Tensor, "B R h"]:
         """The hidden states under the norm behind the last layer."""
+        assert self.passed.norm is not None
         return self.passed.norm(self.hidden.detach())
 
     def at_words(self, values: Float[Tensor, "B R C"]) -> Float[Tensor, "I Q C"]:
