@@ -7,14 +7,13 @@ must be at least the average over the layers that the layer implies.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from selector.base import Stage, TokenSelector
 from selector.budget import Budget
 from selector.stages import check_layer, scaled_layer
-from selector.tokens import VisualTokens
+from selector.tokens import PAD, VisualTokens
 
 PUBLISHED_LAYER = 16
 
@@ -47,5 +46,6 @@ class VTW(TokenSelector):
         return [Stage(scaled_layer(PUBLISHED_LAYER, depth) if self.layer is None else self.layer, 0.0, self)]
 
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
-        """Nothing stays, whatever the budget."""
-        return torch.zeros_like(tokens.is_patch)
+        """Nothing stays, but of images that the budget leaves whole."""
+        whole = budget.counts(tokens) >= tokens.lengths
+        return (tokens.slots != PAD) & whole[:, None]

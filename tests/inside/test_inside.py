@@ -554,6 +554,19 @@ def test_vtw_leaves_text_alone():
     assert out.past_key_values.layers[LAYER].keys.shape[2] == words
 
 
+@pytest.mark.parametrize("spec", ["vtw:layer=1", "fastv:layer=1"])
+def test_an_image_that_the_budget_leaves_whole_stays_whole(spec):
+    """Beside a larger one that has to lose tokens."""
+    (family,) = (family for family in FAMILIES if family.name == "LLaVA-NeXT-Video (images)")
+    model, inputs = family.model, family.batch([[family.picture(0)], [family.picture(2)]])
+    with torch.no_grad(), select_tokens(model, spec, keep=60) as log:
+        generate(model, inputs)
+    (large, cut, _), (small, *same) = log.layers
+    assert large > 60 > small
+    assert cut == (0 if "vtw" in spec else (3 * 60 - large) // 2)
+    assert same == [small, small]
+
+
 def test_budgets_count_the_average_over_the_layers():
     family = FAMILIES[0]
     model, inputs = family.model, family.batch(ragged(family))
