@@ -141,7 +141,9 @@ class SelectionLog:
         self.layers += pruned.layers
         self.full += pruned.full
         self.selection_seconds += pruned.selection_seconds
-        self.last = replace(pruned, tokens=None if pruned.tokens is None else pruned.tokens.outline())
+        outline = None if pruned.tokens is None else pruned.tokens.outline()
+        plan = None if pruned.inside is None else replace(pruned.inside, tokens=pruned.inside.tokens.outline())
+        self.last = replace(pruned, tokens=outline, inside=plan)
 
 
 def prune_inputs(
