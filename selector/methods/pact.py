@@ -1,12 +1,12 @@
 """PACT (arXiv 2504.08966): inside the language model, unimportant tokens leave and the others are clustered and merged.
 
 Published for LLaVA-OneVision 7B, in front of layer 4 (from 0), by that layer's own weights on the states that enter it.
-A visual token's importance is what the mean query of the prompt up to the image's end pays it, without rotation, softmax
-over that part of the prompt, mean over heads, times the length of its state; the int(0.55 · n) most important stay.
-Their rotated keys, all heads side by side, are clustered by cosine distance d (DBDPC): a token's density is Σ exp(−d²/4)
-over them, and by falling density every token further than the cutoff (0.21) from all centres is one itself. Any token,
-a dropped one too, joins its nearest centre if that lies within 1.5 times the cutoff, and else is gone; the centre
-becomes the plain mean of its members and keeps its position.
+The importance of a visual token is what the mean query of the prompt up to the image's end pays it, without rotation,
+softmax over that part of the prompt, mean over heads, times the length of its state; the int(0.55 · n) most important
+stay. Their rotated keys, all heads side by side, are clustered by cosine distance d (DBDPC): the density of a token is
+Σ exp(−d²/4) over them, and by falling density every token further than the cutoff (0.21) from all centres is a centre
+itself. Any token, a dropped one too, joins its nearest centre if that lies within 1.5 times the cutoff, and else is
+gone; the centre becomes the plain mean of its members and keeps its position.
 
 Where we depart: a budget needs a number, so the cutoff is the smallest that leaves no more clusters than it grants, by
 bisection; where that jumps over the number, the tokens furthest from all centres become centres too, and where 55% are
@@ -27,7 +27,7 @@ from selector.clustering import bounded_peaks, smallest_cutoff
 from selector.grid import places
 from selector.groups import Groups, ranks
 from selector.merging import Flow, Selection, nearest
-from selector.numerics import directions, gram, grained, grained_cosines, precise
+from selector.numerics import directions, grained, grained_cosines, gram, precise
 from selector.stages import check_count, check_layer, scaled_layer
 from selector.tokens import VisualTokens
 
@@ -76,7 +76,7 @@ class PACT(RankSelector):
         return [Stage(scaled_layer(PUBLISHED_LAYER, depth) if self.layer is None else self.layer, 1.0, self)]
 
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
-        """Centres, the densest first, then those of the next smaller clusters, then the rest by importance."""
+        """The centres of as many clusters as the budget grants, then all others by importance."""
         return self._plan(tokens, budget)[0]
 
     @torch.no_grad()

@@ -57,6 +57,8 @@ class SparseVLM(RankSelector):
     """
 
     acts = "inside"
+    merges = True
+    needs = frozenset({"rater_attention", "hidden"})
     paper = "arXiv 2410.04417"
     cost = "3 (raters · S C + (0.3 N)² C)"
 
