@@ -120,6 +120,7 @@ def run(arguments: list[str]) -> LightningCLI:
     from training.checkpoints import BestCheckpoint, LastCheckpoint
     from training.data import ImageModule
     from training.module import SelectorModule
+    from training.throughput import Throughput
 
     class SelectorCLI(LightningCLI):
         """Adds the run's name, the wandb switch, default loggers and checkpoints."""
@@ -139,6 +140,8 @@ def run(arguments: list[str]) -> LightningCLI:
                 kwargs["default_root_dir"] = settings["root"]
             if settings["trainer"].get("logger") in (None, True):
                 kwargs["logger"] = _loggers(settings["root"], settings["name"], settings["wandb"])
+            if settings["trainer"].get("profiler") is None:
+                kwargs["profiler"] = Throughput()
             return super().instantiate_trainer(**kwargs)
 
     # Warnings about what is done here on purpose.
