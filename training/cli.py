@@ -26,6 +26,7 @@ commands
   validate   compare the rankings on the validation images: --config ... --ckpt_path best.ckpt of a run
   test       the same on the test images
   export     write a checkpoint as a selector folder: selector-train export CKPT FOLDER
+  bench      what caches, precisions, compilation and processes gain on this machine: selector-train bench --help
 
 examples
   selector-train fit --config configs/train/tiny.yaml                          generated pages, no folder needed
@@ -48,7 +49,7 @@ flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --tr
 
 SELECTOR_TRACEBACK=1 shows where an error comes from.
 """
-COMMANDS = ("fit", "validate", "test", "export")
+COMMANDS = ("fit", "validate", "test", "export", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,9 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     try:
-        # Not a command of Lightning's: it has no configuration, and no trainer to build.
+        # Not commands of Lightning's: they have no configuration, and no trainer to build.
         if arguments[0] == "export":
             return _export(arguments[1:])
+        if arguments[0] == "bench":
+            from training import bench
+
+            return bench.main(arguments[1:])
         run(arguments)
     except (ValueError, OSError) as error:  # ours are ValueErrors, and Lightning's about settings too
         if os.environ.get("SELECTOR_TRACEBACK"):

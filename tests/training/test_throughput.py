@@ -122,6 +122,7 @@ def test_the_clock_of_a_step_runs_from_the_step_before_and_not_through_validatio
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it
 @pytest.mark.parametrize("architecture", ["gumbel", "image-transformer"])
 def test_compiled_layers_compute_the_same_under_the_same_names(fit, monkeypatch, architecture):
     losses, compiled, plain = {}, [], nn.Module.compile
