@@ -95,7 +95,7 @@ def measure(variant: str, encoder: str, room: Path, steps: Mapping[str, int]) ->
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "training.bench", "--one", str(out), *flags_of(variant, encoder, room, steps)]
     load = os.getloadavg()[0]
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not out.is_file():
         raise RuntimeError(f"the variant {variant!r} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")

@@ -73,7 +73,7 @@ class VisionEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
-        """Patch features ``[T, N, D]`` of pixel tiles ``[T, 3, H, W]``, both in the type of the weights; sets `grid`."""
+        """Patch features ``[T, N, D]`` of tiles ``[T, 3, H, W]``, both in the type of the weights; sets `grid`."""
 
     def forward(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
         """`encode` in inference mode and in the encoder's own precision; the features are float32."""

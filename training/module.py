@@ -248,7 +248,7 @@ class SelectorModule(LightningModule):
         return self.encoder.encoded(conversation, self.selector.needs | {"features", "projected"})
 
     def on_train_epoch_start(self) -> None:
-        """Starts the clock of `train/tokens_per_s`, which then runs from step to step: waiting for the loader counts."""
+        """Starts the clock of `train/tokens_per_s`, which runs from step to step: waiting for the loader counts."""
         self._began = time.monotonic()
 
     def on_validation_end(self) -> None:

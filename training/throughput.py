@@ -1,4 +1,4 @@
-"""Tokens per second in the parts of a training: loader, encoder, selector, reconstructor, language model, backward pass.
+"""Tokens per second in the parts of a training: loader, encoder, selector, reconstructor, language model, backward.
 
 A profiler of Lightning, so that its own hooks bracket loader, step and backward pass, and the parts within a step are
 actions like any other: `--trainer.profiler simple` shows them in Lightning's table instead of this one.
@@ -90,7 +90,7 @@ class Throughput(Profiler):
         self._batch_tokens = 0
 
     def start(self, action_name: str) -> None:
-        """Lightning's: an action begins. Parts count within a step alone, not in a validation or before the training."""
+        """Lightning's: an action begins. Parts count within a step alone, not in a validation."""
         if self._timed() and (action_name in (LOADER, BATCH) or (BATCH in self._began and _name(action_name))):
             self._began[action_name] = self._clock()
 
