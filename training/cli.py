@@ -17,6 +17,8 @@ from selector.shipped import places
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
 
+    from training.module import SelectorModule
+
 HELP = """\
 Train a visual-token selector on the frozen features of a vision encoder.
 
@@ -126,6 +128,7 @@ def run(arguments: list[str]) -> LightningCLI:
     from training.data import ImageModule
     from training.module import SelectorModule
     from training.throughput import Throughput
+    from training.tracking import LogConfig
 
     class SelectorCLI(LightningCLI):
         """Adds the run's name, the wandb switch, default loggers and checkpoints."""
@@ -147,6 +150,8 @@ def run(arguments: list[str]) -> LightningCLI:
                 kwargs["logger"] = _loggers(settings["root"], settings["name"], settings["wandb"])
             if settings["trainer"].get("profiler") is None:
                 kwargs["profiler"] = Throughput()
+            if settings["wandb"] != "off":
+                kwargs["callbacks"] = _with_pictures(settings["trainer"].get("callbacks"), self.model)
             return super().instantiate_trainer(**kwargs)
 
     # Warnings about what is done here on purpose.
@@ -159,6 +164,7 @@ def run(arguments: list[str]) -> LightningCLI:
         SelectorModule,
         ImageModule,
         args=_with_configs(arguments),
+        save_config_callback=LogConfig,
         seed_everything_default=0,
         trainer_defaults={"callbacks": [BestCheckpoint(), LastCheckpoint()], "log_every_n_steps": 10},
         parser_kwargs={"prog": "selector-train"},
@@ -181,6 +187,16 @@ def _with_configs(arguments: list[str]) -> list[str]:
         if name and not here.is_file() and shipped.is_file():
             resolved[place] = f"{flag}={shipped}" if sign else str(shipped)
     return resolved
+
+
+def _with_pictures(callbacks: Any, module: SelectorModule) -> list[Any]:
+    """The user's callbacks, and pictures of kept tokens where the encoder is a LLaVA-NeXT's and they have none."""
+    from training.encoders import LlavaNextEncoder, LlavaNextModel
+    from training.pictures import KeptPictures
+
+    own = callbacks if isinstance(callbacks, list) else [each for each in [callbacks] if each is not None]
+    drawn = any(isinstance(each, KeptPictures) for each in own)
+    return own if drawn or not isinstance(module.encoder, LlavaNextEncoder | LlavaNextModel) else [*own, KeptPictures()]
 
 
 def _loggers(root: str, name: str, wandb: str) -> list[Any]:

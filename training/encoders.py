@@ -150,23 +150,13 @@ class LlavaNextEncoder(VisionEncoder):
 
     def __init__(self, path: str, backend: str = "pil", dtype: Precision = "float32"):
         super().__init__()
-        from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
+        from transformers import AutoProcessor
 
         path = _find(path, "path")
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type != "llava_next":
-            raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {config.model_type!r}")
+        model, report = without_language_layers(path)
+        config = model.config
         if not isinstance(config.vision_feature_layer, int):
             raise ValueError(f"vision_feature_layer must be one layer, {path!r} has {config.vision_feature_layer}")
-
-        # A language model of no layers: a 7B model's tower fits where its language model does not.
-        config.text_config.num_hidden_layers = 0
-        if getattr(config.text_config, "layer_types", None):
-            config.text_config.layer_types = []
-        with _quiet():
-            options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-            loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(path, **options)
-            model, report = loaded
 
         # transformers fills missing weights with random ones and only warns.
         missing = [name for name in report["missing_keys"] if "vision_tower" in name]
@@ -412,6 +402,29 @@ class TransformTiles:
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "1 3 H W"]:
         return self.transform(image)[None]
+
+
+def without_language_layers(path: str) -> tuple[Any, dict[str, Any]]:
+    """A LLaVA-NeXT whose language model has no layers, on the CPU, and transformers' report on its weights.
+
+    A 7B model's tower and embeddings fit where its language model does not.
+
+    Raises:
+        ValueError: the folder holds another kind of model.
+    """
+    from transformers import AutoConfig, LlavaNextForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "llava_next":
+        raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {config.model_type!r}")
+
+    config.text_config.num_hidden_layers = 0
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = []
+    with _quiet():
+        options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(path, **options)
+    return loaded
 
 
 def _projected(projector: nn.Module, features: Float[Tensor, "T N D"], dtype: Precision) -> Float[Tensor, "T N d"]:

@@ -10,20 +10,35 @@ from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
+from training.encoders import LlavaNextEncoder, LlavaNextModel, without_language_layers
+
 
 class KeptPictures(Callback):
     """Logs a strip per image after every validation: all tokens, then those that the selector keeps.
 
     Args:
-        model: checkpoint folder or hub name of the LLaVA-NeXT whose tower the selector is trained on.
+        model: checkpoint folder or hub name of the LLaVA-NeXT whose tower the selector is trained on; None takes that
+            of the training's encoder, which must be a `LlavaNextEncoder` or `LlavaNextModel`.
         images: image files; without any, a generated document and a generated scene.
         keep: the budget, see `Budget`.
     """
 
-    def __init__(self, model: str, images: list[str] | None = None, keep: int | float | str = 0.25) -> None:
+    def __init__(
+        self, model: str | None = None, images: list[str] | None = None, keep: int | float | str = 0.25
+    ) -> None:
         super().__init__()
         self.model, self.images, self.keep = model, images or [], keep
         self._loaded: tuple[Any, Any] | None = None  # with the first picture: a run may end before it needs one
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the model of the training's encoder where none is named."""
+        if self.model is None:
+            encoder = getattr(pl_module, "encoder", None)
+            if not isinstance(encoder, LlavaNextEncoder | LlavaNextModel):
+                raise ValueError(
+                    f"model of KeptPictures must name a LLaVA-NeXT, the encoder is a {type(encoder).__name__}"
+                )
+            self.model = encoder.path
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the strips, in one process, and hands them to the loggers that can show them."""
@@ -63,10 +78,11 @@ class KeptPictures(Callback):
         return [task.page("test", 0, 0).image for task in (documents, scenes)]
 
     def _vlm(self) -> tuple[Any, Any]:
-        """Model and processor; a model of its own, since the training's encoder may lack the language model."""
+        """Model and processor; a model of its own, which stays on the CPU, without the language model's layers."""
         if self._loaded is None:
-            from transformers import AutoModelForImageTextToText, AutoProcessor
+            from transformers import AutoProcessor
 
-            model = AutoModelForImageTextToText.from_pretrained(self.model).eval()
-            self._loaded = model, AutoProcessor.from_pretrained(self.model, backend="pil")
+            assert self.model is not None  # for the type checker: settled before the training
+            model, _ = without_language_layers(self.model)
+            self._loaded = model.eval(), AutoProcessor.from_pretrained(self.model, backend="pil")
         return self._loaded
