@@ -120,7 +120,11 @@ def _pays(members: int, channels: int, steps: int | None) -> bool:
 
 
 def greedy(
-    value: Float[Tensor, "G M"], mask: Bool[Tensor, "G M"], steps: int, update: Callable[[Tensor], Tensor]
+    value: Float[Tensor, "G M"],
+    mask: Bool[Tensor, "G M"],
+    steps: int,
+    update: Callable[[Tensor], Tensor],
+    futile: Callable[[], bool] = lambda: False,
 ) -> Int[Tensor, "G M"]:
     """Takes the member of highest value, `steps` times.
 
@@ -129,6 +133,7 @@ def greedy(
         mask: members that exist.
         steps: picks, the same for all groups.
         update: called with the pick ``[G]`` of each group, returns the values ``[G, M]`` after it.
+        futile: asked every `LAZY_ROUNDS` steps; with True the rest is not picked.
 
     Returns:
         ``[G, M]`` the step at which each member was picked, `steps` for the others. A member is never picked twice.
@@ -140,6 +145,10 @@ def greedy(
         # A group that has run out picks a member again: the earlier step holds.
         step_of.scatter_reduce_(1, pick[:, None], torch.full_like(pick[:, None], step), "amin")
         taken = taken.scatter(1, pick[:, None], True)
+
+        # Asked only now and then, since a GPU would have to halt for the answer.
+        if step % LAZY_ROUNDS == LAZY_ROUNDS - 1 and futile():
+            break
 
         # Nobody asks for the values after the last pick, and they may be costly.
         if step + 1 < steps:
@@ -308,4 +317,6 @@ def _pivots(
         residual = torch.where(spent, whole, residual)
         return torch.where(spent, grained(whole), value)
 
-    return greedy(grained(whole), mask, steps, update), trusted
+    # What would be done again in float64 for every group is not finished.
+    doomed = (lambda: not bool(trusted.any())) if rows.dtype != torch.float64 else (lambda: False)
+    return greedy(grained(whole), mask, steps, update, doomed), trusted

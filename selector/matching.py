@@ -1,8 +1,5 @@
 """Bipartite matching in rounds: which tokens are redundant, in which order, and into which token each one goes.
 
-Two rules share the matching: `eliminate` (ToMe's; tokens stay in packed order), and `thin` (VisPruner's; tokens come in
-an order of their own, which every round changes).
-
 In a round, tokens at even positions (of those left, in packed order) are matched with their most similar token at an
 odd position by cosine, and those with the most similar match leave. Rounds go on until one token is left, so the order
 in which tokens leave ranks all of them, and a smaller choice lies inside every larger one. Batched over groups; a round
@@ -20,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selector.groups import ranks
-from selector.numerics import BLOCK, COSINE_GRAIN, cosine_table, directions, grained, precise, unit, working
+from selector.numerics import BLOCK, COSINE_GRAIN, cosine_table, directions, grained, precise, working
 
 APART = -4.0
 """Below any cosine: tokens of different views are matched last, and never merged."""
@@ -78,15 +75,15 @@ def eliminate(
 
         # Of those that leave in one round, the most similar counts as the first to go.
         out = torch.where(leaves, even, mask.shape[1])  # one column more than there is, for those that stay
-        rank = _put(rank, out, (size - 1 - (size - left))[:, None] - in_round)
-        parent = _put(parent, out, torch.where(best > APART, into, -1))
-        alive = _put(alive, out, torch.zeros_like(leaves))
+        rank = put(rank, out, (size - 1 - (size - left))[:, None] - in_round)
+        parent = put(parent, out, torch.where(best > APART, into, -1))
+        alive = put(alive, out, torch.zeros_like(leaves))
 
         # Several may leave for one target in a round: scatter_add takes them all.
         if merge:
             joins = leaves & (best > APART)
             index = into[..., None].expand(-1, -1, total.shape[2])
-            total = total.scatter_add(1, index, total.gather(1, _wide(even, total)) * joins[..., None])
+            total.scatter_add_(1, index, total.gather(1, _wide(even, total)) * joins[..., None])
 
         left = left - leaves.sum(1)
     return Elimination(rank, parent)
@@ -140,64 +137,8 @@ def _wide(index: Int[Tensor, "G R"], table: Float[Tensor, "G M C"]) -> Int[Tenso
     return index[..., None].expand(-1, -1, table.shape[2])
 
 
-def _put(values: Tensor, index: Int[Tensor, "G E"], new: Tensor) -> Tensor:
+def put(values: Tensor, index: Int[Tensor, "G E"], new: Tensor) -> Tensor:
     """The values with new ones at `index`; an index past the end is left out."""
     # A scatter takes no mask: what is left out goes into a spare column.
     padded = torch.cat([values, values[:, :1]], 1)
     return padded.scatter(1, index, new.to(values.dtype))[:, :-1]
-
-
-def thin(
-    rows: Float[Tensor, "G M C"],
-    rank: Int[Tensor, "G M"],
-    mask: Bool[Tensor, "G M"],
-    drop: int,
-    stop: Int[Tensor, "G"],
-) -> Int[Tensor, "G M"]:
-    """The order in which duplicates leave, without merging.
-
-    A round matches as above, and its most similar tokens at even positions leave. The others at even positions then
-    come first, by falling similarity, and behind them those at odd positions as they stood.
-
-    Args:
-        rows: what tokens are compared by (cosine).
-        rank: of each member in the order of the first round; those outside `mask` do not matter.
-        mask: members that take part.
-        drop: how many leave in each round, as far as there are any at even positions.
-        stop: number of tokens at which a round ends early, so that exactly so many are left; rounds then go on below.
-
-    Returns:
-        Of every member its rank from the end, 0 for the last one standing; M for those outside `mask`.
-    """
-    size = left = mask.sum(1)
-    rows = unit(rows)
-    similarity = grained(rows @ rows.mT)  # once: the rounds only look it up
-    group = torch.arange(len(rows), device=rows.device)[:, None, None]
-    queue = ranks(-rank.double(), mask).argsort(dim=1)  # who takes part, in order, and then the others
-    end = torch.full_like(rank, mask.shape[1])
-
-    while int(left.max()) > 1:
-        queue = queue[:, : int(left.max())]
-        there = torch.arange(queue.shape[1], device=queue.device) < left[:, None]
-        even, odd = queue[:, ::2], queue[:, 1::2]
-        closest = similarity[group, even[..., None], odd[:, None]]
-        closest = closest.masked_fill(~there[:, None, 1::2], -torch.inf).amax(2)
-
-        # Above `stop` a round may not overshoot it; the last token of all never leaves.
-        quota = torch.where(left > stop, left - stop, left).clamp(max=drop)
-        quota = torch.minimum(quota, (left + 1) // 2) * (left > 1)
-        in_round = ranks(closest, there[:, ::2])
-        leaves = there[:, ::2] & (in_round < quota[:, None])
-        end = _put(end, torch.where(leaves, even, mask.shape[1]), (left[:, None] - 1 - in_round))
-
-        # Even positions that stay, by falling similarity, then the odd ones; the rest is past the end.
-        far = queue.shape[1]
-        turn = torch.where(there[:, ::2] & ~leaves, in_round, 3 * far)
-        behind = torch.arange(odd.shape[1], device=odd.device) + torch.where(there[:, 1::2], far, 3 * far)
-        both = torch.cat([even, odd], 1)
-        queue = both.gather(1, torch.cat([turn, behind], 1).argsort(dim=1, stable=True))
-        left = left - leaves.sum(1)
-
-    # The one that is left stands at the head of the queue, if the group had any.
-    last = queue[:, :1]
-    return _put(end, torch.where((size > 0)[:, None], last, mask.shape[1]), torch.zeros_like(last))

@@ -198,6 +198,21 @@ def vispruner(attention, features, count, important, drop):
     return chosen + rest
 
 
+def vispruner_by_table(attention, features, count):
+    """`vispruner` with its defaults, on one float64 table of all cosines, rounded as near ties need it."""
+    rows = np.asarray(features, dtype=np.float64)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    table = np.round(rows @ rows.T * 2.0**32)
+    queue = np.argsort(-np.asarray(attention), kind="stable")
+    first = count // 2
+    chosen, rest = queue[:first], queue[first:]
+    while len(rest) > count - first:
+        even, odd = rest[::2], rest[1::2]
+        falling = even[np.argsort(-table[np.ix_(even, odd)].max(1), kind="stable")]
+        rest = np.concatenate([falling[min(8, len(rest) - (count - first)) :], odd])
+    return [*chosen.tolist(), *rest.tolist()]
+
+
 def tome(keys, count, drop):
     """{kept token: all tokens merged into it}, sizes counting in the mean of the keys."""
     clusters = {i: [i] for i in range(len(keys))}

@@ -1,7 +1,8 @@
-"""The examples of docstrings run, and every selector has one."""
+"""The examples of docstrings run; every public class and every selector has one."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -20,6 +21,8 @@ MODULES = [
 ]
 LONGEST = 6
 """Lines of a selector's example, with what it prints: what a reader takes in at a glance."""
+WITHOUT_EXAMPLE = {"training": {}}
+"""Per folder, the public classes that cannot be shown in an example, each with the reason."""
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -30,6 +33,29 @@ def test_examples_run(name, tmp_path, monkeypatch):
     result = doctest.testmod(module)  # prints what differs
     assert result.attempted, f"no docstring of {name} holds the example that its source shows"
     assert not result.failed
+
+
+def public_classes(folder: str) -> dict[str, ast.ClassDef]:
+    """Classes at the top of the folder's modules, by ``path:Name``."""
+    return {
+        f"{path.relative_to(ROOT).as_posix()}:{node.name}": node
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    }
+
+
+def shows(node: ast.ClassDef) -> bool:
+    """Whether the docstring has an example that prints something: one that cannot go wrong shows nothing."""
+    examples = doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+    return any(example.want for example in examples)
+
+
+@pytest.mark.parametrize("folder", WITHOUT_EXAMPLE)
+def test_every_public_class_has_an_example(folder):
+    """`test_examples_run` runs them."""
+    classes = public_classes(folder)
+    assert {name for name, node in classes.items() if not shows(node)} == set(WITHOUT_EXAMPLE[folder])
 
 
 @pytest.mark.parametrize("name", available_selectors())

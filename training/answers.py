@@ -16,7 +16,6 @@ Shapes: R rankings of one image, L packed slots, B branches (questions).
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from training.gates import relaxed_budget
 from training.objectives import Loss, Objective, Step, check_range, check_temperatures, reads_question
-from training.schedules import temperature
+from training.schedules import sampled_keep, temperature
 
 Gate = Literal["attention", "noise"]
 SaliencyTarget = Literal["attention", "gradient"]
@@ -125,9 +124,8 @@ class Answers(Objective):
 
     def _count(self, length: int, generator: torch.Generator) -> int:
         """How many of the image's tokens stay in this step."""
-        low, high = map(math.log, self.kept_range)
-        share = math.exp(low + (high - low) * torch.rand((), generator=generator).item())
-        return min(max(self.least, round(share * length)), length - 1)  # all of them would teach nothing
+        keep = max(self.least, sampled_keep(length, self.kept_range, generator))
+        return min(keep, length - 1)  # all of them would teach nothing
 
     def _temperature(self, step: Step) -> float:
         progress = step.progress / self.cooled if self.cooled else 1.0

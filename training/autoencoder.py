@@ -26,7 +26,7 @@ class Reconstructor(nn.Module):
         mlp_ratio: width of the MLPs in units of `width`.
 
     Raises:
-        ValueError: a width that the heads do not divide.
+        ValueError: a width that is not a positive multiple of the heads.
 
     >>> reconstructor = Reconstructor(dim=8, num_patches=16, layers=1)
     >>> reconstructor(torch.randn(2, 16, 8), torch.ones(2, 16)).shape
@@ -43,9 +43,9 @@ class Reconstructor(nn.Module):
         mlp_ratio: float = 2.0,
     ):
         super().__init__()
-        inner = width or dim
-        if inner % heads:
-            raise ValueError(f"width {inner} must be a multiple of heads, got {heads} heads")
+        inner = dim if width is None else width
+        if inner < 1 or inner % heads:
+            raise ValueError(f"width {inner} must be a positive multiple of heads, got {heads} heads")
 
         self.mask_embedding = nn.Parameter(torch.zeros(dim))
         self.embed = nn.Linear(dim, inner)

@@ -27,6 +27,14 @@ class FeatureCache(Dataset[Tensor]):
     Args:
         tiles: pixel tiles ``[T, 3, H, W]`` of each image; T may differ between images.
         encoder: what encodes them.
+
+    >>> from PIL import Image
+    >>> from training.data import TileDataset
+    >>> from training.encoders import TimmEncoder
+    >>> encoder = TimmEncoder("test_vit", pretrained=False)
+    >>> tiles = TileDataset([lambda: Image.new("RGB", (300, 200))], encoder.preprocess)
+    >>> tiles[0].shape, FeatureCache(tiles, encoder)[0].shape
+    (torch.Size([1, 3, 160, 160]), torch.Size([1, 100, 64]))
     """
 
     def __init__(self, tiles: Dataset[Tensor], encoder: VisionEncoder):

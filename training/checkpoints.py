@@ -31,6 +31,10 @@ class BestCheckpoint(ModelCheckpoint):
 
     A resumed run writes to another folder than the one before it, and Lightning then forgets the score to beat. Here
     the run copies the earlier ``best.ckpt``, so that its folder holds the best of the whole training.
+
+    >>> best = BestCheckpoint()
+    >>> best.monitor, best.mode, best.format_checkpoint_name({})
+    ('val/criterion', 'min', 'best.ckpt')
     """
 
     def __init__(self) -> None:
@@ -76,6 +80,14 @@ class LastCheckpoint(ModelCheckpoint):
     """``last.ckpt``: after every validation, and where a run is interrupted.
 
     It must come after `BestCheckpoint` in the list of callbacks, whose state it saves.
+
+    >>> from pytorch_lightning.demos.boring_classes import BoringModel
+    >>> short = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 0, "logger": False}
+    >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    >>> trainer = Trainer(accelerator="cpu", callbacks=[LastCheckpoint()], **short, **quiet)
+    >>> trainer.fit(BoringModel())
+    >>> Path(trainer.checkpoint_callback.best_model_path).name
+    'last.ckpt'
     """
 
     def __init__(self) -> None:

@@ -121,14 +121,21 @@ def run(arguments: list[str]) -> LightningCLI:
         ValueError: settings that break a rule, with the rule.
         RankingError: the trained ranking is worse than random choices.
     """
-    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+    import yaml
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from training import answers  # noqa: F401 (objectives can be named in YAML once their classes are known)
     from training.checkpoints import BestCheckpoint, LastCheckpoint
     from training.data import ImageModule
     from training.module import SelectorModule
     from training.throughput import Throughput
-    from training.tracking import LogConfig
+    from training.tracking import log_config
+
+    class LogConfig(SaveConfigCallback):
+        """Lightning's ``config.yaml``, and the same for the loggers."""
+
+        def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            log_config(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
     class SelectorCLI(LightningCLI):
         """Adds the run's name, the wandb switch, default loggers and checkpoints."""

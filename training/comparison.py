@@ -38,6 +38,7 @@ RIVALS = {"leverage": lambda: SVDPrune(matrix="tile"), "norm": lambda: Norm(larg
 RANKERS = ("learned", "random", *RIVALS)
 ANSWER_RIVALS = {"leverage": RidgeLeverage}
 """The same of all patches of an image; one only, since each costs a pass of the language model per budget."""
+ANSWER_RANKERS = ("learned", "random", *ANSWER_RIVALS)
 
 
 class RankingComparison(nn.Module):
@@ -165,13 +166,11 @@ class AnswerComparison(nn.Module):
     ['kl_learned_25', 'kl_random_25', 'kl_leverage_25']
     """
 
-    RANKERS = ("learned", "random", *ANSWER_RIVALS)
-
     def __init__(self, shares: Sequence[float]):
         super().__init__()
         self.shares = tuple(shares)
-        self.names = [f"{what}_{r}_{percent(at)}" for what in ("kl", "same") for r in self.RANKERS for at in shares]
-        self.names += [f"{what}_{r}" for what in ("kl", "same") for r in self.RANKERS]
+        self.names = [f"{what}_{r}_{percent(at)}" for what in ("kl", "same") for r in ANSWER_RANKERS for at in shares]
+        self.names += [f"{what}_{r}" for what in ("kl", "same") for r in ANSWER_RANKERS]
 
         self.meters = nn.ModuleDict({_key(name): MeanMetric() for name in self.names})
         self.rivals = nn.ModuleDict({name: make() for name, make in ANSWER_RIVALS.items()})
@@ -203,7 +202,7 @@ class AnswerComparison(nn.Module):
             budget = Budget(share)
 
             # One pruned pass of the language model per ranking; its questions are branches of that pass.
-            for ranker in self.RANKERS:
+            for ranker in ANSWER_RANKERS:
                 passes = rankings.get(ranker)
                 if passes is None:
                     passes = [(cast("ScoreSelector", self.rivals[ranker]).score(tokens), questions)]

@@ -83,6 +83,14 @@ class Converse:
     Args:
         processor: the model's own, with tokenizer, image processor and chat template.
         image_token_id: id of the placeholder of a visual token.
+
+    >>> from training.testbed.vocabulary import IMAGE_ID, build_processor
+    >>> converse = Converse(build_processor(), IMAGE_ID)
+    >>> asked = converse(Image.new("RGB", (192, 96)), [("what is TAX?", "41"), ("what is DATE?", None)])
+    >>> asked.pixels["pixel_values"].shape, int((asked.prefix == IMAGE_ID).sum())
+    (torch.Size([1, 3, 3, 96, 96]), 444)
+    >>> [branch.answer for branch in asked.branches]
+    [tensor([11,  8,  2]), None]
     """
 
     def __init__(self, processor: Any, image_token_id: int):

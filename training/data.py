@@ -329,6 +329,12 @@ class LateLoader(DataLoader[Tensor]):
 
     Lightning makes the first iterator before a resumed run knows its epoch, and workers start on it at once: without
     this they would load the images in the order of epoch 0.
+
+    >>> sampler = ResumableSampler(range(4), num_replicas=1, rank=0, shuffle=False)
+    >>> batches = iter(LateLoader(torch.arange(4), batch_size=2, sampler=sampler))
+    >>> sampler.start = 2  # still in time: a loader of torch would have asked already
+    >>> list(batches)
+    [tensor([2, 3])]
     """
 
     def __iter__(self) -> Any:
@@ -382,6 +388,9 @@ class Asked:
     Attributes:
         image: in RGB.
         turns: questions and answers; None: not known.
+
+    >>> Asked(Image.new("RGB", (192, 96)), (("what is TAX?", "41"), ("what is DATE?", None))).turns[0]
+    ('what is TAX?', '41')
     """
 
     image: Image.Image
@@ -394,6 +403,12 @@ class ConversationDataset(Dataset[Conversation]):
     Args:
         pages: opens or draws each image, with its questions.
         converse: the model's processor and chat template.
+
+    >>> from training.testbed.vocabulary import IMAGE_ID, build_processor
+    >>> page = Asked(Image.new("RGB", (192, 96)), (("what is TAX?", "41"),))
+    >>> rows = ConversationDataset([lambda: page], Converse(build_processor(), IMAGE_ID))
+    >>> len(rows), [branch.question for branch in rows[0].branches]
+    (1, ['what is TAX?'])
     """
 
     def __init__(self, pages: Sequence[Callable[[], Asked]], converse: Converse):

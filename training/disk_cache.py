@@ -55,6 +55,14 @@ class DiskCache(Dataset[Tensor]):
     Args:
         folder: ``DIR/KEY``.
         index: the contents of its ``index.json``.
+
+    >>> from training.data import TileDataset
+    >>> from training.encoders import TimmEncoder
+    >>> encoder = TimmEncoder("test_vit", pretrained=False)
+    >>> tiles = TileDataset([lambda: Image.new("RGB", (300, 200))], encoder.preprocess)
+    >>> rows = disk_cache("features", tiles, encoder, images={"pages": 1})  # encodes now, or reads what is there
+    >>> rows[0].shape, rows[0].dtype
+    (torch.Size([1, 100, 64]), torch.bfloat16)
     """
 
     def __init__(self, folder: Path, index: Mapping[str, Any]):

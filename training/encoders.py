@@ -48,6 +48,21 @@ class VisionEncoder(nn.Module, ABC):
         dim: D, width of the features.
         name: its name in a model card.
         dtype: type of its weights.
+
+    A new kind of encoder needs its preprocessing, a name, and `encode`; grid and width are measured.
+
+    >>> class Colours(VisionEncoder):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.name, self.preprocess = "mean colours", lambda image: torch.zeros(1, 3, 32, 32)
+    ...         self._freeze()
+    ...
+    ...     def encode(self, pixels):
+    ...         self.grid = (4, 4)
+    ...         return nn.functional.avg_pool2d(pixels, 8).flatten(2).mT
+    >>> encoder = Colours()
+    >>> encoder.grid, encoder.num_patches, encoder.dim
+    ((4, 4), 16, 3)
     """
 
     preprocess: Preprocess
@@ -56,7 +71,7 @@ class VisionEncoder(nn.Module, ABC):
     name: str
     dtype: Precision = "float32"
 
-    def _freeze(self, dtype: Precision) -> None:
+    def _freeze(self, dtype: Precision = "float32") -> None:
         """Call at the end of a constructor: freezes the weights and measures grid and width on one blank image."""
         if dtype not in get_args(Precision):
             raise ValueError(f"dtype must be one of {get_args(Precision)}, got {dtype!r}")
@@ -146,13 +161,19 @@ class LlavaNextEncoder(VisionEncoder):
     Raises:
         FileNotFoundError: no such folder.
         ValueError: another kind of model, one that joins several layers, or one without weights for its tower.
+
+    >>> encoder = LlavaNextEncoder("checkpoints/llava-next-tiny")
+    >>> tiles = encoder.preprocess(Image.new("RGB", (192, 96)))  # the base view and two tiles
+    >>> features = encoder(tiles)
+    >>> tiles.shape, features.shape, encoder.project(features).shape
+    (torch.Size([3, 3, 96, 96]), torch.Size([3, 144, 160]), torch.Size([3, 144, 192]))
     """
 
     def __init__(self, path: str, backend: str = "pil", dtype: Precision = "float32"):
         super().__init__()
         from transformers import AutoProcessor
 
-        path = _find(path, "path")
+        path = find_model(path, "path")
         model, report = without_language_layers(path)
         config = model.config
         if not isinstance(config.vision_feature_layer, int):
@@ -203,6 +224,12 @@ class LlavaNextModel(VisionEncoder):
     Raises:
         FileNotFoundError: no such folder.
         ValueError: the folder holds another kind of model.
+
+    >>> model = LlavaNextModel("checkpoints/llava-next-tiny")
+    >>> asked = model.converse(Image.new("RGB", (192, 96)), [("what is TAX?", None)])
+    >>> tokens = model.encoded(asked, frozenset({"features"})).tokens
+    >>> tokens.features.shape, tokens.slots.shape  # 3 tiles of 144 patches, and 12 newlines
+    (torch.Size([3, 144, 160]), torch.Size([1, 444]))
     """
 
     def __init__(
@@ -215,7 +242,7 @@ class LlavaNextModel(VisionEncoder):
         super().__init__()
         from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
 
-        path = _find(path, "path")
+        path = find_model(path, "path")
         if (kind := AutoConfig.from_pretrained(path).model_type) != "llava_next":
             raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {kind!r}")
         with _quiet():
@@ -283,13 +310,21 @@ class TransformersEncoder(VisionEncoder):
 
     Raises:
         FileNotFoundError: no such folder.
+
+    >>> from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+    >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    >>> ViTModel(config).save_pretrained("vit")
+    >>> _ = ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("vit")
+    >>> encoder = TransformersEncoder("./vit", layer=-2)
+    >>> encoder.grid, encoder(encoder.preprocess(Image.new("RGB", (300, 200)))).shape
+    ((4, 4), torch.Size([1, 16, 8]))
     """
 
     def __init__(self, path: str, layer: int | None = None, backend: str = "pil", dtype: Precision = "float32"):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModel
 
-        path = _find(path, "path")
+        path = find_model(path, "path")
         with _quiet():
             model = AutoModel.from_pretrained(path, dtype=torch.float32)
             self.preprocess = ProcessorTiles(AutoImageProcessor.from_pretrained(path, backend=backend))
@@ -377,6 +412,11 @@ class ProcessorTiles:
 
     Args:
         processor: an image processor of transformers.
+
+    >>> from training.testbed.vocabulary import build_processor
+    >>> tiles = ProcessorTiles(build_processor().image_processor)
+    >>> tiles(Image.new("RGB", (192, 96))).shape  # the base view, then the two halves
+    torch.Size([3, 3, 96, 96])
     """
 
     def __init__(self, processor: Any):
@@ -452,7 +492,7 @@ class _quiet:
             logging.enable_progress_bar()
 
 
-def _find(path: str, argument: str) -> str:
+def find_model(path: str, argument: str) -> str:
     """A model folder below the current folder, else one that ships with the package, else a hub name.
 
     A path that looks local must exist; otherwise it would be taken for a hub name and fail obscurely.

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from selector.files import atomic
+
 PREFIX = "selector."
 """Of the selector's tensors in a checkpoint; those of the reconstructor are left behind."""
 _RULES = {
@@ -76,10 +78,8 @@ def export(
 
     written = selector.save_pretrained(folder, card=card, metadata=metadata)
     if config is not None:
-        # Renamed when it is whole, as every file of the folder is.
-        partial = written / ".training.yaml.partial"
-        shutil.copyfile(config, partial)
-        partial.replace(written / "training.yaml")
+        with atomic(written / "training.yaml") as partial:
+            shutil.copyfile(config, partial)
     return written
 
 

@@ -35,6 +35,10 @@ class ImageFile:
 
     Args:
         path: the file, opened as everywhere: see `selector.images`.
+
+    >>> Image.new("L", (300, 200)).save("grey.png")
+    >>> ImageFile(Path("grey.png"))().mode
+    'RGB'
     """
 
     def __init__(self, path: Path):

@@ -41,6 +41,10 @@ class Row:
         bias: ``[S, S]`` additive attention mask, the logarithms of the gates included.
         answers: per branch, the index in the row of the token that predicts the answer's first, and how many there are.
         visual: ``[v]`` indices in the row of the visual tokens.
+
+    >>> row = Row(torch.zeros(7, 8), torch.arange(7), torch.zeros(7, 7), answers=[(4, 2)], visual=torch.tensor([1, 2]))
+    >>> [row.embeddings[start : start + length].shape for start, length in row.answers]  # where the answer is predicted
+    [torch.Size([2, 8])]
     """
 
     embeddings: Float[Tensor, "S d"]
@@ -58,11 +62,23 @@ class FrozenLanguageModel:
 
     Raises:
         ValueError: gradient checkpointing is on and the language model has dropout, which would then be active.
+
+    >>> from training.encoders import LlavaNextModel
+    >>> from training.pages import page
+    >>> model, shown = LlavaNextModel("checkpoints/llava-next-tiny"), page("documents", "test", 0, 0)
+    >>> asked = model.converse(shown.image, [(shown.turns[0].question, shown.turns[0].answer)])
+    >>> encoded, language = model.encoded(asked, frozenset()), FrozenLanguageModel(model.model)
+    >>> (logs,) = language.answer_log_probs(encoded, asked, branches=[0])
+    >>> logs.shape, model.converse.processor.decode(logs.argmax(-1))  # 11 tokens, of a vocabulary of 202
+    (torch.Size([11, 202]), 'TOTAL 6541</s>')
     """
 
     def __init__(self, model: Any):
         self.model = model
-        self.checkpointing = bool(getattr(model.model.language_model, "is_gradient_checkpointing", False))
+
+        # The flag of the layers: the model's own has another name from one version of transformers to the next.
+        layers = model.model.language_model.modules()
+        self.checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
         if self.checkpointing and getattr(model.config.text_config, "attention_dropout", 0):
             raise ValueError("gradient_checkpointing needs a language model without dropout")
 

@@ -75,6 +75,15 @@ class SelectorModule(LightningModule):
 
     Raises:
         ValueError: an argument outside its range, or arguments that exclude each other.
+
+    >>> from training.encoders import TimmEncoder
+    >>> encoder = TimmEncoder("test_vit", pretrained=False)
+    >>> module = SelectorModule(encoder, width=16, layers=1)
+    >>> type(module.selector).__name__, module.selector.dim, module.selector.num_patches
+    ('GumbelSelector', 64, 100)
+    >>> SelectorModule(encoder, question=True)
+    Traceback (most recent call last):
+    ValueError: model.question needs architecture image-transformer, got 'gumbel'
     """
 
     def __init__(

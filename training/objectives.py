@@ -51,6 +51,9 @@ class Loss(NamedTuple):
     Attributes:
         value: before the objective's weight.
         logs: detached scalars by name.
+
+    >>> Loss(torch.tensor(0.5), {"rec": torch.tensor(0.25)})._asdict()
+    {'value': tensor(0.5000), 'logs': {'rec': tensor(0.2500)}}
     """
 
     value: Float[Tensor, ""]
@@ -172,6 +175,14 @@ class Objective(ABC):
 
     Raises:
         ValueError: a weight that is not positive.
+
+    >>> class Spread(Objective):
+    ...     def __call__(self, step):
+    ...         spread = step.scores.std()
+    ...         return Loss(-spread, {"spread": spread.detach()})
+    >>> tokens = VisualTokens.from_features(torch.randn(2, 16, 8))
+    >>> Spread(weight=0.1)(Step(tokens, GumbelSelector(8, 16), 0.0, torch.Generator())).logs.keys()
+    dict_keys(['spread'])
     """
 
     reconstructs: bool = False
@@ -188,7 +199,7 @@ class Objective(ABC):
 
 
 class _Reconstruction(Objective):
-    """What the three have in common: budgets, noise, and random masks at the start; arguments: see `SampledBudget`."""
+    """Base of the three: sampled budgets, noise, and random masks at the start. Arguments: see `SampledBudget`."""
 
     reconstructs = True
     threshold_gradient = True
@@ -240,6 +251,11 @@ class SampledBudget(_Reconstruction):
         random_share: share of the training, from its start, whose masks are uniformly random, so that the reconstructor
             is good before its errors count; after it the selector draws the masks.
         temperature_start, temperature_end: temperature of the noise, geometric in between.
+
+    >>> tokens = VisualTokens.from_features(torch.randn(2, 16, 8))
+    >>> step = Step(tokens, GumbelSelector(8, 16), 0.9, torch.Generator(), Reconstructor(8, 16))
+    >>> SampledBudget(kept_range=(0.25, 0.25))(step).logs["keep"]  # 4 of 16, exactly
+    tensor(0.2500)
     """
 
     def __call__(self, step: Step) -> Loss:
@@ -259,6 +275,12 @@ class StraightThrough(_Reconstruction):
         threshold_gradient: keep the threshold of the masks in the graph. False is there to demonstrate the trap, not to
             be used: the ranking can come out upside down (`configs/ablation/upside-down.yaml`).
         weight, kept_range, random_share, temperature_start, temperature_end: as for `SampledBudget`.
+
+    >>> tokens, selector = VisualTokens.from_features(torch.randn(2, 16, 8)), GumbelSelector(8, 16)
+    >>> step = Step(tokens, selector, 0.9, torch.Generator(), Reconstructor(8, 16))
+    >>> (slopes,) = torch.autograd.grad(StraightThrough()(step).value, step.scores)
+    >>> slopes.shape, slopes.sum(1).abs().max() < 1e-4  # no reward for raising all scores together
+    (torch.Size([2, 16]), tensor(True))
     """
 
     def __init__(
@@ -289,6 +311,12 @@ class Paper(_Reconstruction):
         regularizer: weight of the clamp; the paper leaves the norm's scale, and so this weight, open.
         weight, kept_range, random_share, temperature_start, temperature_end: as for `SampledBudget`; `kept_range` is
             that of the random masks at the start only.
+
+    >>> tokens = VisualTokens.from_features(torch.randn(2, 16, 8))
+    >>> step = Step(tokens, GumbelSelector(8, 16), 0.9, torch.Generator(), Reconstructor(8, 16))
+    >>> loss, logs = Paper(proportion=0.3)(step)
+    >>> sorted(logs), bool(loss > 0.3)  # the clamp alone costs p
+    (['keep', 'rec'], True)
     """
 
     def __init__(

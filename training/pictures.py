@@ -10,7 +10,7 @@ from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
-from training.encoders import LlavaNextEncoder, LlavaNextModel, without_language_layers
+from training.encoders import LlavaNextEncoder, LlavaNextModel, find_model, without_language_layers
 
 
 class KeptPictures(Callback):
@@ -21,6 +21,11 @@ class KeptPictures(Callback):
             of the training's encoder, which must be a `LlavaNextEncoder` or `LlavaNextModel`.
         images: image files; without any, a generated document and a generated scene.
         keep: the budget, see `Budget`.
+
+    >>> from selector import load_selector
+    >>> callback = KeptPictures("checkpoints/llava-next-tiny", keep=0.25)
+    >>> [strip.size for strip in callback.strips(load_selector("uniform"))]  # of a document and a scene
+    [(736, 328), (736, 498)]
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class KeptPictures(Callback):
             from transformers import AutoProcessor
 
             assert self.model is not None  # for the type checker: settled before the training
-            model, _ = without_language_layers(self.model)
-            self._loaded = model.eval(), AutoProcessor.from_pretrained(self.model, backend="pil")
+            path = find_model(self.model, "model")
+            model, _ = without_language_layers(path)
+            self._loaded = model.eval(), AutoProcessor.from_pretrained(path, backend="pil")
         return self._loaded

@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,11 @@ class Taught:
         log_probs: per question ``[A, V]``, the teacher's log-probabilities along the answer.
         looks: per question ``[L]``, what the answer's tokens attend to (`FrozenLanguageModel.attention_to_image`), zero
             at newlines; empty where no objective reads it.
+
+    >>> branches = tuple(Branch(torch.tensor([7]), torch.tensor([8, 2]), question) for question in ("Who?", "Where?"))
+    >>> taught = Taught(Conversation({}, torch.tensor([1, 5]), branches), [torch.zeros(2, 10)] * 2, looks=[])
+    >>> taught.bytes, len(taught.sampled(1, torch.Generator()).log_probs)
+    (160, 1)
     """
 
     conversation: Conversation
@@ -108,6 +113,17 @@ class Teacher:
         fingerprint: hash of the model's weights, so that another model's answers are never reused.
         looks: also record what the answers attend to.
         memory: bytes of probabilities to remember; what does not fit is computed anew each time.
+
+    Raises:
+        ValueError: `answers` is neither of the two, or a limit below 1.
+
+    >>> from training.encoders import LlavaNextModel
+    >>> from training.pages import page
+    >>> model, shown = LlavaNextModel("checkpoints/llava-next-tiny"), page("documents", "test", 0, 0)
+    >>> asked = model.converse(shown.image, [("what is TOTAL?", None)])
+    >>> taught = Teacher(FrozenLanguageModel(model.model), limit=7)(model.encoded(asked, frozenset()), asked)
+    >>> model.converse.processor.decode(taught.conversation.branches[0].answer), taught.log_probs[0].shape
+    ('TOTAL 6', torch.Size([7, 202]))
     """
 
     def __init__(
@@ -120,9 +136,14 @@ class Teacher:
         looks: bool = False,
         memory: int = 2 * 2**30,
     ):
-        self.language, self.answers, self.limit, self.looks, self.memory = language, answers, limit, looks, memory
+        if answers not in get_args(AnswersFrom):
+            raise ValueError(f"answers must be one of {get_args(AnswersFrom)}, got {answers!r}")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1 token, got {limit}")
+        self.language, self.answers, self.limit, self.looks = language, answers, limit, looks
+        self._memory_left = memory
 
-        # Everything that an answer depends on beside image and question is in the file's name: nothing stale is read.
+        # Everything that an answer depends on besides image and question is in the file's name: nothing stale is read.
         settings = language.model.generation_config.to_dict()
         settings.pop("transformers_version", None)
         identity = f"{fingerprint} {limit} {json.dumps(settings, sort_keys=True, default=str)}"
@@ -147,9 +168,9 @@ class Teacher:
             taught = replace(taught, conversation=replace(taught.conversation, pixels={}))  # nothing reads them again
 
             # First come, first kept: epochs ask in another order each, so that evicting would gain nothing.
-            if self.memory < taught.bytes:
+            if self._memory_left < taught.bytes:
                 return taught
-            self.memory -= taught.bytes
+            self._memory_left -= taught.bytes
             self._remembered[key] = taught
         return self._remembered[key]
 

@@ -40,6 +40,9 @@ class Row:
         seconds: wall time in it.
         tokens: tokens that it has seen.
         share: `seconds` as a share of the whole.
+
+    >>> Row("encoder", seconds=0.5, tokens=720, share=0.1).tokens_per_s
+    1440.0
     """
 
     part: str
@@ -124,7 +127,7 @@ class Throughput(Profiler):
             return []
 
         # Loader and step follow each other, everything else lies within the step.
-        whole = self._seconds["loader"] + self._seconds["step"]
+        whole = self._seconds.get("loader", 0.0) + self._seconds["step"]
         parts = [name for name in PARTS if name in self._seconds]
         rest = whole - sum(self._seconds[name] for name in parts)
         seconds = {name: self._seconds[name] for name in parts} | {"rest": rest, "whole": whole}

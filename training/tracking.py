@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.cli import SaveConfigCallback
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 
-class LogConfig(SaveConfigCallback):
-    """Lightning's ``config.yaml``, and the same for the loggers, with the git revision as `git`.
+def log_config(loggers: Sequence[Logger], config: Mapping[str, Any]) -> None:
+    """Hands a configuration to loggers, with the git revision of this package as `git`.
 
     Weights & Biases gets it as the run's config, TensorBoard as a text and as hyperparameters, any other logger as
-    hyperparameters. Only the first process logs.
+    hyperparameters. To be called in one process.
+
+    Args:
+        loggers: those of a trainer.
+        config: plain values, nested by mappings.
     """
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hands the configuration to every logger of the trainer."""
-        text = self.parser.dump(self.config, skip_none=False)
-        config = yaml.safe_load(text) | {"git": revision(Path(__file__).parent)}
-
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                # Nested, as its tables and filters show it; a resumed run may differ from what it was begun with.
-                logger.experiment.config.update(config, allow_val_change=True)
-            elif isinstance(logger, TensorBoardLogger):
-                _to_tensorboard(logger.experiment, config)
-            else:
-                logger.log_hyperparams(dict(flat(config)))
+    config = {**config, "git": revision(Path(__file__).parent)}
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            # Nested, as its tables and filters show it; a resumed run may differ from what it was begun with.
+            logger.experiment.config.update(config, allow_val_change=True)
+        elif isinstance(logger, TensorBoardLogger):
+            _to_tensorboard(logger.experiment, config)
+        else:
+            logger.log_hyperparams(dict(flat(config)))
 
 
 def revision(folder: Path) -> str | None:

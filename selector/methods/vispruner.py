@@ -19,7 +19,7 @@ from selector.attention import Attention, attention_field
 from selector.base import RankSelector
 from selector.budget import Budget
 from selector.groups import Groups, interleave, ranks
-from selector.matching import thin
+from selector.thinning import thin
 from selector.tokens import VisualTokens
 
 

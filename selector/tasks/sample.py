@@ -37,7 +37,8 @@ Marks = tuple[tuple[str, Box], ...]
 class Draft:
     """A page before its pixels: everything known about it, and how to draw it.
 
-    Training on symbols needs no pixels, so drafts are cheap and drawing is left until asked for.
+    Training on symbols needs no pixels, so drafts are cheap and drawing is left until asked for. `marks` and `everything`
+    serve training alone, but only a generator knows the layout that they come from; scenes are split by theirs.
 
     Attributes:
         size: (width, height) in pixels.

@@ -33,8 +33,12 @@ def test_wilson_ends_lie_one_score_away(successes, trials):
         assert abs(share - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / trials), rel=1e-9)
 
 
-def test_wilson_published_value():
+def test_wilson_published_values():
     assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+
+    # Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
 def test_wilson_at_the_ends():

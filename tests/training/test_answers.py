@@ -163,6 +163,11 @@ def test_given_answers_are_learned_where_that_is_asked_for(asked):
     assert said == [answer for _, answer in TURNS]
 
 
+def test_an_answer_of_no_tokens_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="limit must be at least 1 token, got 0"):
+        Teacher(FrozenLanguageModel(tiny_model()[0]), limit=0)
+
+
 def test_a_question_that_holds_the_placeholder_is_refused(tiny_model, make_image):
     model, processor = tiny_model()
     converse = Converse(processor, model.config.image_token_id)

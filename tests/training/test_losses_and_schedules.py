@@ -184,6 +184,7 @@ def test_the_reconstructor_does_not_see_dropped_tokens():
     torch.testing.assert_close(rebuild(features, mask), rebuild(changed, mask))
 
 
-def test_reconstructor_names_a_bad_width():
-    with pytest.raises(ValueError, match="width 10 must be a multiple of heads, got 4"):
-        Reconstructor(dim=10, num_patches=9)
+@pytest.mark.parametrize("width", [10, 0])
+def test_reconstructor_names_a_bad_width(width):
+    with pytest.raises(ValueError, match=f"width {width} must be a positive multiple of heads, got 4"):
+        Reconstructor(dim=8, num_patches=9, width=width)

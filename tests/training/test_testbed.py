@@ -17,7 +17,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from selector.tasks.generated import charts, documents, scenes
 from training.testbed.card import card
-from training.testbed.evaluate import wilson
 from training.testbed.join import Round, embed
 from training.testbed.lessons import Lesson, by_length, collate, comparisons, facts, shortened
 from training.testbed.make import EvaluationPlan, JoinPlan, ReaderPlan, TowerPlan, make
@@ -191,12 +190,6 @@ def test_tower_features_are_those_of_the_feature_layer():
     pixels = torch.randn(2, 3, 96, 96)
     expected = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[1][:, 1:]
     torch.testing.assert_close(feature_layer(model.model.vision_tower, pixels)[:, 1:], expected)
-
-
-def test_wilson_interval_against_published_values():
-    # Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3: 81 of 263 and 0 of 20
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
 def test_schedule_and_log(tmp_path: Path):

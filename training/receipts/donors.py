@@ -41,10 +41,14 @@ class Donor:
 
     Attributes:
         character: what it is said to be, a capital or a digit.
-        box: (x0, y0, x1, y1) around its ink, the ends exclusive.
+        box: (x0, y0, x1, y1) around its ink, the ends exclusive; a pixel wider on every side that has no neighbour.
         foot: y of its line's base.
         paper: grey level of the paper around it, 0..255.
         line: number of its line in the receipt.
+
+    >>> donor = Donor("A", box=(48, 24, 64, 42), foot=40.0, paper=235.0, line=0)
+    >>> donor.box[2] - donor.box[0] - 2, donor.box[3] - donor.box[1] - 2  # width and height of the ink alone
+    (14, 16)
     """
 
     character: str
@@ -66,6 +70,16 @@ class Stock:
         heights: heights of capitals (lines,), in pixels.
         sure: lines half of whose characters are donors (lines,); characters of others may not be where they are
             thought to be.
+
+    >>> font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")
+    >>> scan = Image.new("L", (180, 60), 235)
+    >>> ImageDraw.Draw(scan).text((10, 40), "TOTAL 16.20", 30, ImageFont.truetype(font, 24), anchor="ls")
+    >>> scan.save("scan.png")
+    >>> line = {"boxes": np.array([[10.0, 20.0, 169.0, 44.0]]), "advances": np.array([14.5]), "pairs": ()}
+    >>> about = {"questions": (), "monospaced": True, "group": "shop"}
+    >>> have = stock(Receipt(Path("scan.png"), ("TOTAL 16.20",), np.array([180, 60]), **line, **about))
+    >>> "".join(donor.character for donor in have.donors), have.sure
+    ('ALOTT0126', array([ True]))
     """
 
     donors: tuple[Donor, ...]
@@ -151,8 +165,8 @@ def _donors(receipt: Receipt) -> list[Donor]:
 def _good(patches: np.ndarray, characters: str) -> np.ndarray:
     """Which patches (n, 108) resemble their character, while no other character resembles them clearly better.
 
-    A patch is compared with renderings and with the patches of this scan. Letters are not told from digits, as 0 and O
-    are alike in print: letters compete with letters and signs, digits with digits and signs.
+    A patch is compared with renderings and with the patches of this scan. Letters are not distinguished from digits, as
+    0 and O are alike in print: letters compete with letters and signs, digits with digits and signs.
     """
     names = LETTERS + DIGITS + SIGNS
     codes, row = np.array([names.index(c) for c in characters]), np.arange(len(characters))

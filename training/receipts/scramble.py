@@ -40,6 +40,20 @@ class Scrambled:
         texts: its lines as they read now.
         questions: what may be asked of them.
         moves: by (line, place in the line), the donor that is shown there.
+
+    >>> from pathlib import Path
+    >>> import matplotlib
+    >>> from PIL import ImageDraw, ImageFont
+    >>> font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")
+    >>> scan = Image.new("L", (180, 60), 235)
+    >>> ImageDraw.Draw(scan).text((10, 40), "TOTAL 16.20", 30, ImageFont.truetype(font, 24), anchor="ls")
+    >>> scan.save("scan.png")
+    >>> line = {"boxes": np.array([[10.0, 20.0, 169.0, 44.0]]), "advances": np.array([14.5]), "pairs": ()}
+    >>> about = {"questions": (), "monospaced": True, "group": "shop"}
+    >>> receipt = Receipt(Path("scan.png"), ("TOTAL 16.20",), np.array([180, 60]), **line, **about)
+    >>> new = scramble(Random(1), receipt, lines=[0])
+    >>> new.texts, new.questions[0].answer, new.draw(0, 0, 180, 60).shape
+    (('LOTTL 66.02',), '66.02', (60, 180))
     """
 
     receipt: Receipt

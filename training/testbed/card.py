@@ -1,4 +1,4 @@
-"""The model card of a testbed checkpoint, written from the measured results alone."""
+"""The model card of a testbed checkpoint: a fixed text about how it is made, with the measured figures filled in."""
 
 from __future__ import annotations
 

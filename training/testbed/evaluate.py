@@ -20,37 +20,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from selector import Budget, TokenSelector, VisualTokens, select_tokens
 from selector.errors import UsageError
 from selector.measure.metrics import anls, exact_match
+from selector.report.statistics import wilson
 from selector.tasks import GENERATED, SCORED_BY_ANLS, generator
 from selector.tasks.sample import Sample
 
 
-class BaseView(TokenSelector):
+class _BaseView(TokenSelector):
     """Keeps the downscaled base view of every image and nothing else, whatever the budget."""
 
     def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
         """The patches of the base tiles, True at those kept."""
         return tokens.base
-
-
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a proportion.
-
-    Args:
-        right: successes.
-        total: trials, at least 1.
-        z: quantile of the normal distribution; the default gives 95%.
-
-    Returns:
-        (low, high).
-
-    >>> tuple(round(side, 3) for side in wilson(10, 20))
-    (0.299, 0.701)
-    """
-    # Wilson 1927: the proportions p for which right / total lies within z standard errors of p.
-    share, spread = right / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * (share * (1 - share) / total + spread / (4 * total)) ** 0.5
-    return middle - half, middle + half
 
 
 def answers(model: Any, processor: Any, samples: list[Sample], batch: int, way: str) -> list[str]:
@@ -72,8 +52,8 @@ def answers(model: Any, processor: Any, samples: list[Sample], batch: int, way: 
         prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         images = {} if way == "blind" else {"images": [one.image for one in part]}
         inputs = processor(text=prompts, return_tensors="pt", padding=True, **images)
-        # Any budget does: `BaseView` does not look at it.
-        cut = select_tokens(model, BaseView(), keep=1) if way == "base" else nullcontext()
+        # Any budget does: `_BaseView` does not look at it.
+        cut = select_tokens(model, _BaseView(), keep=1) if way == "base" else nullcontext()
         with torch.no_grad(), cut:
             # 48 tokens just hold the longest answer, five values compared on a chart.
             out = model.generate(**inputs, max_new_tokens=48, do_sample=False)

@@ -37,6 +37,11 @@ class Round:
         parts: batches that a step averages; as many processes under torchrun share them.
         tower: the tower's rate as a share of the others'; where it is not 0, the tower learns from the answers and
             goes on learning densely.
+
+    >>> grade = Grade({"documents": 1.0}, batch=8, rate=1e-3, until=2.0, at_most=500)
+    >>> one = Round([grade, grade], last=0.1, tower=0.3)
+    >>> sum(grade.at_most for grade in one.grades), one.tower * grade.rate  # steps, and the tower's rate
+    (1000, 0.0003)
     """
 
     grades: list[Grade]
@@ -94,8 +99,8 @@ def fit_projector(
 ) -> None:
     """Fits the projector by regression onto the embeddings of the symbols under the patches.
 
-    So the language model can read pages before the joint tuning begins. The log tells how often the right symbol is
-    the nearest.
+    So the language model can read pages before the joint tuning begins. The log says how often the right symbol is the
+    nearest.
 
     Args:
         model: with both halves in place; its projector is changed.
@@ -108,6 +113,7 @@ def fit_projector(
         seed: seed of the tiles.
     """
     projector, log = model.model.multi_modal_projector, Log(work / "log.jsonl", "projector")
+    rank, _ = process_rank()
 
     # Without the newline, which no patch shows. Errors are measured in standard deviations of the embeddings.
     table = reader.table()[:-1].detach()
@@ -138,7 +144,8 @@ def fit_projector(
         loss.backward()
         optimizer.step()
 
-        if (step + 1) % 25 == 0 or step + 1 == steps:
+        # Every process fits the same projector on the same tiles, so one of them logs.
+        if rank == 0 and ((step + 1) % 25 == 0 or step + 1 == steps):
             nearest = torch.cdist(projected.flatten(0, 1).detach(), table).argmin(-1).view_as(classes)
             log(step + 1, loss=loss.item(), symbols=(nearest == classes)[classes > 0].float().mean().item())
 
@@ -162,14 +169,14 @@ def embed(
     # An empty start: a batch of comparisons alone has no page, and `cat` needs a tensor.
     visual = [projected[:0].flatten(0, 1)]
     for one, part in zip(shown, projected.split([len(one.tiles) for one in shown]), strict=True):
-        packed = pack(part, model.model.image_newline, pictures(one).width // TILE)
+        packed = pack(part, model.model.image_newline, page_of(one).width // TILE)
         visual.append(packed[torch.from_numpy(one.kept)])
 
     embedded = model.model.language_model.embed_tokens(ids)
     return embedded.masked_scatter((ids == model.config.image_token_id)[..., None], torch.cat(visual))
 
 
-def pictures(lesson: Lesson) -> Image.Image:
+def page_of(lesson: Lesson) -> Image.Image:
     """The lesson's page.
 
     Raises:
@@ -180,10 +187,10 @@ def pictures(lesson: Lesson) -> Image.Image:
     return lesson.image
 
 
-def learn(
+def accumulate_gradients(
     model: LlavaNextForConditionalGeneration, dense: DenseTower, lessons: list[Lesson], learns: bool, weight: float
 ) -> dict[str, float]:
-    """Adds the gradients of one batch, and tells its scores.
+    """Adds the gradients of one batch, and returns its scores.
 
     Args:
         model: the whole model.
@@ -193,13 +200,13 @@ def learn(
         weight: factor on the gradients; steps of several batches average them by it.
 
     Returns:
-        the loss of the answers, the length of the longest lesson, and shares predicted or classified correctly.
+        The loss of the answers, the length of the longest lesson, and shares predicted or classified correctly.
     """
     # Dense losses of the groups are weighted by their tiles, as those of the answers are by their tokens.
     tiles_of_all = sum(len(one.tiles) for one in lessons)
     values, hits = {"loss": 0.0, "length": float(max(len(one.ids) for one in lessons))}, Counter()
     for part, share in by_length(lessons):
-        pages = [torch.from_numpy(cut(pictures(one))) for one in part if len(one.tiles)]
+        pages = [torch.from_numpy(cut(page_of(one))) for one in part if len(one.tiles)]
         # A group of comparisons has no page, so no features.
         features = torch.zeros(0, GRID * GRID, model.model.vision_tower.config.hidden_size)
         if pages:
@@ -209,13 +216,13 @@ def learn(
 
         ids, labels, positions = collate(part)
         embedded = embed(model, part, ids, features)
-        loss, told = answer_loss(model.model.language_model, embedded, labels, positions, [one.kind for one in part])
+        loss, of_part = answer_loss(model.model.language_model, embedded, labels, positions, [one.kind for one in part])
         loss = share * loss
-        values["loss"], hits = values["loss"] + loss.item(), hits + told
+        values["loss"], hits = values["loss"] + loss.item(), hits + of_part
 
         if learns and pages:
             seen = torch.cat([torch.from_numpy(one.tiles) for one in part])
-            patches, scores = dense_loss(*dense.tell(features), seen, objects=1.5, centres=4.0)
+            patches, scores = dense_loss(*dense.patch_logits(features), seen, objects=1.5, centres=4.0)
             loss, values = loss + patches * len(seen) / tiles_of_all, values | scores
 
         # Group by group: gradients add up, and each group's activations are freed.
@@ -232,17 +239,17 @@ def optimizer_of(model: LlavaNextForConditionalGeneration, dense: DenseTower, ra
         rate: learning rate of projector and language model.
         tower: the tower's rate as a share of that; 0 freezes it.
     """
-    eyes = [(f"tower.{name}", p) for name, p in model.model.vision_tower.named_parameters()]
-    eyes += [(name, p) for name, p in dense.named_parameters() if name.startswith(("norm.", "classes.", "centre."))]
+    of_tower = [(f"tower.{name}", p) for name, p in model.model.vision_tower.named_parameters()]
+    of_tower += [(name, p) for name, p in dense.named_parameters() if name.startswith(("norm.", "classes.", "centre."))]
 
-    for _, parameter in eyes:
+    for _, parameter in of_tower:
         parameter.requires_grad_(tower > 0)
 
     # The tower is part of the model: without this it would be in both sets of groups.
-    known = {id(parameter) for _, parameter in eyes}
+    known = {id(parameter) for _, parameter in of_tower}
     others = matrices_apart((name, p) for name, p in model.named_parameters() if id(p) not in known)
     groups = [group | {"share": 1.0} for group in others]
-    groups += [group | {"share": tower} for group in matrices_apart(eyes)] if tower else []
+    groups += [group | {"share": tower} for group in matrices_apart(of_tower)] if tower else []
     return Muon(groups, rate, weight_decay=0.02, betas=(0.9, 0.95))
 
 
@@ -313,7 +320,7 @@ def tune(
             rng = Random(f"join/{seed}/{step}/{part}")
             lessons = [now.lesson(rng, tokenizer, draw=True) for _ in range(now.batch)]
             log.count(world * sum(len(one.ids) for one in lessons))
-            values = learn(model, dense, lessons, learns=one.tower > 0, weight=1 / one.parts)
+            values = accumulate_gradients(model, dense, lessons, learns=one.tower > 0, weight=1 / one.parts)
 
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         sum_gradients(trained)

@@ -41,6 +41,14 @@ class Lesson:
         kept: numbers of these slots in the packed order of the whole page (slots,).
         tiles: [tiles, 2, 12, 12], what lies under every patch.
         image: the page, if the lesson was drawn.
+
+    >>> from training.testbed.vocabulary import build_tokenizer
+    >>> page = pages.draft("documents", Random(0), size=(192, 96), count=(1, 1))
+    >>> one = lesson(Random(0), build_tokenizer(), "documents", page, turns=1, aloud=1.0)
+    >>> one.kind, one.symbols.shape, one.tiles.shape  # 3 tiles of 12 x 12 patches, and 12 newlines
+    ('documents_all', (2, 444), (3, 2, 12, 12))
+    >>> build_tokenizer().decode([label for label in one.labels if label != -100])
+    'MONTH KWX</s>'
     """
 
     kind: str
@@ -146,7 +154,7 @@ def lesson(
         task: the page's task.
         draft: the page.
         turns: questions per lesson, if the page has so many.
-        aloud: the share of lessons that tell everything on the page.
+        aloud: the share of lessons that read out everything on the page.
         drill: the share that asks all `facts` of the page, one right behind the other.
         base: whether the page has its base tile.
         blanks: the mean share of background slots that stay (each lesson has its own, between its root and its
@@ -156,12 +164,12 @@ def lesson(
         hint: see `conversation`.
         draw: with the image too.
     """
-    # One draw decides the form: at its low end everything is told, at its high end it is a drill.
+    # One draw decides the form: at its low end everything is read out, at its high end it is a drill.
     way = rng.random()
-    tells, drills = way < aloud, way > 1 - drill
+    reads_all, drills = way < aloud, way > 1 - drill
 
     chosen = rng.sample(draft.turns, min(turns, len(draft.turns)))
-    exchanges = [draft.everything] if tells else [(turn.question, turn.answer) for turn in chosen]
+    exchanges = [draft.everything] if reads_all else [(turn.question, turn.answer) for turn in chosen]
 
     first, full = page_labels(draft.marks, draft.size)
     symbols = pack_symbols(first if base else None, full)
@@ -173,7 +181,7 @@ def lesson(
     else:
         ids, labels = conversation(tokenizer, exchanges, symbols.shape[1], hint)
 
-    kind = f"{task}_{'all' if tells else 'drill' if drills else 'asked'}"
+    kind = f"{task}_{'all' if reads_all else 'drill' if drills else 'asked'}"
 
     # Which slots stay: all that show something, and a random share of the rest.
     empty = (symbols[0] == 0) | (symbols[0] == NEWLINE)
@@ -199,7 +207,7 @@ def lesson(
 
 
 def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence[str], count: int = 10) -> Lesson:
-    """A lesson without a page: comparisons of numbers that the text itself tells.
+    """A lesson without a page: comparisons of numbers that the text itself gives.
 
     Reading is not what makes "which is larger" hard for a small language model: comparing is, and on a page there is
     one such decision among forty tokens that are read. Only the first token of the name is asked for: the rest of it
@@ -226,12 +234,12 @@ def comparisons(rng: Random, tokenizer: PreTrainedTokenizerFast, tasks: Sequence
             comparing = [turn for turn in drawn if turn.question.startswith("which")]
 
         turn = rng.choice(comparing)
-        # The answer "TAX 41, TOTAL 1022: TOTAL" falls into what is told and what is asked.
-        told, _, name = turn.answer.partition(": ")
-        asked = tokenizer.encode(f"USER: {turn.question} ASSISTANT:{told}: ")
+        # The answer "TAX 41, TOTAL 1022: TOTAL" falls into what is given and what is asked.
+        given, _, name = turn.answer.partition(": ")
+        asked = tokenizer.encode(f"USER: {turn.question} ASSISTANT:{given}: ")
 
         first, *rest = tokenizer.encode(f"{name}</s>")
-        # A single label per comparison: neither what is told nor the rest of the name is learnt here.
+        # A single label per comparison: neither what is given nor the rest of the name is learnt here.
         ids, labels = [*ids, *asked, first, *rest], labels + [-100] * len(asked) + [first] + [-100] * len(rest)
 
     # No page: no visual slots and no tiles.

@@ -36,6 +36,11 @@ class TowerPlan:
         warmup: steps in which the rate rises.
         phases: what is learnt when.
         seed: seed of weights and tiles.
+
+    >>> phases = [Phase(steps=800, rate=1e-3, last=1e-4, shares={}), Phase(steps=200, rate=1e-4, last=0.0, shares={})]
+    >>> plan = TowerPlan(width=160, layers=4, heads=4, batch=32, warmup=50, phases=phases)
+    >>> sum(phase.steps for phase in plan.phases), tower_config(plan.width, plan.layers, plan.heads).intermediate_size
+    (1000, 640)
     """
 
     width: int
@@ -59,6 +64,12 @@ class ReaderPlan:
         warmup: steps in which the rate rises.
         grades: the curriculum.
         seed: seed of weights and lessons.
+
+    >>> grades = [Grade({"scenes": 1.0}, batch=16, rate=1e-3, until=0.95, at_most=2000)]
+    >>> plan = ReaderPlan(width=192, layers=4, heads=4, inner=512, warmup=50, grades=grades)
+    >>> config = reader_config(build_processor().tokenizer, plan.width, plan.layers, plan.heads, plan.inner)
+    >>> config.vocab_size, config.hidden_size
+    (202, 192)
     """
 
     width: int
@@ -82,6 +93,12 @@ class JoinPlan:
         warmup: steps of each round in which the rate rises.
         rounds: the joint tuning.
         seed: seed of tiles and lessons.
+
+    >>> rounds = [Round([Grade({"documents": 1.0}, batch=8, rate=1e-3, until=2.0, at_most=500)], tower=0.1)]
+    >>> sizes = {"projector_steps": 300, "projector_batch": 16, "projector_rate": 1e-3}
+    >>> plan = JoinPlan(projector_shares={"documents": 0.5, "scenes": 0.5}, **sizes, warmup=20, rounds=rounds)
+    >>> plan.projector_steps + sum(grade.at_most for one in plan.rounds for grade in one.grades)
+    800
     """
 
     projector_shares: dict[str, float]
@@ -101,6 +118,10 @@ class EvaluationPlan:
         count: held-out questions per task.
         seed: number of the held-out stream.
         batch: questions per call of `generate`.
+
+    >>> write_plan(Path("plan.yaml"), notes="", evaluation=EvaluationPlan(count=100))
+    >>> yaml.safe_load(Path("plan.yaml").read_text())["evaluation"]
+    {'count': 100, 'seed': 0, 'batch': 16}
     """
 
     count: int = 1000
@@ -144,7 +165,7 @@ def make(
         threads: CPU threads; the tower and the reader can be trained at the same time by two calls, one
             `--until tower`.
         until: the last stage to run.
-        notes: what the card should say beside the figures about how these weights came about.
+        notes: what the card should say about how these weights were made, besides the figures.
     """
     torch.set_num_threads(threads)
     processor = build_processor()
@@ -194,7 +215,7 @@ def make(
     draw_curves(out / "log.jsonl", out / "curves.png")
 
     results = evaluate(out, evaluation.count, evaluation.seed, evaluation.batch)
-    # Beside the scores, what the card tells of how the weights came about.
+    # Besides the scores, what the card says about how the weights were made.
     results["wall_seconds"] = stage_seconds(work / "log.jsonl")
     results["tokens_per_s"] = stage_speeds(work / "log.jsonl")
     results["notes"] = notes

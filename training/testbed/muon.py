@@ -53,10 +53,12 @@ class Muon(torch.optim.AdamW):
         betas: AdamW's, for the other groups.
         momentum: Muon's, for the matrices; applied as Nesterov's.
 
-    >>> model = nn.Linear(2, 2, bias=False)
-    >>> optimizer = Muon([{"params": [model.weight], "orthogonal": True}], lr=0.1, weight_decay=0.0, betas=(0.9, 0.95))
-    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> weight = nn.Parameter(torch.zeros(2, 2))
+    >>> optimizer = Muon([{"params": [weight], "orthogonal": True}], lr=0.1, weight_decay=0.0, betas=(0.9, 0.95))
+    >>> (weight * torch.tensor([[300.0, 0.0], [0.0, 30.0]])).sum().backward()
     >>> optimizer.step()
+    >>> (weight.abs() > 0.015).tolist()  # both directions move about alike, however steep they are
+    [[True, False], [False, True]]
     """
 
     def __init__(
@@ -77,9 +79,9 @@ class Muon(torch.optim.AdamW):
 
         for group in every:
             if group.get("orthogonal"):
-                self._turn(group)
+                self._step_matrices(group)
 
-    def _turn(self, group: dict) -> None:
+    def _step_matrices(self, group: dict) -> None:
         """Muon's update of one group.
 
         Matrices of one shape are made orthogonal together: one batched product instead of many small ones.

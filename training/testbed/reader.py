@@ -49,6 +49,13 @@ class Grade:
         blanks: see `lesson`.
         hint: see `conversation`.
         compared: the share of lessons without a page, see `comparisons`.
+
+    >>> from training.testbed.vocabulary import build_tokenizer
+    >>> small = {"documents": {"192x96": (1, 2)}}  # one or two lines
+    >>> grade = Grade({"documents": 1.0}, batch=8, rate=1e-3, until=0.9, at_most=500, pages=small, aloud=0.0)
+    >>> lesson = grade.lesson(Random(0), build_tokenizer())
+    >>> lesson.kind, lesson.symbols.shape
+    ('documents_asked', (2, 444))
     """
 
     shares: dict[str, float]
@@ -111,6 +118,13 @@ class Reader(nn.Module):
     Args:
         config: the language model's configuration.
         tokenizer: the testbed's; it says which tokens the characters are.
+
+    >>> from training.testbed.model import reader_config
+    >>> from training.testbed.vocabulary import build_tokenizer
+    >>> tokenizer = build_tokenizer()
+    >>> reader = Reader(reader_config(tokenizer, width=16, layers=1, heads=2, inner=32), tokenizer)
+    >>> reader.embed(torch.tensor([[1, IMAGE_ID, IMAGE_ID]]), symbols=torch.tensor([[0, 5], [0, 0]])).shape
+    torch.Size([1, 3, 16])
     """
 
     def __init__(self, config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -243,9 +257,9 @@ def train_reader(
             ids, labels, positions = collate(part)
             symbols = torch.cat([torch.from_numpy(one.symbols) for one in part], dim=1)
             embedded = reader.embed(ids, symbols)
-            loss, told = answer_loss(reader.language, embedded, labels, positions, [one.kind for one in part])
+            loss, of_part = answer_loss(reader.language, embedded, labels, positions, [one.kind for one in part])
             (loss * share).backward()
-            total, hits = total + share * loss.item(), hits + told
+            total, hits = total + share * loss.item(), hits + of_part
 
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()

@@ -46,6 +46,10 @@ class Log:
     Args:
         path: the file, which all stages share; its folder is made.
         stage: the name of the stage.
+
+    >>> log = Log(Path("log.jsonl"), "reader")
+    >>> log(25, loss=0.5, objects=float("nan"))  # doctest: +ELLIPSIS
+    {"stage": "reader", "step": 25, "seconds": ..., "loss": 0.5}
     """
 
     def __init__(self, path: Path, stage: str) -> None:

@@ -63,7 +63,7 @@ def label_grid(marks: Marks, size: tuple[int, int], grid: tuple[int, int]) -> np
         # The patch with the box's centre; the last one where that lies on the very edge.
         middle = min(int((y0 + y1) / 2 / dy), grid[0] - 1), min(int((x0 + x1) / 2 / dx), grid[1] - 1)
         if len(name) == 1:
-            # Scaled down, a glyph is smaller than a patch and cannot be told: the patch stays background.
+            # Scaled down, a glyph is smaller than a patch and cannot be recognised: the patch stays background.
             if native:
                 labels[(0, *middle)] = INDEX[name]
             continue

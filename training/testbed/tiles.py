@@ -16,7 +16,7 @@ from training import pages
 from training.testbed.symbols import CHARACTERS, GRID, PATCH, TILE, cut, cut_labels, label_grid, page_labels
 
 Labelled = tuple[np.ndarray, np.ndarray]
-"""One tile [3, 96, 96] and its labels [2, 12, 12]."""
+"""A tile [3, 96, 96] and its labels [2, 12, 12], or a batch of both."""
 
 
 def text_tile(rng: Random) -> Labelled:

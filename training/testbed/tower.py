@@ -1,7 +1,7 @@
 """Stage 1, the tower: a small CLIP vision model learns, densely, what lies under each patch.
 
 The features that LLaVA-NeXT takes (layer -2, without CLS) go through a layer norm and a linear head to the classes of
-`symbols`; a second head tells the centre patches of objects. The last layer's CLS token tells which classes occur in
+`symbols`; a second head finds the centre patches of objects. The last layer's CLS token learns which classes occur in
 the tile, so that CLS, its attention and the last layer carry information too. The heads are dropped afterwards.
 """
 
@@ -98,15 +98,15 @@ class DenseTower(nn.Module):
             in the tile [B, C] (None without `whole`).
         """
         hidden = feature_layer(self.tower, pixels)
-        classes, centre = self.tell(hidden[:, 1:])
+        classes, centre = self.patch_logits(hidden[:, 1:])
         if not whole:
             return classes, centre, None
 
         last = self.tower.encoder.layers[-1](hidden, attention_mask=None)
         return classes, centre, self.present(self.tower.post_layernorm(last[:, 0]))
 
-    def tell(self, features: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
-        """What the two heads say of the patches' features: logits of the classes and of being a centre.
+    def patch_logits(self, features: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+        """Logits of the patches' classes, and of being an object's centre.
 
         Args:
             features: those of patches alone, without CLS.
@@ -142,7 +142,7 @@ def dense_loss(
     weight[1 + len(CHARACTERS) :] = objects
     dense = F.cross_entropy(classes.flatten(0, 1), target.flatten(), weight=weight)
 
-    # Centres are told within objects: elsewhere the class says already that there is none.
+    # Centres are learnt within objects: elsewhere the class already says that there is none.
     in_objects = (target > len(CHARACTERS)).float()
     # Patches outside of objects count too, but little.
     where = F.binary_cross_entropy_with_logits(
@@ -202,9 +202,14 @@ class Phase:
         objects: see `dense_loss`.
         centres: see `dense_loss`.
         positions: the amplitude of a 2-D sine table added to the position embeddings as the phase begins. CLIP's own
-            start has no sense of nearness, and shapes, unlike characters, are only told by comparing neighbours.
+            start has no notion of neighbourhood, and shapes, unlike characters, can only be recognised by comparing
+            neighbours.
         parts: batches per step; as many processes under torchrun share them.
-        whole_every: the last layer is trained in every so many-th step only.
+        whole_every: the last layer is trained in one step out of this many.
+
+    >>> phase = Phase(steps=100, rate=1e-3, last=1e-4, shares={"documents": 0.75})
+    >>> [round(schedule(step, phase.steps, phase.rate, 0, phase.last / phase.rate), 6) for step in (0, 50, 100)]
+    [0.001, 0.00055, 0.0001]
     """
 
     steps: int
@@ -237,7 +242,7 @@ def sine_table(width: int, side: int, longest: float = 30.0) -> Float[Tensor, "N
     place = torch.arange(side)[:, None] * frequency
     waves = torch.cat([place.sin(), place.cos()], dim=1)
 
-    # The first half of the width tells the row, the second the column.
+    # The first half of the width encodes the row, the second the column.
     rows = waves[:, None].expand(side, side, -1)
     columns = waves[None].expand(side, side, -1)
 

@@ -19,13 +19,12 @@ from training.testbed.symbols import PATCH, PINPOINTS, TILE
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")
 _WORDS = (
-    "a all an and answer are at below color colors count crosses circles cross circle describe document each does down "
-    "find for from give green has how image in is it left list look many me no not nothing number "
-    "object objects of on one "
-    "page picture please purple question read red right say scene see shape shapes show shown single square squares "
-    "tell text that the there thing things this to top triangle triangles using value what where which white with word "
-    "yellow yes you blue write "
-    "bar beside category chart largest larger line lines or smallest smaller starts"
+    "a all an and answer are at below color colors count crosses circles cross circle describe document each does "
+    "down find for from give green has how image in is it left list look many me no not nothing number object objects "
+    "of on one page picture please purple question read red right say scene see shape shapes show shown single square "
+    "squares tell text that the there thing things this to top triangle triangles using value what where which white "
+    "with word yellow yes you blue write bar beside category chart largest larger line lines or smallest smaller "
+    "starts"
 )
 WORDS = _WORDS.split()
 IMAGE = "<image>"
