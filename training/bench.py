@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     if min(*options.steps, options.repeats) < 1:
         raise ValueError(f"--steps and --repeats must be at least 1, got {options.steps} and {options.repeats}")
 
-    steps = dict(zip(("on the fly", "from disk"), options.steps, strict=True))
+    steps: dict[str, int] = dict(zip(("on the fly", "from disk"), options.steps, strict=True))
     runs = []
     with tempfile.TemporaryDirectory() as room:
         for number in range(options.repeats):

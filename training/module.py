@@ -11,7 +11,7 @@ Shapes: B tiles, N patches per tile, C channels of the table that the selector r
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -193,8 +193,9 @@ class SelectorModule(LightningModule):
         # By batch, not by step: batches whose gradients are accumulated draw noise of their own.
         generator = self._generator(self.trainer.fit_loop.epoch_loop.total_batch_idx)
         progress = self.global_step / self._total_steps()
-        if isinstance(self.trainer.profiler, Throughput):
-            self.trainer.profiler.batch(self._patches(batch))
+        profiler = cast("Any", self.trainer).profiler  # Lightning's annotations lack it
+        if isinstance(profiler, Throughput):
+            profiler.batch(self._patches(batch))
 
         losses, logs = [], []
         for step in self._steps(batch, progress, generator):
@@ -234,7 +235,7 @@ class SelectorModule(LightningModule):
 
     def _timed(self) -> Timed:
         """Brackets the parts of a step under the trainer's profiler."""
-        return untimed if self._trainer is None else timed_by(self.trainer.profiler)
+        return untimed if self._trainer is None else timed_by(cast("Any", self.trainer).profiler)
 
     def _patches(self, batch: Batch) -> int:
         """How many patches of tiles a batch holds."""
