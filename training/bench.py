@@ -80,8 +80,9 @@ def run_one(flags: Sequence[str], out: Path) -> None:
     ran = run([*flags])
     profiler: Any = ran.trainer.profiler
     if ran.trainer.is_global_zero:
-        parts = {row.part: {"seconds": row.seconds, "tokens": row.tokens} for row in profiler.rows()}
-        measured = {"steps": profiler.steps, "processes": ran.trainer.world_size, "cpu_seconds": profiler.cpu_seconds}
+        parts = {row.part: {"seconds": round(row.seconds, 4), "tokens": row.tokens} for row in profiler.rows()}
+        cpu = round(profiler.cpu_seconds, 4)
+        measured = {"steps": profiler.steps, "processes": ran.trainer.world_size, "cpu_seconds": cpu}
         write_json(out, measured | {"parts": parts})
 
 
@@ -146,18 +147,19 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: tokens per second of all processes, CPU time, and what the parts took of the time."""
+    """Markdown: the load before the run, tokens per second of all processes, CPU time, and the parts' shares of the time."""
     names = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     names.remove("whole")
     lines = [
-        "| | tokens/s | CPU s per 1,000 tokens | " + " | ".join(names) + " |",
-        "|---|---|---|" + "---|" * len(names),
+        "| | load before | tokens/s | CPU s per 1,000 tokens | " + " | ".join(names) + " |",
+        "|---|---|---|---|" + "---|" * len(names),
     ]
     for row in rows:
         whole = row["parts"]["whole"]
         cpu = 1000 * row["cpu_seconds"] / whole["tokens"]  # of one process, for its own tokens
         shares = [f"{100 * row['parts'][name]['seconds'] / whole['seconds']:.0f}%" for name in names]
-        lines.append(f"| {row['variant']} | {1 / seconds_per_token(row):,.0f} | {cpu:.2f} | {' | '.join(shares)} |")
+        cells = [row["variant"], f"{row['load']:.1f}", f"{1 / seconds_per_token(row):,.0f}", f"{cpu:.2f}", *shares]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ def test_the_fastest_run_counts_and_ratios_are_of_time_per_token(tmp_path, monke
         "two processes / one, from disk": {"wall": 1.6, "cpu": 2.0},
     }
     printed = capsys.readouterr().out
-    assert "| from disk, two processes | 16 | 200.00 | 25% | 25% | 25% |" in printed
+    assert "| from disk, two processes | 0.5 | 16 | 200.00 | 25% | 25% | 25% |" in printed
     assert "| two processes / one, from disk | 1.60 | 2.00 |" in printed
 
 
