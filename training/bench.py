@@ -147,7 +147,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: the load before the run, tokens per second of all processes, CPU time, and the parts' shares of the time."""
+    """Markdown: load before the run, tokens per second of all processes, CPU time, and the parts' shares of the time."""
     names = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     names.remove("whole")
     lines = [
@@ -167,8 +167,8 @@ def ratio_table(values: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown of `ratios`."""
     lines = ["| times as fast | by wall time | by CPU time |", "|---|---|---|"]
     for name, value in values.items():
-        cpu = f"{value['cpu']:.2f}" if "cpu" in value else ""
-        lines.append(f"| {name} | {value['wall']:.2f} | {cpu} |")
+        times = [f"{value[clock]:,.{2 if value[clock] < 100 else 0}f}" for clock in value]
+        lines.append(f"| {name} | {' | '.join([*times, ''][:2])} |")
     return "\n".join(lines)
 
 
