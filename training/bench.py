@@ -147,7 +147,7 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: load before the run, tokens per second of all processes, CPU time, and the parts' shares of the time."""
+    """Markdown: load before the run, tokens per second of all processes, CPU time, and the parts' shares of it."""
     names = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     names.remove("whole")
     lines = [
