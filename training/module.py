@@ -257,6 +257,10 @@ class SelectorModule(LightningModule):
         # Beyond what the selector reads: what the leverage that validation compares it with may read.
         return self.encoder.encoded(conversation, self.selector.needs | {"features", "projected"})
 
+    def on_train_start(self) -> None:
+        """Starts the clock of a run resumed within an epoch, which begins no epoch of its own."""
+        self._began = time.monotonic()
+
     def on_train_epoch_start(self) -> None:
         """Starts the clock of `train/tokens_per_s`, which runs from step to step: waiting for the loader counts."""
         self._began = time.monotonic()
