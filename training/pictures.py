@@ -51,13 +51,15 @@ class KeptPictures(Callback):
             return
 
         strips = self.strips(pl_module.selector)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("val/kept", strips, step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                for number, strip in enumerate(strips):
+        for number, strip in enumerate(strips):
+            # A name per picture: wandb shows those of one name in one frame, and they differ in size.
+            name = f"val/kept/{number}"
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image(name, [strip], step=trainer.global_step)
+                elif isinstance(logger, TensorBoardLogger):
                     pixels = np.asarray(strip.convert("RGB"))
-                    logger.experiment.add_image(f"val/kept/{number}", pixels, trainer.global_step, dataformats="HWC")
+                    logger.experiment.add_image(name, pixels, trainer.global_step, dataformats="HWC")
 
     def strips(self, selector: Any) -> list[Image.Image]:
         """The pictures themselves, one per image; leaves the selector's training mode as it was."""

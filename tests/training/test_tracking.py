@@ -123,7 +123,7 @@ def test_wandb_has_the_whole_configuration_and_pictures(tmp_path, fit, wandb_run
     config = yaml.safe_load((tmp_path / "runs" / "run" / "version_0" / "config.yaml").read_text())
     assert {name: wandb_run.config[name] for name in config} == config
     assert wandb_run.config["git"] == revision(cli_folder())
-    assert pictures == [("val/kept", 2)]
+    assert pictures == [("val/kept/0", 1), ("val/kept/1", 1)]
     assert "train/loss" in wandb_run.logged
 
 
