@@ -63,7 +63,8 @@ def ridge_leverage_scores(
 
     # Only ratios matter, and entries near 1 neither overflow nor vanish when squared.
     extent = largest(matrix)[..., None, None]
-    matrix = matrix / extent.masked_fill(extent == 0, 1)
+    extent.masked_fill_(extent == 0, 1)
+    matrix = matrix.div_(extent) if center else matrix / extent  # centring has made a copy
     if _ridge_error(alpha, width, matrix.dtype) > RIDGE_ERROR:
         matrix = matrix.double()
 
@@ -110,14 +111,13 @@ def _sketched_ridge(matrix: Float[Tensor, "N D"], ridge: Float[Tensor, ""], seed
 
     Σ_j U[i, j]² s_j² / (s_j² + λ), with one mean s² for all directions outside of the sketch.
     """
-    # Two turns are enough for a soft cut, which does not hinge on the last direction.
+    # One turn is enough for a soft cut, which does not hinge on the last direction.
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(matrix.shape[1], RIDGE_SKETCH, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(2):
-        basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
-    image = matrix.mT @ basis
-    squares, vectors = torch.linalg.eigh(image.mT @ image)
+    basis = torch.linalg.qr(matrix @ (basis.mT @ matrix).mT).Q
+    image = basis.mT @ matrix
+    squares, vectors = torch.linalg.eigh(image @ image.mT)
     squares = squares.clamp(min=0).double()
     shares = (basis @ vectors).double().square()
 

@@ -32,11 +32,26 @@ SKETCH_TURNS, SKETCH_ERROR = 16, 2e-5
 
 
 class FullRankWarning(UserWarning):
-    """The rank reaches that of the matrix: leverage scores no longer tell tokens apart."""
+    """The rank reaches that of the matrix: leverage scores no longer tell tokens apart.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     scores = leverage_scores(torch.eye(3), rank=3, center=False).scores
+        >>> scores.tolist(), caught[0].category.__name__
+        ([1.0, 1.0, 1.0], 'FullRankWarning')
+    """
 
 
 class Leverage(NamedTuple):
-    """Leverage scores and the rank that was used for each matrix."""
+    """Leverage scores and the rank that was used for each matrix.
+
+    Example:
+        >>> rows = torch.tensor([[3.0, 0.0], [4.0, 0.0], [0.0, 0.1]])
+        >>> leverage = leverage_scores(rows, energy=0.9, center=False)
+        >>> round(leverage.scores.sum().item(), 4), leverage.rank.item()  # the scores sum to the rank
+        (1.0, 1)
+    """
 
     scores: Float[Tensor, "*B N"]
     rank: Int[Tensor, "*B"]
@@ -280,7 +295,8 @@ def prepare(
 
     # Uncentred, the square of a strong mean would swallow the rest of a float32 Gram matrix.
     matrix = features.double() if features.dtype == torch.float64 or not center else features.float()
-    if not bool(present.all()):
+    whole = bool(present.all())
+    if not whole:
         matrix = matrix.masked_fill(~present[..., None], 0)
 
     # A sum is many times faster than a look at every value; finite values may overflow it, so it only excuses.
@@ -291,7 +307,9 @@ def prepare(
     if center:
         count = present.sum(-1).clamp(min=1)[..., None, None]
         scale = largest(matrix)
-        matrix = (matrix - matrix.sum(-2, keepdim=True) / count).mul_(present[..., None])
+        matrix = matrix - matrix.sum(-2, keepdim=True) / count
+        if not whole:
+            matrix.mul_(present[..., None])
 
         # Identical rows leave rounding noise behind, which must not be mistaken for variance.
         noise = largest(matrix) <= 8 * torch.finfo(matrix.dtype).eps * scale
@@ -304,7 +322,8 @@ def prepare(
 
 def largest(matrix: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B"]:
     """Largest absolute value of each matrix."""
-    return torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1))
+    # The same as the norm of infinite order, and ten times faster.
+    return torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
 
 
 def energy_of(matrix: Float[Tensor, "*B N D"]) -> Float[Tensor, "*B"]:

@@ -1,7 +1,8 @@
 """How fast a training is, and what each way of making it faster gains: `selector-train bench`.
 
 Each variant is a short `fit` in a process of its own with one thread, at the geometry of LLaVA-NeXT 7B's tower (CLIP
-ViT-L/14 at 336 pixels, 576 patches per tile) with random weights, so that nothing is downloaded. The variants take
+ViT-L/14 at 336 pixels, 576 patches per tile) with random weights, so that nothing is downloaded, and with selector and
+reconstructor as in ``configs/train/llava-next.yaml``. The variants take
 turns, `--repeats` times, and the fastest run of each counts: whatever else runs on the machine can only slow one down.
 Ratios are between runs of one call, by wall time, and of whole trainings by CPU time too. That is less disturbed by
 other programs, but two processes that wait for each other take no CPU time while they do: there it is an upper bound.
@@ -64,7 +65,7 @@ def flags_of(variant: str, encoder: str, room: Path, steps: Mapping[str, int]) -
         f"--model.encoder.name={encoder}",
         "--model.encoder.pretrained=false",
         "--model.encoder.layer=-2",
-        *("--model.width=512", "--model.heads=8", "--model.statistics_batches=1"),
+        *("--model.width=320", "--model.heads=5", "--model.statistics_batches=1"),
         *("--data.generated=documents", "--data.generated_train=16", "--data.generated_val=1", "--data.batch_size=4"),
         *("--trainer.accelerator=cpu", "--trainer.max_epochs=-1", f"--trainer.max_steps={WARMUP + timed}"),
         *("--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"),
