@@ -215,7 +215,11 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as room:
         for number in range(options.repeats):
             for variant in options.variants:
-                runs.append(measure(variant, options.encoder, Path(room), steps))
+                try:
+                    runs.append(measure(variant, options.encoder, Path(room), steps))
+                except RuntimeError as error:
+                    print(f"selector-train: error: {error}", file=sys.stderr)
+                    return 1
                 speed = 1 / seconds_per_token(runs[-1])
                 print(f"run {number + 1}, {variant}: {speed:,.0f} tokens/s (load {runs[-1]['load']})", flush=True)
 

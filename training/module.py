@@ -20,7 +20,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from selector.methods.gumbel import GumbelSelector
-from selector.methods.image_transformer import Block, ImageTransformer
+from selector.methods.image_transformer import ImageTransformer
 from selector.table import FIELDS, Inputs, TableSelector
 from selector.tokens import VisualTokens
 from training.answers import AnswerSaliency
@@ -452,11 +452,11 @@ def _describe(objective: Objective) -> str:
 
 def _compile(*networks: nn.Module | None) -> None:
     """Compiles the layers of these networks in place; names and values of their weights stay as they are."""
-    # The layers alone: what is around them (budgets, cells of an image) depends on the data.
+    # The layers alone, which come in lists: what is around them (budgets, cells of an image) depends on the data.
     for network in networks:
-        for part in network.modules() if network is not None else ():
-            if isinstance(part, nn.TransformerEncoder | Block):
-                part.compile()
+        lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)] if network is not None else []
+        for layer in (layer for part in lists for layer in part):
+            layer.compile()
 
 
 def _encoder_is_not_loaded(module: nn.Module, keys: Any) -> None:

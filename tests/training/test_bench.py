@@ -39,6 +39,16 @@ def test_a_failed_variant_says_why(tmp_path):
         bench.measure("on the fly", "vit_of_nobody", tmp_path, STEPS)
 
 
+def test_a_benchmark_that_fails_ends_without_figures(tmp_path, monkeypatch, capsys):
+    def failing(*_):
+        raise RuntimeError("the variant 'on the fly' failed: why")
+
+    monkeypatch.setattr(bench, "measure", failing)
+    assert main(["bench", "--out", str(tmp_path / "training.json")]) == 1
+    assert "failed: why" in capsys.readouterr().err
+    assert not (tmp_path / "training.json").exists()
+
+
 def made_up(variant: str, seconds: float, processes: int = 1) -> dict:
     parts = {name: {"seconds": seconds / 4, "tokens": 10} for name in ("loader", "encoder", "backward")}
     parts["whole"] = {"seconds": seconds, "tokens": 10}

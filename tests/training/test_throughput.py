@@ -133,7 +133,7 @@ def test_compiled_layers_compute_the_same_under_the_same_names(fit, monkeypatch,
         torch._dynamo.reset()
         ran = run(fit(*settings, f"--model.compile={flag}"))
         losses[flag] = ran.model.state_dict(), float(ran.trainer.callback_metrics["train/loss"])
-    names = {"gumbel": ["TransformerEncoder"] * 2, "image-transformer": ["Block"] * 3 + ["TransformerEncoder"]}
-    assert sorted(each.__name__ for each in compiled) == names[architecture]
+    assert len(compiled) == 6  # three layers each
+    assert [name for name in {each.__name__ for each in compiled} if "Layer" not in name and "Block" not in name] == []
     assert list(losses["true"][0]) == list(losses["false"][0])
     assert losses["true"][1] == pytest.approx(losses["false"][1], rel=1e-4)
