@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from selector.files import write_json
 
@@ -79,7 +79,7 @@ def run_one(flags: Sequence[str], out: Path) -> None:
     from training.cli import run
 
     ran = run([*flags])
-    profiler: Any = ran.trainer.profiler
+    profiler = cast("Any", ran.trainer).profiler  # Lightning's annotations lack it
     if ran.trainer.is_global_zero:
         parts = {row.part: {"seconds": round(row.seconds, 4), "tokens": row.tokens} for row in profiler.rows()}
         cpu = round(profiler.cpu_seconds, 4)

@@ -296,7 +296,8 @@ class _Build:
 
             features = self.encoder(torch.cat(waiting).to(device)).to(self.dtype).cpu()
             for row in features.split([len(each) for each in waiting]):
-                yield row.clone()  # a view would take the whole batch to the disk
+                # A view would take the whole batch to the disk; encoders may give features whose channels come first.
+                yield row.clone(memory_format=torch.contiguous_format)
             waiting = []
 
 
