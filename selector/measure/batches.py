@@ -24,7 +24,7 @@ from selector.inside import Memory
 from selector.measure.answering import Answer, decoded, token_rows
 from selector.measure.cost import PeakMemory, Spent
 from selector.models import adapter_of, available_adapters, model_type_of
-from selector.plug import Pruned
+from selector.pruning import Pruned
 
 SETTLED = frozenset(
     {
