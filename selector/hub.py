@@ -191,10 +191,10 @@ def push(
     card: str | None = None,
     metadata: dict[str, Any] | None = None,
     folder: str | Path | None = None,
-    revision: str | None = None,
+    branch: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Uploads a checkpoint to the Hugging Face hub (needs a login), in one commit.
+    """Uploads a checkpoint to the Hugging Face hub (needs a login).
 
     Args:
         repo_id: owner/name; a name alone is one of the user who is logged in. Made where it is not there.
@@ -203,7 +203,7 @@ def push(
             selector names the repository.
         folder: a checkpoint of this selector, such as `selector-train export` writes: its card, its metadata, the
             pictures that the card shows and ``training.yaml`` go along.
-        revision: a branch of the repository; by default its main branch.
+        branch: of the repository, made where it is not there; by default its main branch.
         message: of the commit.
 
     Returns:
@@ -226,11 +226,13 @@ def push(
 
     api = HfApi()
     full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if branch is not None:
+        api.create_branch(full_name, branch=branch, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         save(selector, place, card=_LOADED.sub(rf'\g<1>"{full_name}"', card), metadata=metadata)
         for file in files:
             shutil.copyfile(file, Path(place) / file.name)
-        given = {"revision": revision, "commit_message": message}
+        given = {"revision": branch, "commit_message": message}
         given = {name: value for name, value in given.items() if value is not None}
         return str(api.upload_folder(repo_id=full_name, folder_path=place, **given))
 
@@ -253,11 +255,12 @@ def _beside(card: str, folder: Path | None) -> list[Path]:
         ValueError: metadata that the hub would refuse, or a picture that is not in the folder.
     """
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     if card.startswith("---"):
         try:
             ModelCard(card)
-        except (ValueError, KeyError, TypeError) as error:
+        except (YAMLError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"card must begin with metadata that the hub can read: {error!r}") from error
 
     named = dict.fromkeys(one or other for one, other in _PICTURE.findall(card))

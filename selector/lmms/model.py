@@ -119,11 +119,11 @@ class SelectorSimple(lmms):
         replies: dict[int, Reply] = {}
         start = time.perf_counter()
 
+        # Only equal settings can share a batch, and only prompts that all have images, or none.
+        keys = [(bool(images), given) for (_, images), given in zip(asked, settings, strict=True)]
         with self.answerer.selecting() as log, tqdm(total=len(asked), disable=self.rank != 0, desc="Answering") as bar:
-            for batch in _batches(
-                [(bool(images), given) for (_, images), given in zip(asked, settings)], self.batch_size
-            ):
-                prompts, images = zip(*(asked[place] for place in batch))
+            for batch in _batches(keys, self.batch_size):
+                prompts, images = zip(*(asked[place] for place in batch), strict=True)
                 answers = self.answerer.generate(prompts, images, settings[batch[0]])
                 replies |= dict(zip(batch, answers, strict=True))
                 bar.update(len(batch))

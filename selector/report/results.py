@@ -11,7 +11,7 @@ from selector.errors import UsageError
 from selector.files import atomic, output
 from selector.record import METRICS
 from selector.records import RUN, SETTINGS
-from selector.report.columns import Figures, Summary
+from selector.report.columns import Figures, Summary, legend, marked
 from selector.report.summary import summarize
 from selector.report.tables import done, plain, settings_line
 
@@ -60,7 +60,7 @@ def _plain_values(described: Mapping[str, Any]) -> Any:
 
 
 def results_table(summary: Summary, label: str) -> str:
-    """Markdown: per task and selector the score in % [95%] of every budget, in brackets the answers that stayed the same.
+    """Markdown: per task and selector the score of every budget in % [95%], and in brackets the unchanged answers.
 
     Args:
         summary: see `selector.report.summary.summarize`.
@@ -77,8 +77,8 @@ def results_table(summary: Summary, label: str) -> str:
         for name in labels:
             cells = [_score(rows[task, ALL, None])]
             cells += [f"{_score(row)} ({100 * row['agreement']:.0f})" for row in (rows[task, name, k] for k in keeps)]
-            first = f"{plain(task)} ({METRICS[_metric(summary, task)].header.removesuffix(' %')})"
-            shown = "this one" if name == label else plain(name)
+            first = f"{plain(task)} ({_metric_name(summary, task)})"
+            shown = marked("this one" if name == label else plain(name), rows[task, name, keeps[0]]["sees_question"])
             lines.append(f"| {first} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -116,7 +116,7 @@ def _metrics(summary: Summary, row: Figures, full: Figures) -> list[dict[str, An
     score = {
         "type": "accuracy" if kind == "exact" else kind,
         "value": round(row["accuracy"], 4),
-        "name": f"{'accuracy' if kind == 'exact' else METRICS[kind].header.removesuffix(' %')}, keep={row['keep']}",
+        "name": f"{_metric_name(summary, row['task'])}, keep={row['keep']}",
         "args": kept | {"interval_95": interval, "unpruned": round(full["accuracy"], 4)},
     }
     agreement = {
@@ -129,11 +129,12 @@ def _metrics(summary: Summary, row: Figures, full: Figures) -> list[dict[str, An
 
 
 def about_run(summary: Summary) -> str:
-    """One sentence: what was asked of which model, where, and how its figures are written."""
-    return (
+    """A few sentences: what was asked of which model, where, and how its figures are written."""
+    said = (
         f"`selector compare` on {plain(_model(summary))}, {plain(settings_line(summary))}. Score in % with its 95% "
-        f"interval; in brackets the answers that are the same as the unpruned model's, in %."
+        "interval; in brackets the answers that are the same as the unpruned model's, in %."
     )
+    return " ".join([said, *legend(summary)])
 
 
 def draw(summary: Summary, label: str, out: Path) -> None:
@@ -179,6 +180,11 @@ def _score(row: Figures) -> str:
 
 def _metric(summary: Summary, task: str) -> str:
     return summary["tasks"][task].get("metric", "exact")
+
+
+def _metric_name(summary: Summary, task: str) -> str:
+    kind = _metric(summary, task)
+    return METRICS[kind].note if kind == "exact" else METRICS[kind].header.removesuffix(" %")
 
 
 def _model(summary: Summary) -> str:

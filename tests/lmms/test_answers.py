@@ -140,7 +140,7 @@ def test_the_prompt_is_that_of_the_chat_template(answerer, monkeypatch):
 
     # As templates for lists do with a text, and the other way round: nothing is shown, and nothing said about it.
     monkeypatch.setattr(asked.processor, "chat_template", "{% for m in messages %}{% endfor %}ASSISTANT:")
-    with pytest.raises(ValueError, match="the chat template must show every text.*drops 'what is shown"):
+    with pytest.raises(ValueError, match=r"the chat template must show every text.*drops 'what is shown"):
         asked.prompt(turns("what is shown?", 1))
 
 
