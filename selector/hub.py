@@ -232,9 +232,8 @@ def push(
         save(selector, place, card=_LOADED.sub(rf'\g<1>"{full_name}"', card), metadata=metadata)
         for file in files:
             shutil.copyfile(file, Path(place) / file.name)
-        given = {"revision": branch, "commit_message": message}
-        given = {name: value for name, value in given.items() if value is not None}
-        return str(api.upload_folder(repo_id=full_name, folder_path=place, **given))
+        commit = api.upload_folder(repo_id=full_name, folder_path=place, revision=branch, commit_message=message)
+        return str(commit)
 
 
 def _check_same(selector: Checkpoint, folder: Path) -> None:

@@ -29,7 +29,8 @@ class Reply:
         text: decoded, without special tokens.
         prompt_tokens: of the prompt that the language model read, padding of a batch aside.
         new_tokens: that were generated, the end of the answer included.
-        kept: per image, visual tokens that reached the language model.
+        kept: per image, visual tokens that reached the language model; where they leave inside it, their average over
+            its layers, in `prompt_tokens` too.
         full: the same before selection.
 
     Example:
@@ -38,9 +39,9 @@ class Reply:
     """
 
     text: str
-    prompt_tokens: int
+    prompt_tokens: int | float
     new_tokens: int
-    kept: tuple[int, ...]
+    kept: tuple[int | float, ...]
     full: tuple[int, ...]
 
 
@@ -67,7 +68,8 @@ class Answerer:
         self, model: Any, processor: Any, selector: TokenSelector, budget: Budget, positions: Positions = "original"
     ):
         self.model, self.processor = model, processor
-        self.selector, self.budget, self.positions = selector, budget, positions
+        self.selector, self.budget = selector, budget
+        self.positions: Positions = positions
         self.log: SelectionLog | None = None
         processor.tokenizer.padding_side = "left"  # generation goes on behind the prompt
 

@@ -39,7 +39,7 @@ class MeasuredTokens(TokenCounts):
         all_visual_tokens: per image, before selection.
     """
 
-    visual_tokens: tuple[int, ...] = ()
+    visual_tokens: tuple[int | float, ...] = ()
     all_visual_tokens: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from plugged import PROMPT, batch, generate
 
-from selector import Budget, Norm, prune_inputs
+from selector import Budget, Norm, load_selector, prune_inputs
 from selector.lmms.answers import Answerer, turns
 
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}
@@ -58,6 +58,19 @@ def test_a_batch_answers_as_one_by_one(answerer, images):
     for prompt, some, reply in zip(prompts, own, together, strict=True):
         inputs = batch(pruned.processor, some, [prompt])
         assert reply.prompt_tokens == prune_inputs(pruned.model, inputs, Norm(), Budget(5)).inputs["input_ids"].shape[1]
+
+
+def test_what_leaves_inside_the_language_model_is_an_average(tiny_model, images):
+    model, processor = tiny_model()
+    pruned = Answerer(model, processor, load_selector("fastv:layer=1"), Budget(0.5))
+    with pruned.selecting() as log:
+        [reply] = pruned.generate([PROMPT], [images[:1]], SETTINGS)
+        loss, _ = pruned.loss(PROMPT, " a red square", images[:1])
+    whole = batch(processor, images[:1], [PROMPT])["input_ids"].shape[1]
+    assert reply.kept == (log.measured[0],) == (sum(log.layers[0]) / len(log.layers[0]),)
+    assert reply.kept[0] < reply.full[0]
+    assert reply.prompt_tokens == whole - reply.full[0] + reply.kept[0]
+    assert loss > 0
 
 
 def test_an_answer_ends_where_it_ends(answerer, images, monkeypatch):
