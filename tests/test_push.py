@@ -152,6 +152,7 @@ def no_hub(monkeypatch):
     ],
 )
 def test_a_card_that_would_be_broken_is_refused(exported, card, message):
+    (exported.parent / "notes.txt").write_text("a file of the machine")
     with pytest.raises(ValueError, match=message):
         push(TokenSelector.from_pretrained(exported), "someone/mine", card=card, folder=exported)
 
