@@ -15,7 +15,8 @@ from PIL import Image
 
 from selector.base import TokenSelector
 from selector.budget import Budget
-from selector.plug import Positions, SelectionLog, select_tokens
+from selector.plug import SelectionLog, select_tokens
+from selector.pruning import Positions
 
 IMAGE = "<image>"
 """Where an image stands in a question of lmms-eval; without one, all images stand before the question."""
@@ -52,7 +53,7 @@ class Answerer:
         model, processor: of a model type with an adapter (`selector.models`); the tokenizer is set to pad on the left.
         selector: chooses the visual tokens.
         budget: what may stay; 1.0 keeps every token, and answers are those of the plain model.
-        positions: see `selector.plug.prune_inputs`.
+        positions: see `selector.pruning.prune_inputs`.
 
     Example:
         >>> from selector import Budget, Norm

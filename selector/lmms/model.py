@@ -22,7 +22,8 @@ from tqdm import tqdm
 from selector.budget import Budget, Newlines, Scope
 from selector.commands.loading import check_positions, find_device, find_folder, load_selectors
 from selector.lmms.answers import Answerer, Reply, turns
-from selector.plug import Positions, SelectionLog
+from selector.plug import SelectionLog
+from selector.pruning import Positions
 
 DEFAULTS = {"max_new_tokens": 1024, "temperature": 0, "top_p": None, "num_beams": 1}
 """Of ``llava_hf``, where a task does not say."""
@@ -55,7 +56,7 @@ class SelectorSimple(lmms):
         selector: a spec (`selector.registry`); in quotes where it holds a comma.
         keep: what stays of an image's visual tokens, see `Budget`: 320 is a count, 0.25 a share, 1.0 everything.
         scope, newlines: see `Budget`.
-        positions: see `selector.plug.prune_inputs`.
+        positions: see `selector.pruning.prune_inputs`.
         revision: of a model on the hub.
         device: by default a GPU where there is one, under torchrun or accelerate the process's own.
         dtype: of the weights, "auto" that of the checkpoint.
