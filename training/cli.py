@@ -39,6 +39,7 @@ examples
                                                                                 never stopped, in a new version_N
   selector-train fit --config configs/train/llava-next.yaml --data.images PHOTOS --data.cache_dir CACHE
   selector-train export runs/train/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector
+  selector-train export runs/train/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector --results runs/compare
 
 encode once instead of at every step
   --data.cache_features true    features in memory, for small sets
@@ -99,12 +100,19 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("folder", help="where to, such as checkpoints/my-selector")
     parser.add_argument("--command", help="how the run was started, for the card")
     parser.add_argument("--accuracy", help="a Markdown file for the end of the card: results on tasks")
+    parser.add_argument(
+        "--results", metavar="RUN", help="folder of a `selector compare` with this selector: fills the card's results"
+    )
+    parser.add_argument("--pictures", nargs="+", default=[], metavar="FILE", help="images to show at the card's end")
     options = parser.parse_args(arguments)
 
     # Only now: torch takes seconds to import, a wrong flag should not.
     from training.export import export
 
-    print(export(options.checkpoint, options.folder, options.command, options.accuracy))
+    written = export(
+        options.checkpoint, options.folder, options.command, options.accuracy, options.results, options.pictures
+    )
+    print(written)
     return 0
 
 
