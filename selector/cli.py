@@ -38,6 +38,7 @@ MACHINE: dict[str, Any] = {
     "dtype": "auto",
     "device_map": None,
     "attention": None,
+    "quantization": None,
     "threads": None,
 }
 COMMON: dict[str, Any] = MACHINE | {
@@ -100,6 +101,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "keep": (int, float, str),
     "shares": (int, float, str),
     "tolerance": (int, float),
+    "device_map": (str, dict),
     "samples": object,  # an int or "all", which is checked where it is read
     **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
     **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
@@ -491,7 +493,10 @@ def _machine(parser: argparse.ArgumentParser, command: str) -> None:
     )
     parser.add_argument("--device", help=f"cpu, cuda, ... (default: {defaults['device']})")
     parser.add_argument("--dtype", help=f"auto (as stored), float32, bfloat16, float16 (default: {defaults['dtype']})")
-    parser.add_argument("--device-map", metavar="MAP", help="spread a large model, e.g. auto (needs accelerate)")
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="spread a large model: auto, or modules and devices as JSON"
+    )
+    parser.add_argument("--quantization", metavar="NAME", help="int8, int4 or nf4 weights, packed as they are loaded")
     parser.add_argument("--attention", metavar="NAME", help="attn_implementation of the model, e.g. eager")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 1 for a small model)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -124,6 +124,8 @@ FLAGS = [
     (("--positions", "all"), "positions"),
     *((("--device", value), "device") for value in ("abacus", "meta", "cuda:99", "cpu:x", "")),
     *((("--dtype", value), "dtype") for value in ("float7", "int8", "")),
+    *((("--device-map", value), "device_map must") for value in ("nowhere", "disk", "", "{", '{"": "x"}', "[]")),
+    *((("--quantization", value), "quantization must") for value in ("int3", "8", "")),
     *(
         (("--model", value), "model")
         for value in ("none", "", "./none", "checkpoints/none", "empty", "file", "a/b/c", "a/b")

@@ -23,6 +23,7 @@ from selector.commands.common import (
     sample_limit,
     whole,
 )
+from selector.commands.large import place_of
 from selector.commands.printing import print_report
 from selector.errors import UsageError
 from selector.files import check_output
@@ -181,7 +182,7 @@ def _so_far(right: dict[str, list[float]], shares: list[float]) -> str:
 def _shard(value: Any) -> Shard:
     """A shard such as "1/4" as numbers; without one, the rank that torchrun or accelerate gave this process, if any."""
     if value is None:
-        rank, number = loading.place_of("RANK", 0), loading.place_of("WORLD_SIZE", 1)
+        rank, number = place_of("RANK", 0), place_of("WORLD_SIZE", 1)
         if rank >= number:
             raise UsageError(
                 f"the environment variable RANK must be below WORLD_SIZE, got RANK={rank} and WORLD_SIZE={number}; "

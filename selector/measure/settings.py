@@ -11,6 +11,7 @@ from selector import records
 from selector.budget import Budget
 from selector.measure.harness import Row
 from selector.measure.identity import code, fingerprint, identity
+from selector.measure.model_files import quantization
 from selector.tasks import Task
 
 
@@ -42,7 +43,7 @@ def environment(model: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(model.device) if cuda else f"{model.device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    } | ({"quantization": quantised} if (quantised := quantization(model)) else {})
 
 
 def common_settings(model: Any, processor: Any) -> dict[str, Any]:

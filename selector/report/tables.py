@@ -152,8 +152,9 @@ def settings_line(summary: Summary) -> str:
     number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples per task"
     number = f"shard {summary['shard']} of {number}" if summary.get("shard") else number
     threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
+    weights = f"{where['dtype']}, weights by {where['quantization']}" if "quantization" in where else where["dtype"]
     return (
-        f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {where['dtype']}; "
+        f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {weights}; "
         f"torch {where['torch']}, transformers {where['transformers']}"
     )
 
