@@ -2,13 +2,15 @@
 
     python .ci/house.py [FOLDER ...]        (default: selector training)
 
-Counts what a reader who would inherit the code looks at; `--walls` lists the functions without any air.
+Counts what a reader who would inherit the code looks at; `--walls` lists the functions without any air, `--bare` the
+public classes without a runnable example.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import doctest
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -43,14 +45,20 @@ def definitions(tree: ast.Module) -> Iterator[tuple[Definition, bool]]:
                         yield inner, True
 
 
-def overrides(trees: Sequence[ast.Module]) -> dict[str, set[str]]:
-    """By class name, the documented methods of that class: a method that overrides one of them inherits its text."""
-    return {
-        node.name: {f.name for f in node.body if isinstance(f, Function) and ast.get_docstring(f)}
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-    }
+def has_example(node: ast.ClassDef) -> bool:
+    """Whether the docstring of a class shows it at work and prints something: what prints nothing shows nothing."""
+    examples = doctest.DocTestParser().get_examples(ast.get_docstring(node) or "")
+    return any(example.want for example in examples)
+
+
+def without_example(folder: Path) -> list[str]:
+    """The public classes of a package whose docstrings have no example, each as ``selector/errors.py:UsageError``."""
+    return [
+        f"{folder.name}/{path.relative_to(folder).as_posix()}:{node.name}"
+        for path in sorted(folder.rglob("*.py"))
+        for node, _ in definitions(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and not has_example(node)
+    ]
 
 
 def measure(folder: Path) -> dict[str, str]:
@@ -66,9 +74,10 @@ def measure(folder: Path) -> dict[str, str]:
     long = [body for body in bodies if len(body) >= LONG]
     walls = sum(is_wall(node, lines) for node, lines in functions)
 
-    found = [(node, method) for tree in trees.values() for node, method in definitions(tree)]
-    top = [bool(ast.get_docstring(node)) for node, method in found if not method]
-    methods = [bool(ast.get_docstring(node)) for node, method in found if method]
+    public = [(node, method) for tree in trees.values() for node, method in definitions(tree)]
+    top = [bool(ast.get_docstring(node)) for node, method in public if not method]
+    methods = [bool(ast.get_docstring(node)) for node, method in public if method]
+    examples = [has_example(node) for node, _ in public if isinstance(node, ast.ClassDef)]
     arguments = [
         argument.annotation is not None
         for node, _ in functions
@@ -89,6 +98,7 @@ def measure(folder: Path) -> dict[str, str]:
         "annotated arguments": _share(arguments),
         "docstring, public top level": _share(top),
         "docstring, public methods": _share(methods),
+        "runnable example, public classes": _share(examples),
         "comments per 100 lines of code": f"{100 * comments / len(code):.1f}",
         f"blank lines in functions of {LONG} lines and more": f"{100 * blank / max(1, sum(map(len, long))):.0f}%",
         "such functions with neither blank line nor comment": f"{walls} of {len(long)}",
@@ -108,7 +118,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("selector"), Path("training")])
     parser.add_argument("--walls", action="store_true", help="list the long functions without a blank line or comment")
+    parser.add_argument("--bare", action="store_true", help="list the public classes without a runnable example")
     options = parser.parse_args()
+    if options.bare:
+        print(*(name for folder in options.folders for name in without_example(folder)), sep="\n")
+        return
+
     if options.walls:
         for path in sorted(path for folder in options.folders for path in folder.rglob("*.py")):
             lines = path.read_text(encoding="utf-8").splitlines()

@@ -88,6 +88,14 @@ class RankSelector(TokenSelector):
 
     Attributes:
         calibration: the thresholds of ``keep="auto:s"``; stored in a checkpoint, and no argument of the constructor.
+
+    Example:
+        >>> class Strided(RankSelector):
+        ...     def ranking(self, tokens, budget):
+        ...         step = tokens.lengths.max() // budget.counts(tokens).max()
+        ...         return -(torch.arange(tokens.valid.numel()).view(tokens.valid.shape) % step).float()
+        >>> Strided()(VisualTokens.from_features(torch.zeros(1, 6, 1)), Budget(3)).tolist()
+        [[True, False, True, False, True, False]]
     """
 
     calibration: Calibration | None = None
@@ -116,7 +124,16 @@ class RankSelector(TokenSelector):
 
 
 class ScoreSelector(RankSelector):
-    """Ranks visual tokens once for every budget; higher survives."""
+    """Ranks visual tokens once for every budget; higher survives.
+
+    Example:
+        >>> class Brightest(ScoreSelector):
+        ...     def score(self, tokens):
+        ...         return tokens.read("features", self).mean(-1)
+        >>> tokens = VisualTokens.from_features(torch.tensor([[[0.1], [0.9], [0.3], [0.7]]]))
+        >>> Brightest()(tokens, Budget(1)).int().tolist(), Brightest()(tokens, Budget(2)).int().tolist()
+        ([[0, 1, 0, 0]], [[0, 1, 0, 1]])
+    """
 
     @abstractmethod
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
@@ -131,6 +148,13 @@ class GreedySelector(RankSelector):
     """Picks one token after the other; a smaller choice is the start of a larger one.
 
     With a budget per image the tokens of an image compete, with a budget per tile those of each tile.
+
+    Example:
+        >>> from selector import load_selector
+        >>> tokens = VisualTokens.from_features(torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.2]]]))
+        >>> farthest = load_selector("farthest-point")
+        >>> [farthest(tokens, Budget(keep)).int().tolist() for keep in (1, 2, 3)]
+        [[[0, 0, 0, 1]], [[1, 0, 0, 1]], [[1, 0, 1, 1]]]
     """
 
     def resolved(self, budget: Budget) -> Budget:

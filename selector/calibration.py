@@ -31,7 +31,7 @@ COMMAND = "selector calibrate"
 
 
 @dataclass(frozen=True)
-class Point:
+class CalibratedShare:
     """One calibrated share.
 
     Attributes:
@@ -42,6 +42,12 @@ class Point:
 
     Raises:
         ValueError: a share out of (0, 1), an unknown policy, or a number that is not finite.
+
+    Example:
+        >>> from selector import load_selector
+        >>> tokens = VisualTokens.from_features(torch.arange(10.0).view(1, 10, 1))
+        >>> calibrate(load_selector("norm"), [tokens], shares=[0.2]).points  # patches of length 8 and 9 stay
+        (CalibratedShare(share=0.2, newlines='kept_rows', threshold=7.5, measured=0.2),)
     """
 
     share: float
@@ -57,8 +63,8 @@ class Point:
                 raise ValueError(f"{name} of a calibrated share must be finite, got {getattr(self, name)!r}")
 
     @classmethod
-    def from_dict(cls, stored: Any) -> Point:
-        """A point from plain values, as JSON gives them.
+    def from_dict(cls, stored: Any) -> CalibratedShare:
+        """A calibrated share from plain values, as JSON gives them.
 
         Raises:
             ValueError: anything missing, left over, of another type or out of range.
@@ -86,12 +92,12 @@ class Calibration:
         ValueError: no points, or one share twice under one policy.
 
     Example:
-        >>> known = Calibration((Point(share=0.2, newlines="kept_rows", threshold=1.5, measured=0.2),))
+        >>> known = Calibration((CalibratedShare(share=0.2, newlines="kept_rows", threshold=1.5, measured=0.2),))
         >>> known.threshold(Budget("auto:0.2"))
         1.5
     """
 
-    points: tuple[Point, ...]
+    points: tuple[CalibratedShare, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,7 +142,7 @@ class Calibration:
             raise ValueError(f"a calibration must hold points and about, got {stored!r}")
         if not isinstance(stored["points"], list) or not isinstance(stored["about"], Mapping):
             raise ValueError(f"a calibration must hold a list of points and a mapping about, got {stored!r}")
-        return cls(tuple(Point.from_dict(point) for point in stored["points"]), dict(stored["about"]))
+        return cls(tuple(CalibratedShare.from_dict(point) for point in stored["points"]), dict(stored["about"]))
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ def _cuts(scored: Sequence[_Scored]) -> Float[Tensor, "C"]:
     return torch.cat([below, middle, levels[-1:]])
 
 
-def _point(scored: Sequence[_Scored], cuts: Float[Tensor, "C"], budget: Budget, tolerance: float) -> Point:
+def _point(scored: Sequence[_Scored], cuts: Float[Tensor, "C"], budget: Budget, tolerance: float) -> CalibratedShare:
     """The cut whose measured share is nearest, by bisection.
 
     Raises:
@@ -252,7 +258,7 @@ def _point(scored: Sequence[_Scored], cuts: Float[Tensor, "C"], budget: Budget, 
             f"thresholds keep {most:.4g} and {least:.4g} of the visual tokens (scores are tied there, the images are "
             "too few, or what always stays, a patch of every image and newlines by their policy, is more)"
         )
-    return Point(share, budget.newlines, float(cuts[best]), ends[best])
+    return CalibratedShare(share, budget.newlines, float(cuts[best]), ends[best])
 
 
 def _total(scored: Sequence[_Scored]) -> int:

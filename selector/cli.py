@@ -11,7 +11,7 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -106,7 +106,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
     **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
 }
-"""Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated."""
+"""Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated. Flags
+follow them, see `_Parser.setting`."""
 
 EXAMPLES = """\
 examples:
@@ -238,10 +239,37 @@ def _check_kind(config: str, key: str, value: Any, default: Any) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as every other error of this program."""
+    """A parser whose errors are one line, as every other error of this program, and whose flags follow from `DEFAULTS`.
+
+    Attributes:
+        defaults: the settings of its command.
+    """
+
+    defaults: Mapping[str, Any] = {}
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def setting(self, name: str, text: str, metavar: str | None = None) -> None:
+        """Adds the flag of a setting, which takes what a YAML file may hold: a list, a number, yes or no, or a text.
+
+        Args:
+            name: in `DEFAULTS`.
+            text: its help, behind which the default is written; an empty default is for the text to say in words.
+            metavar: what stands for the value; by default the flag's name.
+        """
+        default, kind = self.defaults[name], KINDS.get(name, str)
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            self.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            return
+
+        # Whatever need not be a number stays a text here, and is read by its command.
+        convert = {int: int, (int, float): float}.get(kind, str)
+        values = default if isinstance(default, list) else [default]
+        words = "" if values in ([], [None]) else f" (default: {' '.join(map(str, values))})"
+        nargs = "+" if isinstance(default, list) else None
+        self.add_argument(flag, nargs=nargs, type=convert, metavar=metavar, help=text + words)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,8 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     # SUPPRESS: a flag that is not given leaves no name behind, and the file or the defaults decide.
-    def add(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-        return commands.add_parser(
+    def add(name: str, text: str, epilog: str = "") -> _Parser:
+        command = commands.add_parser(
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
@@ -263,6 +291,8 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
         )
+        command.defaults = DEFAULTS.get(name, {})
+        return command
 
     # In the order of --help: what runs a model, then what only reads.
     _compare(
@@ -277,71 +307,53 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "--markdown", action="store_true", help="the table of selector/methods/README.md, without checkpoints"
     )
-    listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
 
     report = add("report", "the table and the page (HTML, Markdown) of one or several runs, from their records alone")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders that `selector compare` wrote: runs/compare")
     report.add_argument(
         "--out", metavar="HTML", help="the page (default: RUN/report.html; report.html here for several runs)"
     )
-    report.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
 
+    for command in (listing, report):
+        command.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def _compare(parser: argparse.ArgumentParser) -> None:
-    defaults = DEFAULTS["compare"]
-    _shared(parser, "compare")
+def _compare(parser: _Parser) -> None:
+    _shared(parser)
 
     # On what, against what, and where to.
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        metavar="TASK",
-        help="documents, scenes, charts (generated), receipts (real scans, see SELECTOR_DATA), folder:PATH, hf:NAME (a "
-        "public benchmark such as hf:textvqa or hf:pope, with its prompt and score; needs datasets) "
-        f"(default: {' '.join(defaults['tasks'])})",
+    parser.setting(
+        "tasks",
+        "documents, scenes, charts (generated), receipts (real scans, see SELECTOR_DATA), folder:PATH, hf:NAME (a "
+        "public benchmark such as hf:textvqa or hf:pope, with its prompt and score; needs datasets)",
+        "TASK",
     )
-    parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
-    parser.add_argument("--out", metavar="RUN", help=f"folder of the records (default: {defaults['out']})")
-    parser.add_argument(
-        "--baseline",
-        metavar="LABEL",
-        help=f"selector that the others are compared with in pairs (default: {defaults['baseline']})",
-    )
+    parser.setting("samples", "samples of each task, or all", "N")
+    parser.setting("out", "folder of the records", "RUN")
+    parser.setting("baseline", "selector that the others are compared with in pairs", "LABEL")
 
     # How each sample is measured.
-    parser.add_argument(
-        "--suffix",
-        metavar="TEXT",
-        help='asked below every question, as in "Answer the question using a single word or phrase." (default: the '
+    parser.setting(
+        "suffix",
+        'asked below every question, as in "Answer the question using a single word or phrase." (default: the '
         "task's own; a benchmark has one)",
+        "TEXT",
     )
-    parser.add_argument("--system", metavar="TEXT", help="what the system turn says (default: there is none)")
-    parser.add_argument(
-        "--answers",
-        action=argparse.BooleanOptionalAction,
-        help="ask the questions; without, only tokens, time and evidence are measured, which is fast "
-        f"(default: {'ask' if defaults['answers'] else 'do not ask'})",
+    parser.setting("system", "what the system turn says (default: there is none)", "TEXT")
+    parser.setting(
+        "answers",
+        "ask the questions; without, only tokens, time and evidence are measured, which is fast "
+        f"(default: {'ask' if parser.defaults['answers'] else 'do not ask'})",
     )
-    _length(parser, "compare")
-
-    parser.add_argument(
-        "--skip-unreadable",
-        action=argparse.BooleanOptionalAction,
-        help="leave images out that cannot be decoded, and name them (default: an error)",
+    parser.setting("max_new_tokens", "tokens of an answer at most", "N")
+    parser.setting("skip_unreadable", "leave images out that cannot be decoded, and name them (default: an error)")
+    parser.setting(
+        "layer",
+        "spectra (ΔIPR) of the visual tokens that leave block K of the language model; 0: that enter it",
+        "K",
     )
-
-    parser.add_argument(
-        "--layer",
-        type=int,
-        metavar="K",
-        help="spectra (ΔIPR) of the visual tokens that leave block K of the language model; 0: that enter it "
-        f"(default: {defaults['layer']})",
-    )
-    parser.add_argument(
-        "--repeats", type=int, metavar="N", help=f"of every timed piece of work (default: {defaults['repeats']})"
-    )
+    parser.setting("repeats", "of every timed piece of work", "N")
 
     # Which part of the run this process takes, and what of an earlier one counts.
     parser.add_argument(
@@ -352,153 +364,76 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="forget the records of this comparison and start over")
 
 
-def _show(parser: argparse.ArgumentParser) -> None:
-    _shared(parser, "show")
+def _show(parser: _Parser) -> None:
+    _shared(parser)
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE", help="image files (default: a generated page and a scene)"
     )
-    parser.add_argument("--out", metavar="PNG", help=f"the picture (default: {DEFAULTS['show']['out']})")
-    parser.add_argument(
-        "--scores", action=argparse.BooleanOptionalAction, help="below, the scores of each selector as a heat map"
-    )
-    parser.add_argument("--question", metavar="TEXT", help="also ask this of every image, and show the answers")
-    _length(parser, "show")
+    parser.setting("out", "the picture", "PNG")
+    parser.setting("scores", "below, the scores of each selector as a heat map")
+    parser.setting("question", "also ask this of every image, and show the answers", "TEXT")
+    parser.setting("max_new_tokens", "tokens of an answer at most", "N")
 
 
-def _length(parser: argparse.ArgumentParser, command: str) -> None:
-    """How long an answer may be."""
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help=f"tokens of an answer at most (default: {DEFAULTS[command]['max_new_tokens']})",
-    )
+def _bench(parser: _Parser) -> None:
+    _shared(parser)
+    parser.setting("image", "the image to encode (default: a generated page)", "IMAGE")
+    parser.setting("repeats", "timed calls of each piece of work", "N")
 
 
-def _bench(parser: argparse.ArgumentParser) -> None:
-    _shared(parser, "bench")
-    parser.add_argument("--image", metavar="IMAGE", help="the image to encode (default: a generated page)")
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        metavar="N",
-        help=f"timed calls of each piece of work (default: {DEFAULTS['bench']['repeats']})",
-    )
-
-
-def _calibrate(parser: argparse.ArgumentParser) -> None:
-    defaults = DEFAULTS["calibrate"]
+def _calibrate(parser: _Parser) -> None:
     parser.add_argument("selector", metavar="SELECTOR", help="a checkpoint folder, a name, or hf:owner/name")
-    _machine(parser, "calibrate")
+    _machine(parser)
 
     # The calibration set.
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", help=f"whose images (default: {' '.join(defaults['tasks'])})"
-    )
-    parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
+    parser.setting("tasks", "whose images", "TASK")
+    parser.setting("samples", "samples of each task, or all", "N")
 
     # What is calibrated, and how exactly.
-    parser.add_argument(
-        "--shares",
-        nargs="+",
-        metavar="SHARE",
-        help=f"of all visual tokens, between 0 and 1 (default: {' '.join(map(str, defaults['shares']))})",
-    )
-    parser.add_argument(
-        "--newlines",
-        nargs="+",
-        metavar="POLICY",
-        help=f"kept_rows, all, none: thresholds for each (default: {' '.join(defaults['newlines'])})",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        metavar="T",
-        help=f"by how much of a share the measured one may miss it (default: {defaults['tolerance']})",
-    )
-
-    parser.add_argument("--seed", type=int, help=f"of the samples (default: {defaults['seed']})")
-    parser.add_argument(
-        "--out", metavar="FOLDER", help="the calibrated checkpoint (default: SELECTOR itself, where it is a folder)"
-    )
-    parser.add_argument(
-        "--skip-unreadable",
-        action=argparse.BooleanOptionalAction,
-        help="leave images out that cannot be decoded (default: an error)",
-    )
+    parser.setting("shares", "of all visual tokens, between 0 and 1", "SHARE")
+    parser.setting("newlines", "kept_rows, all, none: thresholds for each", "POLICY")
+    parser.setting("tolerance", "by how much of a share the measured one may miss it", "T")
+    parser.setting("seed", "of the samples")
+    parser.setting("out", "the calibrated checkpoint (default: SELECTOR itself, where it is a folder)", "FOLDER")
+    parser.setting("skip_unreadable", "leave images out that cannot be decoded (default: an error)")
 
 
-def _stability(parser: argparse.ArgumentParser) -> None:
-    defaults = DEFAULTS["stability"]
-    _shared(parser, "stability")
-
-    parser.add_argument(
-        "--seeds", nargs="+", metavar="SPEC", help="two or more trainings of one recipe (default: none are compared)"
-    )
-
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", help=f"whose images (default: {' '.join(defaults['tasks'])})"
-    )
-    parser.add_argument("--samples", metavar="N", help=f"samples of each task, or all (default: {defaults['samples']})")
-
-    parser.add_argument("--out", metavar="JSON", help="the figures as a file (default: none)")
-    parser.add_argument(
-        "--skip-unreadable",
-        action=argparse.BooleanOptionalAction,
-        help="leave images out that cannot be decoded, and name them (default: an error)",
-    )
+def _stability(parser: _Parser) -> None:
+    _shared(parser)
+    parser.setting("seeds", "two or more trainings of one recipe (default: none are compared)", "SPEC")
+    parser.setting("tasks", "whose images", "TASK")
+    parser.setting("samples", "samples of each task, or all", "N")
+    parser.setting("out", "the figures as a file (default: none)", "JSON")
+    parser.setting("skip_unreadable", "leave images out that cannot be decoded, and name them (default: an error)")
 
 
-def _shared(parser: argparse.ArgumentParser, command: str) -> None:
+def _shared(parser: _Parser) -> None:
     """What every command that prunes asks for: machine, selectors, budgets and samples."""
-    defaults = DEFAULTS[command]
-    keep = " ".join(map(str, defaults["keep"]))
-    _machine(parser, command)
-
-    parser.add_argument(
-        "--selectors", nargs="+", metavar="SPEC", help="selectors to compare (default: " + " ".join(SELECTORS) + ")"
-    )
+    _machine(parser)
+    parser.setting("selectors", "selectors to compare", "SPEC")
 
     # The budget: how much, of what, and what becomes of the rows' ends.
-    parser.add_argument(
-        "--keep", nargs="+", metavar="BUDGET", help=f"what stays of the visual tokens (default: {keep})"
-    )
-    parser.add_argument(
-        "--scope",
-        help=f"image: all patches of an image compete; tile: each tile gets its share (default: {defaults['scope']})",
-    )
-    parser.add_argument(
-        "--newlines",
-        help="newline tokens: kept_rows (those of rows with a kept patch), all, none "
-        f"(default: {defaults['newlines']})",
-    )
+    parser.setting("keep", "what stays of the visual tokens", "BUDGET")
+    parser.setting("scope", "image: all patches of an image compete; tile: each tile gets its share")
+    parser.setting("newlines", "newline tokens: kept_rows (those of rows with a kept patch), all, none")
 
     # Only of weight where the language model runs on what is kept.
-    if "positions" in defaults:
-        parser.add_argument(
-            "--positions",
-            help="position ids: original (gaps where tokens were dropped) or contiguous (no gaps) "
-            f"(default: {defaults['positions']})",
-        )
+    if "positions" in parser.defaults:
+        parser.setting("positions", "position ids: original (gaps where tokens were dropped) or contiguous (no gaps)")
 
-    parser.add_argument("--seed", type=int, help=f"of the samples (default: {defaults['seed']})")
+    parser.setting("seed", "of the samples")
 
 
-def _machine(parser: argparse.ArgumentParser, command: str) -> None:
+def _machine(parser: _Parser) -> None:
     """What runs, and on what."""
-    defaults = DEFAULTS[command]
     parser.add_argument("--config", metavar="YAML", help="settings by the names of the flags; flags win")
-    parser.add_argument(
-        "--model", metavar="NAME", help=f"checkpoint folder or hub name of a LLaVA-NeXT (default: {defaults['model']})"
-    )
-    parser.add_argument("--device", help=f"cpu, cuda, ... (default: {defaults['device']})")
-    parser.add_argument("--dtype", help=f"auto (as stored), float32, bfloat16, float16 (default: {defaults['dtype']})")
-    parser.add_argument(
-        "--device-map", metavar="MAP", help="spread a large model: auto, or modules and devices as JSON"
-    )
-    parser.add_argument("--quantization", metavar="NAME", help="int8, int4 or nf4 weights, packed as they are loaded")
-    parser.add_argument("--attention", metavar="NAME", help="attn_implementation of the model, e.g. eager")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: 1 for a small model)")
+    parser.setting("model", "checkpoint folder or hub name of a LLaVA-NeXT", "NAME")
+    parser.setting("device", "cpu, cuda, ...")
+    parser.setting("dtype", "auto (as stored), float32, bfloat16, float16")
+    parser.setting("device_map", "spread a large model: auto, or modules and devices as JSON", "MAP")
+    parser.setting("quantization", "int8, int4 or nf4 weights, packed as they are loaded", "NAME")
+    parser.setting("attention", "attn_implementation of the model, e.g. eager", "NAME")
+    parser.setting("threads", "CPU threads of torch (default: 1 for a small model)", "N")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -41,6 +41,12 @@ class Products:
     Attributes:
         squares: ``[G, M]`` float64 inner product of each row with itself.
         inverse_lengths: ``[G, M]`` one over the square root of that, 0 for a row of zeros.
+
+    Example:
+        >>> rows, mask = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [4.0, 4.0]]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> products = Products(rows, mask, steps=None)
+        >>> products.of(torch.tensor([2])).tolist(), products.squares.tolist()
+        ([[12.0, 8.0, 32.0]], [[9.0, 4.0, 32.0]])
     """
 
     def __init__(self, rows: Float[Tensor, "G M C"], mask: Bool[Tensor, "G M"], steps: int | None):

@@ -24,6 +24,12 @@ class Places(NamedTuple):
     Attributes:
         view: number of the view: that of its first tile in the batch.
         y, x: row and column within the view.
+
+    Example:
+        >>> tokens = VisualTokens.from_features(torch.zeros(1, 6, 1), grid=(2, 3))
+        >>> where = places(tokens)
+        >>> where.y.tolist(), where.x.tolist()
+        ([[0, 0, 0, 1, 1, 1]], [[0, 1, 2, 0, 1, 2]])
     """
 
     view: Int[Tensor, "I L"]
@@ -107,6 +113,12 @@ class Cells(NamedTuple):
     Attributes:
         cell: the cell of each packed patch, counted through the batch; -1: none.
         centre: the one patch in the middle of each cell.
+
+    Example:
+        >>> tokens = VisualTokens.from_features(torch.zeros(1, 12, 1), grid=(2, 6))
+        >>> halves = cells(places(tokens), tokens, count=torch.tensor([2]), rows=torch.tensor([1]))
+        >>> halves.cell.view(2, 6).tolist(), halves.centre.int().view(2, 6).tolist()
+        ([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]], [[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]])
     """
 
     cell: Int[Tensor, "I L"]

@@ -29,6 +29,12 @@ class Elimination(NamedTuple):
     Attributes:
         rank: counted from the end: 0 for the last one standing, M for what is no member.
         parent: the member that each one left for, -1 for none.
+
+    Example:
+        >>> table = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]]])
+        >>> outcome = eliminate(table, torch.ones(1, 4, dtype=torch.bool), drop=0.25)
+        >>> outcome.rank.tolist(), outcome.parent.tolist()  # 0 leaves for 1, then 3 for 2, then 1
+        ([[3, 1, 0, 2]], [[1, 2, -1, 2]])
     """
 
     rank: Int[Tensor, "G M"]

@@ -48,6 +48,15 @@ class Pruned:
         full: the same before pruning.
         selection_seconds: wall time of the selector, the budget and the merging (not of the encoder).
         approximate: whether `keep` traces each packed token to the nearest encoder token only, see `Encoded`.
+
+    Example:
+        >>> from PIL import Image
+        >>> from selector.commands.loading import load_model
+        >>> model, processor = load_model("checkpoints/llava-next-tiny", "cpu")
+        >>> inputs = processor(text="<image> what is TOTAL?", images=Image.new("RGB", (96, 96)), return_tensors="pt")
+        >>> pruned = prune_inputs(model, inputs, load_selector("norm"), Budget(16))
+        >>> pruned.full, pruned.measured, inputs["input_ids"].shape[1] - pruned.inputs["input_ids"].shape[1]
+        ([300], [16], 284)
     """
 
     inputs: dict[str, Any]
@@ -69,6 +78,13 @@ class SelectionLog:
         full: the same before pruning.
         selection_seconds: wall time of all selections.
         last: the outcome of the latest call.
+
+    Example:
+        >>> log = SelectionLog()
+        >>> for kept, full in ((64, 320), (16, 80)):  # two calls, an image each
+        ...     log.add(Pruned({}, measured=[kept], full=[full]))
+        >>> log.measured, sum(log.measured) / sum(log.full)
+        ([64, 16], 0.2)
     """
 
     measured: list[int] = field(default_factory=list)

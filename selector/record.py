@@ -23,6 +23,10 @@ class Metric:
     Attributes:
         header: of the column of the mean score.
         note: what the column says.
+
+    Example:
+        >>> METRICS["vqa"].header, METRICS["vqa"].note.partition(":")[2]
+        ('VQA accuracy %', " min(1, matching annotators / 3), after EvalAI's normalisation")
     """
 
     header: str
@@ -50,6 +54,12 @@ class Record(TypedDict, total=False):
     """One sample under one row. Fields that a row or a task does not have are absent, or None where the type says so.
 
     Times are milliseconds, sizes bytes, divergences nats.
+
+    Example:
+        >>> record = Record(id="page-1", index=0, tokens=64, agrees=True, answer="TOTAL 41")
+        >>> check(record)  # raises for an unknown name, or a value of another type
+        >>> sorted(name for name in record if FIELDS[name].summary != "text")  # what a table sums up
+        ['agrees', 'tokens']
     """
 
     id: Required[Annotated[str, "text"]]
@@ -112,6 +122,12 @@ class Field:
     Attributes:
         kinds: types that a value may have; a float may be written as an int.
         summary: see `Summary`.
+
+    Example:
+        >>> FIELDS["encode_ms"]
+        Field(kinds=(<class 'float'>, <class 'int'>), summary='median')
+        >>> FIELDS["agrees"].summary
+        'share'
     """
 
     kinds: tuple[type, ...]

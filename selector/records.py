@@ -45,6 +45,14 @@ class Records:
 
     Raises:
         UsageError: a folder that cannot be written to, or a broken file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as run:
+        ...     settings = {"selector": "norm", "keep": "64"}
+        ...     Records(Path(run), settings).append(Record(id="page-1", index=0, tokens=64))
+        ...     list(Records(Path(run), settings).done)  # as a resumed run finds them
+        ['page-1']
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any], shard: Shard = WHOLE, fresh: bool = False):

@@ -32,11 +32,26 @@ SKETCH_TURNS, SKETCH_ERROR = 16, 2e-5
 
 
 class FullRankWarning(UserWarning):
-    """The rank reaches that of the matrix: leverage scores no longer tell tokens apart."""
+    """The rank reaches that of the matrix: leverage scores no longer tell tokens apart.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     scores = leverage_scores(torch.eye(3), rank=3, center=False).scores
+        >>> scores.tolist(), caught[0].category.__name__
+        ([1.0, 1.0, 1.0], 'FullRankWarning')
+    """
 
 
 class Leverage(NamedTuple):
-    """Leverage scores and the rank that was used for each matrix."""
+    """Leverage scores and the rank that was used for each matrix.
+
+    Example:
+        >>> rows = torch.tensor([[3.0, 0.0], [4.0, 0.0], [0.0, 0.1]])
+        >>> leverage = leverage_scores(rows, energy=0.9, center=False)
+        >>> round(leverage.scores.sum().item(), 4), leverage.rank.item()  # the scores sum to the rank
+        (1.0, 1)
+    """
 
     scores: Float[Tensor, "*B N"]
     rank: Int[Tensor, "*B"]

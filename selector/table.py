@@ -34,6 +34,15 @@ class TableSelector(ScoreSelector):
 
     Attributes:
         feature_mean, feature_std: ``[C]`` statistics of the training set, by which the table is normalised.
+
+    Example:
+        >>> class Linear(TableSelector):
+        ...     def score(self, tokens):
+        ...         return self.table(tokens).mean(-1)
+        >>> tokens = VisualTokens.from_features(torch.zeros(1, 4, 3), projected=torch.ones(1, 4, 5))
+        >>> selector = Linear(dim=8, inputs="both")
+        >>> sorted(selector.needs), list(selector.table(tokens).shape)
+        (['features', 'projected'], [1, 4, 8])
     """
 
     learned = True

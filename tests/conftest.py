@@ -28,7 +28,7 @@ from transformers import (
 
 torch.set_num_threads(1)
 
-TILE, PATCH = 32, 8  # 4 x 4 patches a tile
+TILE, PATCH = 32, 8  # 4 x 4 patches per tile
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "

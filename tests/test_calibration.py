@@ -27,7 +27,7 @@ from selector import (
     select_tokens,
 )
 from selector.base import GreedySelector, RankSelector
-from selector.calibration import Calibration, Point, calibrate
+from selector.calibration import CalibratedShare, Calibration, calibrate
 from selector.measure.identity import identity
 
 NEWLINES = ("kept_rows", "all", "none")
@@ -294,7 +294,7 @@ def test_the_key_of_records_follows_the_threshold_where_it_is_used():
     plain, one, two = Norm(), calibrated(Norm()), calibrated(Norm(), shares=(0.25, 0.1))
     half, quarter = Budget("auto:0.5"), Budget("auto:0.25")
     assert identity(one, quarter) == identity(two, quarter)  # another share beside it does not matter
-    two.calibration = Calibration((Point(0.25, "kept_rows", 2.0, 0.25),))
+    two.calibration = Calibration((CalibratedShare(0.25, "kept_rows", 2.0, 0.25),))
     assert identity(one, quarter) != identity(two, quarter)
     assert identity(one, Budget(0.25)) == identity(two, Budget(0.25)) == identity(plain, Budget(0.25))
     for selector, budget in ((plain, quarter), (two, half)):

@@ -23,9 +23,11 @@ from selector import (
     VisualTokens,
     load_selector,
 )
-from selector.calibration import Calibration, Point
+from selector.calibration import CalibratedShare, Calibration
 
-CALIBRATION = Calibration((Point(share=0.25, newlines="kept_rows", threshold=0.5, measured=0.251),), {"images": 3})
+CALIBRATION = Calibration(
+    (CalibratedShare(share=0.25, newlines="kept_rows", threshold=0.5, measured=0.251),), {"images": 3}
+)
 
 
 @pytest.fixture

@@ -74,6 +74,11 @@ class Correlation:
         points: of all those groups together.
         rank: in [-1, 1]; negative where the claim holds.
         interval: 95%, a bootstrap over the questions.
+
+    Example:
+        >>> held = Correlation("scenes", 0, "uncentred", "budgets", -0.82, (-0.9, -0.6), groups=7, points=35)
+        >>> print(markdown([held]).splitlines()[-1])
+        | budgets | 0 | uncentred | scenes | -0.82 [-0.90, -0.60] | 7 | 35 |
     """
 
     task: str

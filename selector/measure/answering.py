@@ -31,6 +31,12 @@ class Answer:
         prefill_seconds: from the finished prompt to the first new token.
         decode_seconds: per token after the first; None for an answer of one token.
         peak_bytes: highest memory allocated meanwhile, weights included; None except on a GPU.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> given = Answer("no", torch.tensor([0, 1]), logits, prefill_seconds=0.31, decode_seconds=0.02)
+        >>> round(given.nll, 3)  # -log(e^2 / (e^2 + 1)) for either token
+        0.127
     """
 
     text: str
@@ -137,6 +143,13 @@ class Forced:
     Attributes:
         logits: ``[A, V]`` row i predicts answer token i.
         visual: hidden states of the visual tokens, ``[L, d]`` for each layer asked for.
+
+    Example:
+        >>> reading = Forced(logits=torch.zeros(3, 512), visual={4: torch.zeros(64, 96)})
+        >>> reading.logits.softmax(-1)[0, 7].item() == 1 / 512  # of token 7 as the first of the answer
+        True
+        >>> list(reading.visual[4].shape)  # 64 visual tokens, as block 4 leaves them
+        [64, 96]
     """
 
     logits: Float[Tensor, "A V"]
@@ -154,7 +167,8 @@ def forced(
 
     Args:
         target: ids of the answer to read.
-            last: normed).
+        layers: whose hidden states of the visual tokens are wanted: 0 for what enters the language model, k for what
+            leaves its k-th block (the last: normed).
         image_token_id: what marks the visual tokens; needed with layers.
     """
     new = _fresh(inputs)

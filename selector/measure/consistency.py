@@ -34,6 +34,12 @@ class Spectrum:
         shares: ``[R]`` of the energy, descending; they sum to 1.
         ipr: inverse participation ratio, in [1 / R, 1].
         effective_rank: exponential of the entropy, in [1, R].
+
+    Example:
+        >>> import torch
+        >>> flat = spectrum(torch.eye(4))
+        >>> flat.shares.tolist(), flat.ipr, round(flat.effective_rank, 6)
+        ([0.25, 0.25, 0.25, 0.25], 0.25, 4.0)
     """
 
     shares: Float[Tensor, "R"]

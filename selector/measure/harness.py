@@ -34,7 +34,14 @@ FULL, BLIND = "full", "blind"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a selector at a budget, or one of the two references, which have neither."""
+    """One line of the table: a selector at a budget, or one of the two references, which have neither.
+
+    Example:
+        >>> from selector import load_selector
+        >>> rows = [Row(FULL), *(Row("norm", load_selector("norm"), Budget(keep)) for keep in (64, 16))]
+        >>> [(row.label, None if row.budget is None else row.budget.keep) for row in rows]
+        [('full', None), ('norm', 64), ('norm', 16)]
+    """
 
     label: str
     selector: TokenSelector | None = None
@@ -47,6 +54,14 @@ class Harness:
     Args:
         needs: fields of `VisualTokens` that some selector reads.
         protocol: how each sample is measured.
+
+    Example:
+        >>> from selector.commands.loading import load_model
+        >>> from selector.tasks import load_task
+        >>> model, processor = load_model("checkpoints/llava-next-tiny", "cpu")
+        >>> harness = Harness(model, processor, frozenset({"features"}), Protocol(max_new_tokens=4))
+        >>> [sum(harness.open(sample).whole.full) for sample in load_task("scenes").samples(2, seed=0)]  # visual tokens
+        [744, 444]
     """
 
     def __init__(self, model: Any, processor: Any, needs: frozenset[str], protocol: Protocol):
@@ -95,7 +110,18 @@ class Harness:
 
 
 class Measured:
-    """A sample, encoded once and answered by the unpruned model; gives a record for every row."""
+    """A sample, encoded once and answered by the unpruned model; gives a record for every row.
+
+    Example:
+        >>> from selector import load_selector
+        >>> from selector.commands.loading import load_model
+        >>> from selector.tasks import load_task
+        >>> harness = Harness(*load_model("checkpoints/llava-next-tiny", "cpu"), frozenset({"features"}), Protocol())
+        >>> measured = harness.open(next(load_task("scenes").samples(1, seed=0)))
+        >>> record = measured.record(Row("norm", load_selector("norm"), Budget(64)))
+        >>> record["tokens"], record["full_tokens"], record["prompt_tokens"]
+        (64, 744, 81)
+    """
 
     def __init__(self, harness: Harness, sample: Sample, task: Task | None = None):
         self.harness, self.sample = harness, sample

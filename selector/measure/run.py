@@ -37,6 +37,12 @@ class Step:
         index: of the sample in its task, counted over all shards.
         total: samples of the task that this shard takes.
         new: False for a record of an earlier run.
+
+    Example:
+        >>> record = Record(id="scenes-0-2", index=2, tokens=64, full_tokens=444)
+        >>> step = Step("scenes", index=2, total=60, row=Row("norm"), record=record, new=True)
+        >>> f"{step.task} {step.index + 1}/{step.total}: {step.row.label}, {step.record['tokens']} tokens"
+        'scenes 3/60: norm, 64 tokens'
     """
 
     task: str

@@ -153,9 +153,9 @@ def chosen_letter(prediction: str, choices: Sequence[str] = ()) -> str | None:
     text, known = prediction.strip(), LETTERS[: len(choices)] if choices else LETTERS
     patterns = (r"\(?([A-Za-z])[).:,]?\.?", r"(?s)\(?([A-Z])[).:,].*", r"(?is).*\banswer(?: is|:)\s*\(?([A-Z])\b.*")
     for pattern in patterns:
-        found = re.fullmatch(pattern, text)
-        if found:
-            return found[1].upper() if found[1].upper() in known else None
+        match = re.fullmatch(pattern, text)
+        if match:
+            return match[1].upper() if match[1].upper() in known else None
     same = [place for place, choice in enumerate(choices) if _bare(choice) == _bare(text)]
     return LETTERS[same[0]] if len(same) == 1 else None
 

@@ -28,7 +28,14 @@ from selector.plug import prune_inputs
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one piece of work over `calls` timed calls, and the visual tokens that it left, if any."""
+    """Median milliseconds of one piece of work over `calls` timed calls, and the visual tokens that it left, if any.
+
+    Example:
+        >>> prefill = Timing("prefill", 412.0, calls=20, tokens=2880)
+        >>> selection = Timing("norm", 2.1, calls=20, tokens=720)
+        >>> f"{selection.name} takes {100 * selection.milliseconds / prefill.milliseconds:.1f}% of the prefill"
+        'norm takes 0.5% of the prefill'
+    """
 
     name: str
     milliseconds: float
@@ -38,7 +45,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """Timings of one run: the references, and one timing per selector; `pruned_prefill` is that of the first one."""
+    """Timings of one run: the references, and one timing per selector; `pruned_prefill` is that of the first one.
+
+    Example:
+        >>> full, pruned = Timing("prefill", 412.0, 20, 2880), Timing("prefill, keep=0.25", 110.0, 20, 720)
+        >>> encode, svd, norm = Timing("encode", 85.0, 20), Timing("svd", 94.0, 20), Timing("norm", 2.0, 20, 720)
+        >>> bench = Bench(encode, full, svd, pruned, selectors=(norm,))
+        >>> bench.prefill.milliseconds - bench.pruned_prefill.milliseconds - bench.selectors[0].milliseconds  # net gain
+        300.0
+    """
 
     encode: Timing
     prefill: Timing

@@ -38,6 +38,13 @@ class Change:
     """A changed image of the same size, and how it maps back: in x and y, original = offset + scale · changed.
 
     Coordinates are in pixels from the upper left corner, with the centre of the first pixel at 0.5.
+
+    Example:
+        >>> change = cropped(Image.new("RGB", (200, 100)), margin=0.05)
+        >>> change.offset, change.scale
+        ((10.0, 5.0), (0.9, 0.9))
+        >>> [offset + scale * 50 for offset, scale in zip(change.offset, change.scale)]  # where its (50, 50) was
+        [55.0, 50.0]
     """
 
     name: str
@@ -47,14 +54,30 @@ class Change:
 
 
 class Overlap(NamedTuple):
-    """How alike two choices of patches are; both figures lie in [0, 1]."""
+    """How alike two choices of patches are; both figures lie in [0, 1].
+
+    Example:
+        >>> ours, theirs = torch.tensor([True, True, False, False]), torch.tensor([False, True, True, False])
+        >>> both = overlap(ours, theirs)
+        >>> f"{both.jaccard:.2f} {both.common:.2f}"  # 1 of 3 patches that either keeps; half of what each keeps
+        '0.33 0.50'
+    """
 
     jaccard: float
     common: float
 
 
 class Pairs(NamedTuple):
-    """``[M]`` patches of the original, counted ``t * N + n``, and those of the changed image that show their places."""
+    """``[M]`` patches of the original, counted ``t * N + n``, and those of the changed image that show their places.
+
+    Example:
+        >>> from selector.measure.evidence import canvas_of
+        >>> canvas = canvas_of((4, 4), pinpoints=[(4, 4)], tile=4, grid=(2, 2))
+        >>> change, valid = shifted(Image.new("RGB", (4, 4)), canvas), torch.ones(2, 4, dtype=torch.bool)
+        >>> moved = pairs(canvas.rectangles(), valid, change)  # the upper left patch is now the lower right one
+        >>> moved.original.tolist(), moved.changed.tolist()
+        ([0, 4], [3, 7])
+    """
 
     original: Int[Tensor, "M"]
     changed: Int[Tensor, "M"]

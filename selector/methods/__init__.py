@@ -1,1 +1,1 @@
-"""One method a file, named after it: ``svd_prune.py`` holds the selector called ``svd-prune``."""
+"""One method per file, named after it: ``svd_prune.py`` holds the selector called ``svd-prune``."""

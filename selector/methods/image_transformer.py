@@ -10,7 +10,7 @@ the page, so that an offset means the same everywhere on the page and at any pag
 
 With `question_dim` it reads the question, and what is kept of a page differs per question. The layers described above
 see only the image, once per image; then patches are compared with the question's tokens where the language model
-compares them, in its embedding space (`Match`), and `question_layers` more layers attend to both, once per question.
+compares them, in its embedding space (`_Match`), and `question_layers` more layers attend to both, once per question.
 
 The architecture is ours; it is trained by `training.answers`.
 
@@ -87,7 +87,7 @@ class ImageTransformer(TableSelector):
         # What every image passes through, with a question or without.
         self.embed = nn.Linear(dim, width)
         self.view = nn.Parameter(torch.zeros(2, width))  # high resolution, base view
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Block(width, heads, mlp_ratio) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
 
@@ -96,14 +96,14 @@ class ImageTransformer(TableSelector):
             if inputs == "features":
                 raise ValueError("inputs must hold the projected tokens ('projected' or 'both') for a question")
             self.needs = self.needs | {"question"}
-            self.match = Match(question_dim, width)
+            self.match = _Match(question_dim, width)
 
-            asked = [Block(width, heads, mlp_ratio, cross=True) for _ in range(question_layers)]
+            asked = [_Block(width, heads, mlp_ratio, cross=True) for _ in range(question_layers)]
             self.asked_blocks = nn.ModuleList(asked)
 
             # Embeddings know no context: one layer among the words gives them some before patches read them.
             self.read_words = nn.Sequential(nn.LayerNorm(question_dim), nn.Linear(question_dim, width))
-            self.question_block = Block(width, heads, mlp_ratio)
+            self.question_block = _Block(width, heads, mlp_ratio)
             self.question_norm = nn.LayerNorm(width)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
@@ -137,10 +137,10 @@ class ImageTransformer(TableSelector):
         scores = self._heads(self._answer(self._look(tokens).repeated(count), asked))
         return scores.view(count, tiles, -1)
 
-    def _look(self, tokens: VisualTokens) -> Seen:
+    def _look(self, tokens: VisualTokens) -> _Seen:
         """The image after the layers that do not read the question."""
         positions, base = page_positions(tokens)
-        cells = Cells(tokens.grid, tokens.image, tokens.valid, self.pool)
+        cells = _Cells(tokens.grid, tokens.image, tokens.valid, self.pool)
         table = self.raw_table(tokens)
 
         # A cell lies where the mean of its patches lies: its key turns by that position.
@@ -151,9 +151,9 @@ class ImageTransformer(TableSelector):
         x = self.embedded(table, self.embed) + self.view[base.long()]
         for block in self.blocks:
             x = block(x, rotation, cell_rotation, cells)
-        return Seen(x, table, rotation, cell_rotation, cells)
+        return _Seen(x, table, rotation, cell_rotation, cells)
 
-    def _answer(self, seen: Seen, asked: Asked) -> Float[Tensor, "T N W"]:
+    def _answer(self, seen: _Seen, asked: _Asked) -> Float[Tensor, "T N W"]:
         """The image after the layers that read the question."""
         x = seen.x + self.match(self._projected(seen.table), asked)
         for block in self.asked_blocks:
@@ -164,7 +164,7 @@ class ImageTransformer(TableSelector):
         """One score per patch, from what the last layer leaves."""
         return self.head(self.norm(x))[..., 0]
 
-    def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> Asked:
+    def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> _Asked:
         """The question's tokens: in the units of the table, and as words that know their neighbours."""
         raw = question.to(self.feature_mean.dtype)
 
@@ -173,8 +173,8 @@ class ImageTransformer(TableSelector):
         positions = torch.stack([torch.zeros_like(place), place], -1).expand(len(question), -1, -1)
         rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
 
-        words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, Words(attend)))
-        return Asked(self._projected(raw), words, attend)
+        words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, _Words(attend)))
+        return _Asked(self._projected(raw), words, attend)
 
     def _projected(self, raw: Float[Tensor, "R S C"]) -> Float[Tensor, "R S d"]:
         """A question, or the projected columns of a table (its last), in units of the training set's spread.
@@ -186,7 +186,7 @@ class ImageTransformer(TableSelector):
 
 
 @dataclass(frozen=True)
-class Asked:
+class _Asked:
     """Questions in the form that the layers read.
 
     Attributes:
@@ -199,17 +199,17 @@ class Asked:
     words: Float[Tensor, "R Q W"]
     mask: Bool[Tensor, "R 1 1 Q"]
 
-    def of(self, index: Int[Tensor, "T"]) -> Asked:
+    def of(self, index: Int[Tensor, "T"]) -> _Asked:
         """The question that belongs to each tile.
 
         Args:
             index: ``[T]`` number of the question, in 0..R-1.
         """
-        return Asked(self.embeddings[index], self.words[index], self.mask[index])
+        return _Asked(self.embeddings[index], self.words[index], self.mask[index])
 
 
 @dataclass(frozen=True)
-class Seen:
+class _Seen:
     """Images after the layers that do not read the question.
 
     Attributes:
@@ -223,16 +223,16 @@ class Seen:
     table: Float[Tensor, "T N C"]
     rotation: Tensor
     cell_rotation: Tensor
-    cells: Cells
+    cells: _Cells
 
-    def repeated(self, count: int) -> Seen:
+    def repeated(self, count: int) -> _Seen:
         """The image `count` times, one after the other, each an image by itself for the attention."""
         x, table = self.x.repeat(count, 1, 1), self.table.repeat(count, 1, 1)
         rotation, cell_rotation = (each.repeat(count, 1, 1, 1) for each in (self.rotation, self.cell_rotation))
-        return Seen(x, table, rotation, cell_rotation, self.cells.repeated(count))
+        return _Seen(x, table, rotation, cell_rotation, self.cells.repeated(count))
 
 
-class Match(nn.Module):
+class _Match(nn.Module):
     """Tells each patch which of the question's tokens it looks like, by cosine in the language model's embedding space.
 
     The projector moves a patch close to the embeddings of the words that it shows, so this works before anything is
@@ -257,7 +257,7 @@ class Match(nn.Module):
         self.nothing = nn.Parameter(torch.tensor(0.5 * self.SHARPNESS))
         self.value, self.best = nn.Linear(width, width), nn.Linear(1, width)
 
-    def forward(self, projected: Float[Tensor, "T N d"], asked: Asked) -> Float[Tensor, "T N W"]:
+    def forward(self, projected: Float[Tensor, "T N d"], asked: _Asked) -> Float[Tensor, "T N W"]:
         """What each patch takes from the words most like it, and how much its best word is like it.
 
         Args:
@@ -278,8 +278,8 @@ class Match(nn.Module):
         return attention @ self.value(asked.words) + self.best(best)
 
 
-class Words:
-    """Keys and values of a question attending to itself: its own tokens, where `Cells` has those of an image.
+class _Words:
+    """Keys and values of a question attending to itself: its own tokens, where `_Cells` has those of an image.
 
     Attributes:
         mask: ``[R, 1, 1, Q]`` tokens that may be attended to.
@@ -297,7 +297,7 @@ class Words:
         return x
 
 
-class Cells:
+class _Cells:
     """Keys and values of an image: cells of `pool` x `pool` patches of all its tiles.
 
     Patches that unpadding removes count in no mean, and cells of nothing else are never attended to.
@@ -330,10 +330,10 @@ class Cells:
         self.alone = len(tiles) == 1
         self.mask = None if bool(mask.all()) else mask.flatten(1)[self.image][:, None, None]
 
-    def repeated(self, count: int) -> Cells:
+    def repeated(self, count: int) -> _Cells:
         """The cells of one image, for `count` questions about it: as many images, none of which sees another."""
         image = torch.arange(count, device=self.image.device).repeat_interleave(len(self.image))
-        return Cells(self.grid, image, self.valid.repeat(count, 1), self.pool)
+        return _Cells(self.grid, image, self.valid.repeat(count, 1), self.pool)
 
     def mean(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
         """Mean over the valid patches of each cell; a cell without any is masked, and what it holds means nothing."""
@@ -368,7 +368,7 @@ class Cells:
         return cells.flatten(2).transpose(1, 2)
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """A pre-norm Transformer layer with rotary positions, and with `cross` an attention to the question.
 
     Args:
@@ -399,8 +399,8 @@ class Block(nn.Module):
         x: Float[Tensor, "T N W"],
         rotation: Tensor,
         key_rotation: Tensor,
-        seen: Cells | Words,
-        asked: Asked | None = None,
+        seen: _Cells | _Words,
+        asked: _Asked | None = None,
     ) -> Float[Tensor, "T N W"]:
         """The tokens after attention to what they see, to the question if there is one, and the MLP.
 

@@ -38,6 +38,13 @@ class Encoded:
         image_token_id: placeholder in ``input_ids`` that each packed token replaces.
         approximate: whether packed tokens are mixtures of encoder tokens, each traced to the nearest of them.
         modality: ``"image"``, or ``"video"`` where each video counts as an image whose frames are its tiles.
+
+    Example:
+        >>> import torch
+        >>> tokens = VisualTokens.from_features(torch.zeros(2, 4, 3))
+        >>> encoded = Encoded(tokens, packed=[torch.zeros(4, 8), torch.zeros(4, 8)], output=None, image_token_id=32000)
+        >>> [list(image.shape) for image in encoded.packed], encoded.deepstack  # two images of four tokens
+        ([[4, 8], [4, 8]], [])
     """
 
     tokens: VisualTokens
@@ -72,6 +79,13 @@ class Adapter:
         rows: arguments of the prompt's own shape ``[B, S]`` beside ids, mask, positions and labels, which the plug
             shortens with the prompt; for each, its value at padding and its value at the tokens of an answer.
         videos: whether `encode` takes ``pixel_values_videos``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = SimpleNamespace(config=SimpleNamespace(model_type="paligemma"))
+        >>> adapter = adapter_of(model)
+        >>> adapter.videos, dict(adapter.rows)  # the token type is 0 at padding, 1 in an answer
+        (False, {'token_type_ids': (0, 1)})
     """
 
     encode: Encode

@@ -22,6 +22,11 @@ class Canvas(NamedTuple):
         grid: rows and columns of that grid.
         cell: per image, where in the ``rows * columns`` cells of its tile its tokens lie, in packed order.
         slots: ``[I, L]`` see `selector.tokens.VisualTokens`.
+
+    Example:
+        >>> canvas = Canvas.of([(1, 2), (2, 1)], torch.device("cpu"))
+        >>> canvas.grid, canvas.slots.tolist()  # 2 x 2 cells per image; the second's tokens are in its first column
+        ((2, 2), [[0, 1], [4, 6]])
     """
 
     grid: tuple[int, int]
@@ -64,6 +69,11 @@ class Tiles(NamedTuple):
         order: ``[T]`` number of the encoder's tile at each position of the reordered table.
         image: ``[T]`` the image of each position.
         slots: ``[I, L]`` see `selector.tokens.VisualTokens`; packed as the encoder has them.
+
+    Example:
+        >>> tiles = Tiles.base_last([3], patches=2, device=torch.device("cpu"))
+        >>> tiles.order.tolist(), tiles.slots.tolist()
+        ([2, 0, 1], [[2, 3, 4, 5, 0, 1]])
     """
 
     order: Int[Tensor, "T"]
@@ -98,6 +108,11 @@ class Runs(NamedTuple):
         length: ``[R]`` placeholders of each run.
         row: ``[R]`` row of the batch.
         before: ``[R]`` the token in front of it, -1 at the start of a row.
+
+    Example:
+        >>> runs = Runs.of(torch.tensor([[5, 9, 9, 6, 9]]), image_token_id=9)
+        >>> runs.length.tolist(), runs.before.tolist()
+        ([2, 1], [5, 6])
     """
 
     length: Int[Tensor, "R"]

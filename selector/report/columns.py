@@ -41,6 +41,11 @@ class Column:
         text: writes the cell of a row.
         value: what the column is sorted by; None for a row without the figure.
         note: what the header means, for the legend.
+
+    Example:
+        >>> row = {"tokens": 64.0, "full_tokens": 256.0}
+        >>> TOKENS.header, TOKENS.text(row), TOKENS.value(row)
+        ('tokens', '64 (25%)', 64.0)
     """
 
     header: str

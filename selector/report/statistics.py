@@ -112,9 +112,9 @@ def paired_score(scores: Sequence[tuple[str, float]], of: int = 2) -> float | No
     for group, score in scores:
         images.setdefault(group, []).append(score)
     categories: dict[str, list[float]] = {}
-    for group, found in images.items():
-        if len(found) == of:
-            categories.setdefault(group.partition("/")[0], []).append(100 * sum(found) / of + 100 * (sum(found) == of))
+    for group, right in images.items():
+        if len(right) == of:
+            categories.setdefault(group.partition("/")[0], []).append(100 * sum(right) / of + 100 * (sum(right) == of))
     return sum(float(np.mean(each)) for each in categories.values()) if categories else None
 
 

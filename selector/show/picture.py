@@ -45,6 +45,14 @@ class Panel:
         valid: ``[T, N]`` patches that unpadding left; None for all.
         scores: ``[T, N]`` shown as a heat map instead of what is kept; None shows what is kept.
         right: colours the last line, whether it is the right answer; None for no answer, or where that is not known.
+
+    Example:
+        >>> import torch
+        >>> from selector.measure.evidence import canvas_of
+        >>> canvas = canvas_of((64, 64), pinpoints=[(64, 64)], tile=64, grid=(4, 4))  # a base view and one tile
+        >>> panel = Panel("norm", ("16 of 32 tokens",), kept=torch.arange(32).view(2, 16) % 2 == 0)
+        >>> draw(Image.new("RGB", (64, 64)), canvas, [panel, panel]).size
+        (736, 498)
     """
 
     title: str

@@ -58,6 +58,11 @@ class Recipe:
         remove: a text that goes out of every question.
         capitalize: the first letter large and the others small.
         answer_is: ``text``, or ``index`` of one of the choices, counted from 0.
+
+    Example:
+        >>> recipe = read_recipe(RECIPES / "textvqa.yaml")
+        >>> recipe.path, recipe.metric, recipe.texts
+        ('lmms-lab-encoder/textvqa', 'vqa', ['question_id', 'question', 'answers'])
     """
 
     path: str

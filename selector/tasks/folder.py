@@ -35,12 +35,12 @@ from selector.tasks.sample import Box, Sample
 
 ANNOTATIONS = "annotations.jsonl"
 """The file that makes a folder a task."""
-Row = tuple[int, dict[str, Any]]
+Annotation = tuple[int, dict[str, Any]]
 """A line of the annotations: its number, and what it says."""
 
 
 @dataclass(frozen=True)
-class Filters:
+class _Filters:
     """What follows the ? of a spec.
 
     Attributes:
@@ -126,9 +126,9 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
     return Task(name, samples, len(rows), digest.hexdigest()[:16], unreadable, filters.anls, filters.metric)
 
 
-def _one_question_each(rows: list[Row], files: list[Path]) -> tuple[list[Row], list[Path]]:
+def _one_question_each(rows: list[Annotation], files: list[Path]) -> tuple[list[Annotation], list[Path]]:
     """The rows with one question each, and their files: an image of three questions is there three times."""
-    split: list[Row] = []
+    split: list[Annotation] = []
     repeated: list[Path] = []
     for (number, row), file in zip(rows, files, strict=True):
         turns = row.get("qa") or [None]
@@ -137,11 +137,11 @@ def _one_question_each(rows: list[Row], files: list[Path]) -> tuple[list[Row], l
     return split, repeated
 
 
-def _filters(name: str, path: str) -> tuple[str, Filters]:
+def _filters(name: str, path: str) -> tuple[str, _Filters]:
     """Splits off what follows the last ? of `path`: the folder, and what to show of it."""
     folder, mark, query = path.rpartition("?")
     if not mark:
-        return path, Filters()
+        return path, _Filters()
 
     # An empty query parses to no pair at all; it is passed on, to be refused below.
     chosen: dict[str, Any] = {}
@@ -158,7 +158,7 @@ def _filters(name: str, path: str) -> tuple[str, Filters]:
                 f"questions=all, metric=NAME (one of {', '.join(METRICS)}), got {query!r}"
             )
 
-    return folder, Filters(**chosen)
+    return folder, _Filters(**chosen)
 
 
 def _is_share(text: str) -> bool:

@@ -37,8 +37,9 @@ Marks = tuple[tuple[str, Box], ...]
 class Draft:
     """A page before its pixels: everything known about it, and how to draw it.
 
-    Training on symbols needs no pixels, so drafts are cheap and drawing is left until asked for. `marks` and `everything`
-    serve training alone, but only a generator knows the layout that they come from; scenes are split by theirs.
+    Training on symbols needs no pixels, so drafts are cheap and drawing is left until asked for. `marks` and
+    `everything` serve training alone, but only a generator knows the layout that they come from; scenes are split by
+    theirs.
 
     Attributes:
         size: (width, height) in pixels.
@@ -67,7 +68,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Page:
-    """A drawn page with everything known about it: `turns` and `marks` are those of its `Draft`."""
+    """A drawn page with everything known about it: `turns` and `marks` are those of its `Draft`.
+
+    Example:
+        >>> from selector.tasks.generated import documents
+        >>> page = documents.page("test", seed=0, index=0)
+        >>> page.image.size, page.turns[0].question, page.turns[0].answer, page.marks[0][0]
+        ((192, 96), 'what is TOTAL?', 'TOTAL 6541', 'T')
+    """
 
     image: Image.Image
     turns: tuple[Turn, ...]
@@ -87,6 +95,12 @@ class Sample:
         answers: every reference, where there are several; `answer` is the one to show.
         choices: the words of the options, in the order of their letters; the question already lists them.
         group: "category/image" of questions that are scored together, see `selector.report.statistics.paired_score`.
+
+    Example:
+        >>> from selector.tasks import load_task
+        >>> sample = next(load_task("documents").samples(1, seed=0))
+        >>> sample.id, sample.question, sample.references, len(sample.boxes)
+        ('documents-0-0', 'is there a GRID?', ('yes',), 1)
     """
 
     id: str

@@ -21,7 +21,7 @@ from selector.measure.images import store_image
 from selector.report.columns import LEGEND
 from selector.report.page.explorer import explorer
 from selector.report.page.overview import overview
-from selector.report.page.plots import Line, Point, Series, axis, plot
+from selector.report.page.plots import Point, Reference, Series, axis, plot
 from selector.report.summary import read_run, run_names, write_report
 
 RIGHT = {"ours": ["1101", "1000"], "theirs": ["0110", "0000"]}
@@ -339,7 +339,7 @@ def test_plots_put_points_where_they_belong():
 
 @pytest.mark.parametrize("levels", [(0.92, 0.07), (1.0, 0.98), (0.0, 0.01), (0.5, 0.5, 0.51)])
 def test_names_of_reference_lines_meet_no_point_and_no_other_name(levels):
-    lines = [Line(f"a model of long name {100 * level:.0f}%", level) for level in levels]
+    lines = [Reference(f"a model of long name {100 * level:.0f}%", level) for level in levels]
     points = [Point(16, 0.07, "first"), Point(256, 0.92, "last")]
     svg = plot("t", axis("x", [16, 256], log=True), axis("share", [], percent=True), [Series("s", 0, points)], lines)
     ends = {float(x) for x in re.findall(r'<line class="reference" x1="50" x2="([\d.]+)"', svg)}

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from selector.report.columns import Figures, selector_name
-from selector.report.page.plots import Line, Point, Series, axis, legend, plot
+from selector.report.page.plots import Point, Reference, Series, axis, legend, plot
 
 Summary = dict[str, Any]
 SPECTRA = {  # by field of a row: the label of the axis, and what has shifted
@@ -101,7 +101,7 @@ def _curves(
             for row in summary["rows"]:
                 if row["task"] == task and row["keep"] is None and row["accuracy"] is not None:
                     of = f" ({run})" if len(runs) > 1 else ""
-                    lines.append(Line(f"{row['selector']}{of} {100 * row['accuracy']:.0f}%", row["accuracy"]))
+                    lines.append(Reference(f"{row['selector']}{of} {100 * row['accuracy']:.0f}%", row["accuracy"]))
 
     # Percent axes always span 0 to 1: a difference of a point must not look like a cliff.
     y_axis = axis(_word(field), [], percent=True)

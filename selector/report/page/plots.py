@@ -29,7 +29,15 @@ Number = float | int
 
 @dataclass(frozen=True)
 class Point:
-    """A figure at (x, y), its interval (low, high) in y if it has one, and the text of its tooltip."""
+    """A figure at (x, y), its interval (low, high) in y if it has one, and the text of its tooltip.
+
+    Example:
+        >>> point = Point(64, 0.5, "64 tokens: 50%", interval=(0.25, 0.75))
+        >>> x, y = axis("tokens", [16, 64]), axis("right", [], percent=True)
+        >>> svg = plot("accuracy", x, y, [Series("lofi", 0, [point])])
+        >>> "<title>lofi: 64 tokens: 50%</title>" in svg, svg.count("whisker")
+        (True, 1)
+    """
 
     x: Number
     y: Number
@@ -39,7 +47,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one selector; `number` gives colour and marker; a joined series has a line through them in order."""
+    """Points of one selector; `number` gives colour and marker; a joined series has a line through them in order.
+
+    Example:
+        >>> curve = Series("lofi", 1, [Point(16, 0.25, "16"), Point(64, 0.5, "64")])
+        >>> svg = plot("accuracy", axis("tokens", [16, 64]), axis("right", [], percent=True), [curve])
+        >>> svg.count('class="mark c1"'), svg.count("<polyline")  # two marks, and the line that joins them
+        (2, 1)
+    """
 
     name: str
     number: int
@@ -71,8 +86,15 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A horizontal reference over the whole plot, such as the unpruned model."""
+class Reference:
+    """A horizontal reference over the whole plot, such as the unpruned model.
+
+    Example:
+        >>> full = Reference("full 81%", 0.81)
+        >>> svg = plot("accuracy", axis("tokens", [16]), axis("right", [], percent=True), series=[], lines=[full])
+        >>> svg.count('<line class="reference"'), "full 81%" in svg
+        (1, True)
+    """
 
     name: str
     y: Number
@@ -105,7 +127,7 @@ def axis(label: str, values: Sequence[Number], log: bool = False, percent: bool 
 
 
 def plot(
-    title: str, x: Axis, y: Axis, series: Sequence[Series], lines: Sequence[Line] = (), front: bool = False
+    title: str, x: Axis, y: Axis, series: Sequence[Series], lines: Sequence[Reference] = (), front: bool = False
 ) -> str:
     """The SVG of a plot.
 

@@ -58,8 +58,13 @@ QUESTIONS = {"what": 5, "which": 2, "how": 1, "is": 2}
 
 
 @dataclass(frozen=True)
-class Line:
-    """`KEY:` and its value; `key_x`, `value_x`, `y`: centres of the first glyphs in pixels, on the page not turned."""
+class Entry:
+    """`KEY:` and its value; `key_x`, `value_x`, `y`: centres of the first glyphs in pixels, on the page not turned.
+
+    Example:
+        >>> layout(Random(0), (192, 96), count=3).lines[0]
+        Entry(key='BANK', value='793', key_x=14, value_x=84, y=44)
+    """
 
     key: str
     value: str
@@ -86,7 +91,7 @@ class DocumentLayout:
 
     size: tuple[int, int]
     kind: str
-    lines: tuple[Line, ...]
+    lines: tuple[Entry, ...]
     advance: int
     angle: float
 
@@ -128,7 +133,9 @@ def _place(rng: Random, start: int, length: int, columns: int, advance: int) -> 
     return advance * start + advance // 2 + shift
 
 
-def _entry(rng: Random, key: str, value: str, span: tuple[int, int], row: int, advance: int, place: int | None) -> Line:
+def _entry(
+    rng: Random, key: str, value: str, span: tuple[int, int], row: int, advance: int, place: int | None
+) -> Entry:
     """`KEY:` and value within the cells `span`, the value at cell `place` or one to four blank cells behind the key."""
     first, last = span
     # Two cells more than the texts: the colon, and the blank before the value.
@@ -142,7 +149,7 @@ def _entry(rng: Random, key: str, value: str, span: tuple[int, int], row: int, a
 
     y = ADVANCE * row + ADVANCE // 2 + rng.randint(-1, 1)
     key_x = _place(rng, start, len(key) + 1, last, advance)
-    return Line(key, value, key_x, _place(rng, place, len(value), last, advance), y)
+    return Entry(key, value, key_x, _place(rng, place, len(value), last, advance), y)
 
 
 def layout(rng: Random, size: tuple[int, int], count: int, split: str = "test") -> DocumentLayout:

@@ -29,6 +29,16 @@ class Line:
         paper: grey level of its paper, 0..255.
         ink: grey level of its ink, 0..255.
         local: grey level of the paper about each character (len(text),).
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from selector.tasks.receipts.scans import receipt_of
+        >>> bars = np.uint8([255, 255, 0, 255, 0, 255, 0, 255, 255, 255]).repeat(6)  # as if of H, I and M
+        >>> Image.fromarray(np.tile(bars, (40, 1))).save("him.png")
+        >>> row = {"size": [60, 40], "qa": [], "text": [{"t": "HIM", "box": [10, 10, 44, 30]}]}
+        >>> line(receipt_of(Path("him.png"), row, companies=set()), 0).borders.tolist()
+        [12, 22, 32, 42]
     """
 
     cells: np.ndarray

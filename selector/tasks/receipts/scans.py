@@ -78,6 +78,12 @@ class Receipt:
         questions: all that may be asked of it.
         monospaced: whether all its characters seem equally wide.
         group: the company, which is in one split alone.
+
+    Example:
+        >>> text = [{"t": "Total: 16.20", "box": [10, 20, 130, 40]}, {"t": "Thank you", "box": [10, 50, 100, 70]}]
+        >>> receipt = receipt_of(Path("scan.png"), {"size": [160, 80], "qa": [], "text": text}, companies=set())
+        >>> receipt.texts, receipt.advances.tolist(), receipt.monospaced
+        (('TOTAL: 16.20', 'THANK YOU'), [10.0, 10.0], True)
     """
 
     file: Path
@@ -152,7 +158,7 @@ def _load(documents: Path) -> tuple[Receipt, ...]:
 
     # Companies first: a receipt without one may name a known company in its head (see `_group`).
     companies = {_stem(name) for row in rows if (name := _company(row))}
-    return tuple(_receipt(documents, row, companies) for row in rows)
+    return tuple(receipt_of(documents / "images" / row["image"], row, companies) for row in rows)
 
 
 def _company(row: dict[str, Any]) -> str | None:
@@ -176,8 +182,14 @@ def _group(row: dict[str, Any], companies: set[str]) -> str:
     return next((head for head in heads if head in companies), heads[0])
 
 
-def _receipt(documents: Path, row: dict[str, Any], companies: set[str]) -> Receipt:
-    """A receipt from its row of the annotations; `companies` are the stems of all known ones."""
+def receipt_of(file: Path, row: dict[str, Any], companies: set[str]) -> Receipt:
+    """A receipt from its row of the annotations.
+
+    Args:
+        file: the scan.
+        row: with ``size`` (width, height), ``text`` [{t, box}] and ``qa`` [{q, a}].
+        companies: stems of all known companies, for a receipt whose row names none.
+    """
     # In capitals, as most of SROIE's transcripts are.
     lines = [(line["t"].upper().strip(), line["box"]) for line in row["text"] if line["t"].strip()]
     texts = tuple(text for text, _ in lines)
@@ -193,7 +205,7 @@ def _receipt(documents: Path, row: dict[str, Any], companies: set[str]) -> Recei
     spreads = [_spread(widths[long] / measure[long]) for measure in (lengths, metric)]
 
     return Receipt(
-        documents / "images" / row["image"],
+        file,
         texts,
         np.array(row["size"], dtype=np.float64),
         boxes,

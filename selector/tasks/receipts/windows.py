@@ -47,7 +47,15 @@ _WORD = re.compile(r"[A-Z0-9]+")
 
 @runtime_checkable
 class Rewritten(Protocol):
-    """A receipt that says something else than was scanned."""
+    """A receipt that says something else than was scanned.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> def white(left, top, right, bottom):
+        ...     return np.full((bottom - top, right - left), 255, np.uint8)
+        >>> isinstance(SimpleNamespace(texts=("TOTAL 1.00",), questions=(), draw=white), Rewritten)
+        True
+    """
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -79,6 +87,14 @@ class Window:
         scale: pixels of the page per pixel of the scan.
         size: (width, height) of the page.
         rewritten: what the receipt reads there, if not what was scanned.
+
+    Example:
+        >>> from selector.tasks.receipts.scans import receipt_of
+        >>> text = [{"t": "Total: 16.20", "box": [10, 20, 130, 40]}, {"t": "Thank you", "box": [10, 150, 100, 170]}]
+        >>> receipt = receipt_of(Path("scan.png"), {"size": [160, 180], "qa": [], "text": text}, companies=set())
+        >>> window = Window(receipt, left=10.0, top=20.0, scale=0.75, size=(96, 96))
+        >>> window.whole().tolist(), window.boxes(receipt.boxes)[0].tolist()
+        ([True, False], [0.0, 0.0, 90.0, 15.0])
     """
 
     receipt: Receipt
