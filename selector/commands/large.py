@@ -38,8 +38,8 @@ def check_quantization(name: str | None, device: torch.device, dtype: str) -> No
     _need(PACKAGE[name], f"quantization {name}")
     _need("accelerate", f"quantization {name}")
 
-    # Kernels for 4 bits are those of CUDA; torchao's multiply by bfloat16. bitsandbytes has some for a CPU, which fail on
-    # layers whose width is no multiple of 64.
+    # Kernels for 4 bits are those of CUDA; torchao's multiply by bfloat16. bitsandbytes has some for a CPU, too, which
+    # fail on layers whose width is no multiple of 64.
     if name != "int8" and device.type != "cuda":
         raise UsageError(f"quantization {name} needs device cuda, got {device.type!r}; int8 runs on a CPU, too")
     if name == "int4" and dtype not in ("auto", "bfloat16"):

@@ -58,7 +58,7 @@ def test_a_quantised_model_is_compared(call, tmp_path):
     pytest.importorskip("accelerate")
     version = pytest.importorskip("torchao").__version__
     for again in (False, True):
-        code, out, err = call(*OPTIONS, "--out", "run", "--quantization", "int8", "--max-new-tokens", "4")
+        code, _, err = call(*OPTIONS, "--out", "run", "--quantization", "int8", "--max-new-tokens", "4")
         assert code == 0, err
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("predictions.jsonl")}
         assert not again or files == before
