@@ -59,7 +59,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "skip_unreadable": False,
         "suffix": None,
         "system": None,
+        "workers": 0,
         **asdict(Protocol()),
+        "batch_size": None,  # depends on the size of the model
     },
     "show": COMMON
     | {
@@ -103,7 +105,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "tolerance": (int, float),
     "device_map": (str, dict),
     "samples": object,  # an int or "all", which is checked where it is read
-    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
+    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers"), int),
     **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
 }
 """Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated. Flags
@@ -355,6 +357,16 @@ def _compare(parser: _Parser) -> None:
     )
     parser.setting("repeats", "of every timed piece of work", "N")
 
+    # How fast.
+    parser.setting(
+        "batch_size",
+        "prompts that are answered at once (default: 32 for a model of fewer than 100 million parameters, else 1). "
+        "Answers are the same but where two tokens tie, which in bfloat16 is not rare; times are those of a batch "
+        "divided by its rows, and marked so. 1 times every sample by itself",
+        "N",
+    )
+    parser.setting("workers", "threads that open and prepare images ahead; 0: each image when its turn comes", "N")
+
     # Which part of the run this process takes, and what of an earlier one counts.
     parser.add_argument(
         "--shard",
@@ -433,7 +445,7 @@ def _machine(parser: _Parser) -> None:
     parser.setting("device_map", "spread a large model: auto, or modules and devices as JSON", "MAP")
     parser.setting("quantization", "int8, int4 or nf4 weights, packed as they are loaded", "NAME")
     parser.setting("attention", "attn_implementation of the model, e.g. eager", "NAME")
-    parser.setting("threads", "CPU threads of torch (default: 1 for a small model)", "N")
+    parser.setting("threads", "CPU threads of torch (default: 1 for a small model; for its batches, torch's own)", "N")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,67 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self._device)
+
+
+PHASES = ("prepare", "encode", "select", "prefill", "decode", "forced", "flops", "records", "report")
+"""What a comparison's time goes into: opening images and the processor; the encoder; selectors, budgets and shortened
+prompts; the prompt in the language model; its answer; the unpruned model's answer, teacher-forced; counting operations;
+figures and files of records; tables and page."""
+
+
+class Spent:
+    """Wall time by phase; a phase within another one is not counted twice.
+
+    Attributes:
+        seconds: by the names of `PHASES`.
+
+    Example:
+        >>> import torch
+        >>> spent = Spent(torch.device("cpu"))
+        >>> with spent.on("records"), spent.on("select"):
+        ...     pass
+        >>> spent.seconds["prefill"]
+        0.0
+    """
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._device, self._phase, self._since = device, "", 0.0
+
+    @contextmanager
+    def on(self, phase: str) -> Iterator[None]:
+        """Charges what happens in the block to a phase, and what comes after it to the one before."""
+        before = self._switch(phase)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Charges to `target` what one call did for both."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def _switch(self, phase: str) -> str:
+        synchronize(self._device)
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[self._phase] += now - self._since
+        before, self._phase, self._since = self._phase, phase, now
+        return before
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """So many threads of torch within the block; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if number is not None and number != before:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def synchronize(device: torch.device) -> None:
