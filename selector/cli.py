@@ -60,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "suffix": None,
         "system": None,
         "workers": 0,
+        "rank_timeout": 120,
         **asdict(Protocol()),
         "batch_size": None,  # depends on the size of the model
     },
@@ -103,6 +104,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "keep": (int, float, str),
     "shares": (int, float, str),
     "tolerance": (int, float),
+    "rank_timeout": (int, float),
     "device_map": (str, dict),
     "samples": object,  # an int or "all", which is checked where it is read
     **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers"), int),
@@ -372,6 +374,9 @@ def _compare(parser: _Parser) -> None:
         "--shard",
         metavar="I/N",
         help="take every N-th sample, from the I-th (0/2 and 1/2 share a run; under torchrun: its rank)",
+    )
+    parser.setting(
+        "rank_timeout", "seconds without a sign of life after which another rank of torchrun counts as dead", "S"
     )
     parser.add_argument("--fresh", action="store_true", help="forget the records of this comparison and start over")
 

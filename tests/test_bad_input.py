@@ -137,6 +137,7 @@ FLAGS = [
     *((("--seed", value), "seed") for value in ("x", "1.5", "")),
     *((("--shard", value), "shard") for value in ("2/2", "1", "0/0", "-1/2", "a/b", "", "0/2/3")),
     (("--shard", "0/2", "--fresh"), "fresh"),
+    *((("--rank-timeout", value), "timeout") for value in ("0", "-1", "x", "nan", "inf", "")),
     (("--baseline", "nobody"), "baseline"),
     *((("--out", value), "out") for value in ("", "file", "file/deep")),
     *((("--config", value), "config") for value in ("none.yaml", "empty", "")),

@@ -79,13 +79,14 @@ def pages(seed: int) -> list[Sample]:
     return [next(load_task(name).samples(1, seed)) for name in ("documents", "scenes")]
 
 
-def find_tasks(command: str, specs: list[str], skip_unreadable: bool) -> list[Task]:
+def find_tasks(command: str, specs: list[str], skip_unreadable: bool, quiet: bool = False) -> list[Task]:
     """Loads the tasks whose data is there, and names the others on standard error.
 
     Args:
         command: named in the message.
         specs: names of tasks, or ``folder:PATH``.
         skip_unreadable: leave out images that cannot be read, instead of an error.
+        quiet: name nothing.
 
     Raises:
         UsageError: a task twice, no task, or none whose data is there.
@@ -103,7 +104,8 @@ def find_tasks(command: str, specs: list[str], skip_unreadable: bool) -> list[Ta
             tasks.append(load_task(spec, skip_unreadable))
         except MissingData as error:
             missing.append(str(error))
-            print(f"selector {command}: {spec} is left out: {error}", file=sys.stderr)
+            if not quiet:
+                print(f"selector {command}: {spec} is left out: {error}", file=sys.stderr)
     if not tasks:
         raise UsageError(f"tasks must hold one whose data is there: {'; '.join(missing)}")
     return tasks

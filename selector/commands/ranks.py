@@ -28,6 +28,10 @@ BEAT = 1.0
 """Seconds between two signs of life."""
 
 
+class RankLost(UsageError):
+    """Another rank failed, or gives no sign of life."""
+
+
 class Ranks:
     """This process among those that share a run, for the time of a ``with`` block.
 
@@ -96,7 +100,7 @@ class Ranks:
             meanwhile: called about once a second, for a progress bar.
 
         Raises:
-            UsageError: a rank failed, or gives no sign of life.
+            RankLost: a rank failed, or gives no sign of life.
         """
         if self._own["state"] == "working":
             self._own["state"] = "done"
@@ -119,9 +123,9 @@ class Ranks:
             return True
 
         if about is not None and about["state"].startswith("failed"):
-            raise UsageError(f"rank {rank} of {self.count} {about['state']}")
+            raise RankLost(f"rank {rank} of {self.count} {about['state']}")
         if time.monotonic() - other.since > self.timeout:
-            raise UsageError(
+            raise RankLost(
                 f"rank {rank} of {self.count} has given no sign of life for {self.timeout:g} s (see --rank-timeout)"
             )
         return False
@@ -146,12 +150,13 @@ class _Other:
     """Another rank, seen through its file."""
 
     def __init__(self, path: Path):
-        self.path, self.since = path, time.monotonic()
+        self.path, self.since, self._looked = path, time.monotonic(), -BEAT
         self._first = self._text = self._read()
 
     def content(self) -> dict[str, Any] | None:
         """What the rank last wrote since this process looked first; None where it wrote nothing."""
-        text = self._read()
+        # Asked after every record: a look now and then is enough, since the file changes but once per beat.
+        text = self._read() if time.monotonic() - self._looked > BEAT / 2 else self._text
         if text and text != self._text:
             self._text, self.since = text, time.monotonic()
         try:
@@ -160,6 +165,7 @@ class _Other:
             return None
 
     def _read(self) -> str:
+        self._looked = time.monotonic()
         try:
             return self.path.read_text(encoding="utf-8")
         except OSError:  # not there yet; on a network drive also just being replaced
