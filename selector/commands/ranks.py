@@ -42,6 +42,13 @@ class Ranks:
 
     Attributes:
         leads: whether this process alone prints, and writes the report.
+
+    Example:
+        >>> with Ranks(Path("runs/mine"), (0, 1), timeout=120.0) as ranks:  # a process by itself
+        ...     records = ranks.advance("scenes")
+        ...     ranks.wait()
+        >>> records, ranks.leads
+        (1, True)
     """
 
     def __init__(self, run: Path, shard: Shard, timeout: float):
