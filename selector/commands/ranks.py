@@ -29,7 +29,14 @@ BEAT = 1.0
 
 
 class RankLost(UsageError):
-    """Another rank failed, or gives no sign of life."""
+    """Another rank failed, or gives no sign of life.
+
+    Example:
+        >>> with Ranks(Path("runs/mine"), (0, 2), timeout=0.2) as ranks:
+        ...     ranks.wait()
+        Traceback (most recent call last):
+        selector.commands.ranks.RankLost: rank 1 of 2 has given no sign of life for 0.2 s (see --rank-timeout)
+    """
 
 
 class Ranks:
