@@ -28,7 +28,7 @@ from selector.commands.common import (
 )
 from selector.commands.large import place_of
 from selector.commands.printing import print_report
-from selector.commands.ranks import RankLost, Ranks, named
+from selector.commands.ranks import RankLost, Ranks
 from selector.errors import UsageError
 from selector.files import check_output
 from selector.measure.batches import refusal
@@ -73,7 +73,7 @@ def run(settings: dict[str, Any]) -> int:
     selectors = choose(settings)
     baseline = _baseline(settings, selectors)
 
-    with Ranks(out, team, _timeout(settings["rank_timeout"])) as ranks, named(ranks):
+    with Ranks(out, team, _timeout(settings["rank_timeout"])) as ranks:
         # A stray RANK in the environment would otherwise make a partial run in silence.
         if team != WHOLE and ranks.leads:
             _announce(shard)

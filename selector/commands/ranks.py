@@ -14,8 +14,8 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ class Ranks:
         self._thread.join()
         self._beat()
 
+        # All ranks print their errors to one terminal.
+        if isinstance(error, UsageError) and not self.leads:
+            raise UsageError(f"rank {self.rank} of {self.count}: {error}") from error
+
     def advance(self, task: str) -> int:
         """Counts one record of this rank; returns how many of that task all ranks have."""
         self._steps[task] += 1
@@ -121,7 +125,11 @@ class Ranks:
         for other in self._others.values():
             other.since = time.monotonic()
 
-        while not all(self._finished(rank, other) for rank, other in self._others.items()):
+        while True:
+            # Every one is looked at, so that a failure is heard while another rank is waited for.
+            finished = [self._finished(rank, other) for rank, other in self._others.items()]
+            if all(finished):
+                break
             meanwhile()
             time.sleep(min(BEAT, self.timeout) / 4)
         if self.leads and self.count > 1:
@@ -184,14 +192,3 @@ class _Other:
             return self.path.read_text(encoding="utf-8")
         except OSError:  # not there yet; on a network drive also just being replaced
             return ""
-
-
-@contextmanager
-def named(ranks: Ranks) -> Iterator[None]:
-    """Within the block, an error says which rank it is of."""
-    try:
-        yield
-    except UsageError as error:
-        if ranks.leads:
-            raise
-        raise UsageError(f"rank {ranks.rank} of {ranks.count}: {error}") from error

@@ -105,7 +105,27 @@ def test_a_rank_that_fails_says_why_at_once(launch):
     first, second = launch(Ranks.wait, failing, timeout=15.0)
     assert str(first) == "rank 1 of 2 failed: a sample that cannot be measured"
     assert time.monotonic() - start < 5
-    assert "a sample" in str(second)
+    assert str(second) == "rank 1 of 2: a sample\nthat cannot be measured"
+
+
+def test_a_failure_is_heard_while_others_are_waited_for(launch):
+    ended = {}
+
+    def leader(group):
+        try:
+            group.wait()
+        finally:
+            ended["leader"] = time.monotonic()
+
+    def slow(group):
+        time.sleep(2.0)
+        ended["slow"] = time.monotonic()
+
+    def failing(group):
+        raise UsageError("no memory")
+
+    assert str(launch(leader, slow, failing)[0]).startswith("rank 2 of 3 failed: no memory")
+    assert ended["leader"] < ended["slow"] - 1
 
 
 def test_the_others_hear_that_rank_0_failed(launch):
@@ -113,7 +133,7 @@ def test_the_others_hear_that_rank_0_failed(launch):
         time.sleep(0.1)
         group.stop("interrupted")
 
-    assert str(launch(interrupted, Ranks.wait)[1]) == "rank 0 of 2 failed: interrupted"
+    assert str(launch(interrupted, Ranks.wait)[1]) == "rank 1 of 2: rank 0 of 2 failed: interrupted"
 
 
 @pytest.mark.parametrize("state", ["done", "failed: long ago"])
