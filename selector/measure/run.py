@@ -146,7 +146,8 @@ def compare(
     plan: dict[str, Any] = asdict(protocol) | {
         "model": model_name,
         "samples": samples,
-        "shard": None if shard == records.WHOLE else f"{shard[0]}/{shard[1]}",
+        # Not which one this is: all shards write the same plan.
+        "shards": shard[1],
         "baseline": baseline,
         "environment": environment(model, batch_threads)
         | {"image_processor": common["processor"], "attention": common["attention"]},
