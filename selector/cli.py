@@ -1,4 +1,4 @@
-"""The command line: ``selector compare | show | bench | calibrate | stability | list | report``.
+"""The command line: ``selector compare | show | demo | bench | calibrate | stability | list | report``.
 
 Only the parser lives here, so that ``selector --help`` answers at once; the commands are in `selector.commands` and are
 imported when one runs. Settings come from three places, of which the later wins: the defaults below, a YAML file
@@ -68,6 +68,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_new_tokens": Protocol.max_new_tokens,
         "scores": False,
     },
+    "demo": COMMON | {"keep": [0.25], "port": 7860, "share": False, "max_new_tokens": Protocol.max_new_tokens},
     "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
     "stability": MACHINE
     | {
@@ -101,8 +102,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "shares": (int, float, str),
     "tolerance": (int, float),
     "samples": object,  # an int or "all", which is checked where it is read
-    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
-    **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
+    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "port"), int),
+    **dict.fromkeys(("answers", "skip_unreadable", "scores", "share"), bool),
 }
 """Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated. Flags
 follow them, see `_Parser.setting`."""
@@ -114,6 +115,7 @@ examples:
   selector compare --selectors checkpoints/my-selector svd-prune random --tasks folder:DATA --no-answers
   selector compare --config configs/compare/llava-next-7b.yaml
   selector show photo.jpg --selectors svd-prune lofi --keep 0.25 --out picture.png
+  selector demo --selectors checkpoints/selector-llava-next-tiny lofi random
   selector list
 
 A selector is a name (selector list), a name with arguments (svd-prune:energy=0.5,center=false), a checkpoint folder,
@@ -297,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
         add("compare", "accuracy, consistency, evidence, tokens and time of every selector at every budget", EXAMPLES)
     )
     _show(add("show", "a PNG of what each selector keeps of an image"))
+    _demo(add("demo", "a page to drop an image on: what each selector keeps and answers (needs gradio)"))
     _bench(add("bench", "selection time against the prefill and against a full SVD, measured in one run"))
     _calibrate(add("calibrate", "find the thresholds of --keep auto:SHARE, stored in a checkpoint", CALIBRATE))
     _stability(add("stability", "whether a changed image, or another training, keeps the same places", STABILITY))
@@ -370,6 +373,13 @@ def _show(parser: _Parser) -> None:
     parser.setting("out", "the picture", "PNG")
     parser.setting("scores", "below, the scores of each selector as a heat map")
     parser.setting("question", "also ask this of every image, and show the answers", "TEXT")
+    parser.setting("max_new_tokens", "tokens of an answer at most", "N")
+
+
+def _demo(parser: _Parser) -> None:
+    _shared(parser)
+    parser.setting("port", "of the page, 0 for one that is free", "PORT")
+    parser.setting("share", "open the page to the internet too, through a tunnel of gradio's (default: no)")
     parser.setting("max_new_tokens", "tokens of an answer at most", "N")
 
 

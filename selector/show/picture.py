@@ -77,7 +77,7 @@ def draw(image: Image.Image, canvas: Canvas, panels: Sequence[Panel], boxes: Seq
     """
     views = _views(image.convert("RGB"), canvas)
 
-    drawn = [_panel(views, image.size, canvas, panel, boxes) for panel in panels]
+    drawn = [_framed(*_pictures(views, image.size, canvas, panel, boxes), panel) for panel in panels]
     strip = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)), PAPER)
     x = 0
     for panel in drawn:
@@ -138,8 +138,24 @@ def _views(image: Image.Image, canvas: Canvas) -> _Views:
     )
 
 
-def _panel(views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, boxes: Sequence[Box]) -> Image.Image:
-    """A panel; `size` is the (width, height) of the image, in whose pixels the boxes are."""
+def painted(
+    image: Image.Image, canvas: Canvas, panel: Panel, boxes: Sequence[Box] = ()
+) -> tuple[Image.Image, Image.Image]:
+    """The pictures of a panel without their words: (the tiles, the base view).
+
+    Args:
+        image: in its original size.
+        canvas: how the processor cuts it into tiles.
+        panel: what is kept; its words are not drawn.
+        boxes: (x0, y0, x1, y1) in pixels of the image, outlined.
+    """
+    return _pictures(_views(image.convert("RGB"), canvas), image.size, canvas, panel, boxes)
+
+
+def _pictures(
+    views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, boxes: Sequence[Box]
+) -> tuple[Image.Image, Image.Image]:
+    """The tiles and the base view; `size` is the (width, height) of the image, in whose pixels the boxes are."""
     one, whole = _shown(panel, (1, 1), canvas.grid, 0), _shown(panel, canvas.tiles, canvas.grid, 1)
     main = Image.fromarray(_painted(views.main, *whole, views.padding, views.veil))
     _borders(main, canvas.tiles)
@@ -154,7 +170,7 @@ def _panel(views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, b
 
     # The base view has no padding.
     small = Image.fromarray(_painted(views.base, *one, np.zeros((INSET, INSET), bool), views.veil))
-    return _framed(main, small, panel)
+    return main, small
 
 
 def _framed(main: Image.Image, base: Image.Image, panel: Panel) -> Image.Image:
