@@ -27,7 +27,8 @@ def run(settings: dict[str, Any]) -> int:
     """
     # Mistakes in the settings, and a missing library, are errors before a model is loaded.
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
-    if len(budgets) != 1 or isinstance(budgets[0].keep, str):
+    share = budgets[0].keep
+    if len(budgets) != 1 or not isinstance(share, int | float):
         raise UsageError(f"keep must be one count or share, where the slider starts, got {settings['keep']}")
     port = whole("port", settings["port"])
     if not 0 <= port < 65536:
@@ -42,7 +43,7 @@ def run(settings: dict[str, Any]) -> int:
     # What is dropped into the page is stored by gradio, and goes when the server does.
     with tempfile.TemporaryDirectory(prefix="selector-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks = interface.build(demo, settings["model"], budgets[0].keep, seed)
+        blocks = interface.build(demo, settings["model"], share, seed)
         print(f"{interface.serve(blocks, port, settings['share'])} (Ctrl+C ends it)", flush=True)
         blocks.block_thread()
     return 0

@@ -75,7 +75,7 @@ function explore(data) {
     if (sample.question) question.append("Question: ", element("q", sample.question));
     if (sample.target !== undefined && sample.target !== null) question.append("  Right answer: ", element("q", sample.target));
     const image = data.images[sample.image], picture = new Image();
-    const whole = { selector: "every token", tokens: sample.full_tokens, answer: sample.answer, correct: sample.correct, kept: sample.kept };
+    const whole = { selector: "every token", tokens: sample.full_tokens, answer: sample.answer, correct: sample.correct, score: sample.score, kept: sample.kept };
     const rows = sample.rows.filter((row) => row.keep === picks.keep.value || row.keep === null);
     const canvases = [whole, ...rows].map((row) => panel(row, sample, image, panels));
     if (!image) return;
@@ -125,7 +125,9 @@ function panel(row, sample, image, panels) {
   }
   if (row.answer !== undefined) {
     const said = document.createElement("p");
-    const mark = row.correct === undefined ? "" : row.correct ? "✓ right" : "✗ wrong";
+    const own = sample.scored_by !== undefined && row.score !== undefined;
+    const mark = own ? `${sample.scored_by} ${Math.round(100 * row.score)}%`
+      : row.correct === undefined ? "" : row.correct ? "✓ right" : "✗ wrong";
     said.append("“", element("span", row.answer, "said"), "” ", element("span", mark, row.correct ? "right" : "wrong"));
     figure.append(said);
   }
