@@ -20,7 +20,7 @@ from selector.errors import UsageError
 from selector.measure.answering import Answer, answer, forced, prepare, without_image
 from selector.measure.consistency import Spectrum, spectrum, spectrum_shift
 from selector.measure.cost import synchronize
-from selector.measure.evidence import Canvas, evidence, model_canvas
+from selector.measure.evidence import Canvas, evidence, model_canvas, unplaced
 from selector.measure.flops import cache_bytes, counted_flops, language_flops, tower_flops
 from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
@@ -149,13 +149,12 @@ class Measured:
         self.full = harness.answer(self.whole.inputs) if asked else None
         self.full_spectrum = self._internals(self.whole, None)[0]
 
-        # A sample with boxes needs the canvas of a LLaVA-NeXT: other models raise. Without boxes the canvas serves the
-        # report's pictures, and is done without. Approximate tokens cover no patches of their own.
+        # For evidence and the report's pictures. A family without one does without both, which the report says once.
+        # Approximate tokens cover no patches of their own.
         self.canvas: Canvas | None = None
-        placed = sample.boxes or hasattr(model.config, "image_grid_pinpoints")
-        if placed and self.encoded and not self.encoded.approximate:
-            size = (sample.image.height, sample.image.width)
-            self.canvas = model_canvas(model.config, size, self.encoded.tokens.grid)
+        if self.encoded and not self.encoded.approximate and unplaced(model.config) is None:
+            size, tokens = (sample.image.height, sample.image.width), self.encoded.tokens
+            self.canvas = model_canvas(model.config, size, tokens.grid, len(tokens.features))
 
     def record(self, row: Row) -> dict[str, Any]:
         """Everything measured for one row, as plain values."""
@@ -256,7 +255,9 @@ class Measured:
             figures["approximate"] = True
         if self.canvas is not None and self.sample.boxes:
             shares = evidence(kept, self.canvas.rectangles(), self.sample.boxes)
-            figures |= {} if shares is None else {"evidence": shares[0], "base_evidence": shares[1]}
+            if shares is not None:
+                named = zip(("evidence", "base_evidence"), shares, strict=True)
+                figures |= {name: share for name, share in named if share is not None}
         return figures
 
     def _same(self, given: Answer | None) -> bool:

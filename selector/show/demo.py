@@ -53,7 +53,7 @@ class Card:
 
     title: str
     seen: Seen | None = None
-    pictures: tuple[Image.Image, Image.Image] | None = None
+    pictures: tuple[Image.Image, Image.Image | None] | None = None
     same: bool | None = None
     note: str = ""
 
@@ -203,7 +203,7 @@ def _card(card: Card) -> str:
     if card.pictures is not None:
         words = f"{card.title}: {tokens}, kept patches clear, dropped ones veiled"
         tiles, base = (
-            f'<img class="{kind}" src="{_data_url(image)}" alt="{escape(f"{words}; {kind}")}">'
+            f'<img class="{kind}" src="{_data_url(image)}" alt="{escape(f"{words}; {kind}")}">' if image else ""
             for kind, image in zip(("tiles", "base"), card.pictures, strict=True)
         )
 

@@ -94,7 +94,7 @@ class View:
     def canvas(self) -> Canvas:
         """Where the patches lie in the image; a UsageError for models that do not say."""
         image = self.sample.image
-        return model_canvas(self.model.config, (image.height, image.width), self.tokens.grid)
+        return model_canvas(self.model.config, (image.height, image.width), self.tokens.grid, len(self.tokens.features))
 
     def under(self, selector: TokenSelector | None, budget: Budget | None, name: str) -> Seen:
         """What is left of the image under a selector, and the answer; `None, None` keeps every token.

@@ -140,8 +140,8 @@ def _views(image: Image.Image, canvas: Canvas) -> _Views:
 
 def painted(
     image: Image.Image, canvas: Canvas, panel: Panel, boxes: Sequence[Box] = ()
-) -> tuple[Image.Image, Image.Image]:
-    """The pictures of a panel without their words: (the tiles, the base view).
+) -> tuple[Image.Image, Image.Image | None]:
+    """The pictures of a panel without their words: (the tiles, the base view or None where a model has none).
 
     Args:
         image: in its original size.
@@ -154,9 +154,9 @@ def painted(
 
 def _pictures(
     views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, boxes: Sequence[Box]
-) -> tuple[Image.Image, Image.Image]:
+) -> tuple[Image.Image, Image.Image | None]:
     """The tiles and the base view; `size` is the (width, height) of the image, in whose pixels the boxes are."""
-    one, whole = _shown(panel, (1, 1), canvas.grid, 0), _shown(panel, canvas.tiles, canvas.grid, 1)
+    whole = _shown(panel, canvas.tiles, canvas.grid, int(canvas.base))
     main = Image.fromarray(_painted(views.main, *whole, views.padding, views.veil))
     _borders(main, canvas.tiles)
 
@@ -169,11 +169,14 @@ def _pictures(
         frame.rectangle(corners, outline=MARK, width=2)
 
     # The base view has no padding.
+    if not canvas.base:
+        return main, None
+    one = _shown(panel, (1, 1), canvas.grid, 0)
     small = Image.fromarray(_painted(views.base, *one, np.zeros((INSET, INSET), bool), views.veil))
     return main, small
 
 
-def _framed(main: Image.Image, base: Image.Image, panel: Panel) -> Image.Image:
+def _framed(main: Image.Image, base: Image.Image | None, panel: Panel) -> Image.Image:
     """The picture under its title, and below it the base view beside the words."""
     out = Image.new("RGB", (PANEL + 2 * MARGIN, main.height + INSET + 62), PAPER)
     pen = ImageDraw.Draw(out)
@@ -181,9 +184,10 @@ def _framed(main: Image.Image, base: Image.Image, panel: Panel) -> Image.Image:
     out.paste(main, (MARGIN, 34))
 
     below, left = 34 + main.height + 8, MARGIN + INSET + 10
-    out.paste(base, (MARGIN, below))
-    pen.rectangle((MARGIN - 1, below - 1, MARGIN + INSET, below + INSET), outline=(200, 200, 205))
-    for i, line in enumerate((*panel.lines, "at left: the base view")):
+    if base is not None:
+        out.paste(base, (MARGIN, below))
+        pen.rectangle((MARGIN - 1, below - 1, MARGIN + INSET, below + INSET), outline=(200, 200, 205))
+    for i, line in enumerate((*panel.lines, "at left: the base view" if base is not None else "")):
         # The last line explains the small picture; the answer is the one before it.
         last, ink = i == len(panel.lines), INK
         if panel.right is not None and i == len(panel.lines) - 1:
