@@ -134,7 +134,9 @@ def test_a_single_view_is_the_whole_image(size):
 
     empty, grid = patches(blank)
     config = SimpleNamespace(model_type="qwen2_vl")
-    places = model_canvas(config, size, tuple(grid), views=1).rectangles()
+    canvas = model_canvas(config, size, tuple(grid), views=1)
+    assert canvas.size == (grid[1], grid[0])  # of the shape of the picture
+    places = canvas.rectangles()
     assert places.shape == (1, grid[0] * grid[1], 4)
     for index in (0, grid[1] - 1, grid[0] * grid[1] // 2, grid[0] * grid[1] - 1):
         x0, y0, x1, y1 = places[0, index].tolist()
