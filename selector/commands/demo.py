@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 from selector.commands import loading
-from selector.commands.common import choose, load_all, positive, whole
+from selector.commands.common import SMALL, choose, load_all, positive, whole
 from selector.errors import UsageError
 from selector.show import interface
 from selector.show.demo import Demo
@@ -43,7 +43,9 @@ def run(settings: dict[str, Any]) -> int:
     # What is dropped into the page is stored by gradio, and goes when the server does.
     with tempfile.TemporaryDirectory(prefix="selector-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks = interface.build(demo, settings["model"], share, seed)
+        # A large model answers when it is asked to, not whenever somebody opens the page.
+        small = sum(weight.numel() for weight in model.parameters()) < SMALL
+        blocks = interface.build(demo, settings["model"], share, seed, at_once=small)
         print(f"{interface.serve(blocks, port, settings['share'])} (Ctrl+C ends it)", flush=True)
         blocks.block_thread()
     return 0

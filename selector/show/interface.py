@@ -59,7 +59,7 @@ def gradio() -> Any:
     return library
 
 
-def build(demo: Demo, model: str, share: float | int, seed: int = 0) -> Any:
+def build(demo: Demo, model: str, share: float | int, seed: int = 0, at_once: bool = True) -> Any:
     """The page as gradio's ``Blocks``, not served yet.
 
     Args:
@@ -67,6 +67,7 @@ def build(demo: Demo, model: str, share: float | int, seed: int = 0) -> Any:
         model: its name, for the heading.
         share: where the slider stands for a new image: a share of its tokens (a float), or a count.
         seed: of the examples.
+        at_once: ask about the first example when the page is opened.
     """
     gr = gradio()
     first = example(0, seed)
@@ -121,7 +122,8 @@ def build(demo: Demo, model: str, share: float | int, seed: int = 0) -> Any:
         more.click(another, number, [number, image, question, keep], **common).then(run, inputs, cards, **common)
         asked = [ask.click, question.submit, keep.release, chosen.input]
         gr.on(asked, run, inputs, cards, trigger_mode="always_last", **common)
-        blocks.load(run, inputs, cards, **common)
+        if at_once:
+            blocks.load(run, inputs, cards, **common)
     return blocks
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,9 @@ from selector import Budget, load_selector
 from selector.cli import main
 from selector.errors import UsageError
 from selector.measure.answering import answer, prepare
+from selector.measure.evidence import model_canvas
 from selector.plug import select_tokens
+from selector.show import gallery
 from selector.show.demo import Card, Demo, example, opened, page
 
 SELECTORS = {"svd": "svd-prune:rank=2", "random": "random", "attention": "cls-attention"}
@@ -53,8 +56,6 @@ def test_each_card_is_what_the_plug_gives(make_demo, photo):
 
 
 def test_one_encoding_serves_every_budget_and_selector(make_demo, photo, monkeypatch):
-    from selector.show import gallery
-
     demo, calls, encode = make_demo(), [], gallery.encode
 
     def counted(*args):
@@ -116,6 +117,16 @@ def test_pictures_are_those_of_the_gallery_without_words(make_demo, photo):
     assert max(main.size) == 340
     assert base.size == (96, 96)
     assert main.getpixel((main.width // 3, main.height // 3)) != (255, 255, 255)
+
+
+def test_a_model_without_known_places_answers_without_a_picture(make_demo, photo, monkeypatch):
+    odd = SimpleNamespace(model_type="odd")
+    monkeypatch.setattr(gallery, "model_canvas", lambda config, *image: model_canvas(odd, *image))
+    whole, svd = make_demo().cards(photo, "what?", 9, ["svd"])
+    assert (svd.pictures, whole.pictures) == (None, None)
+    assert "the adapter of 'odd' models does not say where" in svd.note
+    assert svd.seen.answer is not None
+    assert "<img" not in page([whole, svd])
 
 
 def test_examples_differ():
