@@ -23,6 +23,7 @@ from selector.models import Encoded, encode
 from selector.plug import Positions, prune_inputs
 from selector.show import picture
 from selector.tasks.sample import Sample
+from selector.tokens import INSIDE
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Seen:
 
     Attributes:
         kept: ``[T, N]`` patches whose token is kept.
-        measured: visual tokens that reached the language model.
+        measured: visual tokens that reached the language model; their average over its layers, where they leave inside.
         full: the same before pruning.
         answer: None where nothing was asked.
 
@@ -87,7 +88,7 @@ class View:
         self.positions: Positions = positions
         self.inputs = prepare(processor, sample.image, sample.question, model.device)
         self._missing: dict[str, str] = {}  # fields that the model cannot give, and why
-        self._encoded = self._encode(frozenset(needs))
+        self._encoded = self._encode(frozenset(needs) - INSIDE)
         self.tokens = self._encoded.tokens
 
     @functools.cached_property
@@ -107,18 +108,29 @@ class View:
         """
         for field in sorted(self._missing.keys() & (selector.needs if selector else ())):
             raise UsageError(f"{name} on {self.sample.id}: {self._missing[field]}")
+        inside = selector is not None and selector.acts == "inside"
+        if inside and self.sample.question is None:
+            raise UsageError(f"{name} on {self.sample.id}: it acts inside the language model: ask a question")
+
+        text = None
         try:
             pruned = prune_inputs(
-                self.model, self.inputs, selector, budget, positions=self.positions, encoded=self._encoded
+                self.model,
+                self.inputs,
+                selector,
+                budget,
+                positions=self.positions,
+                encoded=self._encoded,
+                inside=inside,
             )
+            if self.sample.question is not None:
+                with pruned.acting(self.model):
+                    text = answer(self.model, self.processor, pruned.inputs, self.max_new_tokens).text
         except ValueError as error:
             raise UsageError(f"{name} on {self.sample.id}: {error}") from error
 
         # Packed tokens back to patches, so that newlines and unpadding need no place in a picture.
         kept = self.tokens.tiles_of(pruned.keep)  # type: ignore[arg-type]
-        text = None
-        if self.sample.question is not None:
-            text = answer(self.model, self.processor, pruned.inputs, self.max_new_tokens).text
         return Seen(kept, pruned.measured[0], pruned.full[0], text)
 
     def _encode(self, needs: frozenset[str]) -> Encoded:

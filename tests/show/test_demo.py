@@ -17,6 +17,7 @@ from selector.measure.evidence import model_canvas
 from selector.plug import select_tokens
 from selector.show import gallery
 from selector.show.demo import Card, Demo, example, opened, page
+from selector.show.gallery import kept_picture
 
 SELECTORS = {"svd": "svd-prune:rank=2", "random": "random", "attention": "cls-attention"}
 
@@ -75,6 +76,20 @@ def test_a_selector_that_the_model_cannot_serve_spoils_its_own_card_only(make_de
     assert [card.seen is None for card in cards] == [False, False, True, False]
     assert "cls_attention" in cards[2].note
     assert "cls_attention" in page(cards)
+
+
+def test_what_leaves_inside_the_language_model_is_shown_too(make_demo, photo):
+    demo = make_demo()
+    demo.selectors["inside"] = load_selector("inside:selector=norm,layer=1").eval()
+    inputs = prepare(demo.processor, opened(photo), "what?", demo.model.device)
+    with select_tokens(demo.model, demo.selectors["inside"], 24) as log:
+        text = answer(demo.model, demo.processor, inputs, 4).text
+
+    _, card = demo.cards(photo, "what?", 24, ["inside"])
+    assert (card.seen.answer, card.seen.measured) == (text, log.measured[0])
+    assert 0 < card.seen.kept.sum() < demo.count(opened(photo))
+    with pytest.raises(UsageError, match="ask a question"):
+        kept_picture(demo.model, demo.processor, opened(photo), {"inside": demo.selectors["inside"]}, 24)
 
 
 def test_scope_and_newlines_hold_for_every_budget(make_demo, photo):
