@@ -32,7 +32,7 @@ from selector.measure.flops import cache_bytes, counted_flops, language_flops, t
 from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
 from selector.models import Encoded, encode
-from selector.plug import Pruned, prune_inputs
+from selector.pruning import Pruned, prune_inputs
 from selector.tasks import Task
 from selector.tasks.sample import Sample
 
@@ -57,7 +57,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a row asks of a sample: its prompt, and how that was cut (None: no pixels go in)."""
+    """What a row asks of a sample: its prompt, and how that was cut (None: no pixels go in).
+
+    Example:
+        >>> blind = Turn(Row("no image"), {"input_ids": torch.tensor([[1, 5, 9]])}, pruned=None)
+        >>> blind.inputs["input_ids"].shape[1]
+        3
+    """
 
     row: Row
     inputs: Mapping[str, Any]

@@ -21,7 +21,7 @@ from selector.budget import Budget
 from selector.errors import UsageError
 from selector.images import open_image
 from selector.measure.answering import prepare
-from selector.plug import Positions
+from selector.pruning import Positions
 from selector.show import picture
 from selector.show.gallery import Seen, View
 from selector.tasks import check_question, load_task
@@ -66,7 +66,7 @@ class Demo:
     Args:
         selectors: by label, on the model's device.
         budget: whose scope and newlines hold for every budget of the slider.
-        positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
+        positions: position ids of pruned prompts, see `selector.pruning.prune_inputs`.
         max_new_tokens: per answer.
 
     Example:

@@ -21,7 +21,7 @@ from selector.measure.cost import PHASES, Spent
 from selector.measure.protocol import Protocol
 from selector.measure.run import compare
 from selector.models import encode
-from selector.plug import prune_inputs
+from selector.pruning import prune_inputs
 from selector.report.summary import summarize
 from selector.report.tables import markdown
 from selector.tasks import load_task
@@ -216,7 +216,9 @@ def test_sizes_out_of_range(run, wrong):
 
 
 # Every method that needs no checkpoint.
-NAMES = sorted({*available_selectors()} - {"gumbel", "image-transformer", "merge", "mix"} | {"mix:a=norm,b=lofi"})
+COMPOSED = {"gumbel", "image-transformer", "merge", "mix"}
+BEFORE = {name for name, cls in available_selectors().items() if cls.acts == "before"}
+NAMES = sorted(BEFORE - COMPOSED | {"mix:a=norm,b=lofi"})
 
 
 def scored(names):
