@@ -1,4 +1,4 @@
-"""The command line: ``selector compare | show | bench | calibrate | stability | list | report``.
+"""The command line: ``selector compare | show | demo | bench | calibrate | stability | list | report``.
 
 Only the parser lives here, so that ``selector --help`` answers at once; the commands are in `selector.commands` and are
 imported when one runs. Settings come from three places, of which the later wins: the defaults below, a YAML file
@@ -72,6 +72,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_new_tokens": Protocol.max_new_tokens,
         "scores": False,
     },
+    "demo": COMMON | {"keep": [0.25], "port": 7860, "share": False, "max_new_tokens": Protocol.max_new_tokens},
     "bench": COMMON
     | {
         "keep": [0.25],
@@ -118,9 +119,9 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "rank_timeout": (int, float),
     "device_map": (str, dict),
     "samples": object,  # an int or "all", which is checked where it is read
-    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers"), int),
+    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers", "port"), int),
     **dict.fromkeys(("tiles", "prefill_layers"), int),
-    **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
+    **dict.fromkeys(("answers", "skip_unreadable", "scores", "share"), bool),
 }
 """Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated. Flags
 follow them, see `_Parser.setting`."""
@@ -132,6 +133,7 @@ examples:
   selector compare --selectors checkpoints/my-selector svd-prune random --tasks folder:DATA --no-answers
   selector compare --config configs/compare/llava-next-7b.yaml
   selector show photo.jpg --selectors svd-prune lofi --keep 0.25 --out picture.png
+  selector demo --selectors checkpoints/selector-llava-next-tiny lofi random
   selector list
 
 A selector is a name (selector list), a name with arguments (svd-prune:energy=0.5,center=false), a checkpoint folder,
@@ -326,6 +328,7 @@ def _parser() -> argparse.ArgumentParser:
         add("compare", "accuracy, consistency, evidence, tokens and time of every selector at every budget", EXAMPLES)
     )
     _show(add("show", "a PNG of what each selector keeps of an image"))
+    _demo(add("demo", "a page to drop an image on: what each selector keeps and answers (needs gradio)"))
     _bench(add("bench", "selection time against the model's, on a checkpoint or at a published model's sizes", BENCH))
     _calibrate(add("calibrate", "find the thresholds of --keep auto:SHARE, stored in a checkpoint", CALIBRATE))
     _stability(add("stability", "whether a changed image, or another training, keeps the same places", STABILITY))
@@ -412,6 +415,13 @@ def _show(parser: _Parser) -> None:
     parser.setting("out", "the picture", "PNG")
     parser.setting("scores", "below, the scores of each selector as a heat map")
     parser.setting("question", "also ask this of every image, and show the answers", "TEXT")
+    parser.setting("max_new_tokens", "tokens of an answer at most", "N")
+
+
+def _demo(parser: _Parser) -> None:
+    _shared(parser)
+    parser.setting("port", "of the page, 0 for one that is free", "PORT")
+    parser.setting("share", "open the page to the internet too, through a tunnel of gradio's (default: no)")
     parser.setting("max_new_tokens", "tokens of an answer at most", "N")
 
 

@@ -41,4 +41,4 @@ def _averaged(values: Tensor, projector: Any) -> Tensor:
 
 
 # The model tells visual tokens (1) from text (0) by this: both padding and answers are text.
-ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 0)})
+ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 0)}, whole=True)

@@ -23,4 +23,4 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
 
 
 # The prompt is read both ways (0), what follows from left to right (1).
-ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 1)})
+ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 1)}, whole=True)

@@ -333,7 +333,9 @@ def _selection(row: Figures) -> str:
 def _evidence(row: Figures) -> str:
     if row["evidence"] is None:
         return "–"
-    text = f"{100 * row['evidence']:.0f} ({100 * row['base_evidence']:.0f})"
+    text = f"{100 * row['evidence']:.0f}"
+    if row["base_evidence"] is not None:  # a model of one view per image has no base view
+        text += f" ({100 * row['base_evidence']:.0f})"
     # Samples without boxes have no evidence: a share over a few of them must not look like one over all.
     return text if row["evidence_samples"] == row["samples"] else f"{text} n={row['evidence_samples']}"
 

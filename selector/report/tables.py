@@ -191,6 +191,9 @@ def notes(summary: Summary) -> list[str]:
         lines.append(AVERAGED)
     lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
 
+    if summary.get("no_evidence"):
+        lines.append(f"No evidence is measured, and no picture of what is kept: {summary['no_evidence']}.")
+
     for each in summary["correlations"]:
         if each["rank"] is not None and each["shift"] == "ipr_shift":
             where = f" on {each['task']}" if each["task"] else ""
