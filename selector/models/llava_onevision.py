@@ -21,18 +21,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 
 from selector.models import Adapter, Encoded, Relevance
+from selector.models._attention import attention_of, recorded, with_fields
 from selector.models._layout import padded
-from selector.models._towers import (
-    attention_of,
-    check_needs,
-    completed,
-    encoder_output,
-    feature_layer,
-    overheard,
-    prefix_of,
-    with_fields,
-)
-from selector.models.llava_next import _setting
+from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of, setting
 from selector.tokens import NEWLINE, VisualTokens
 
 
@@ -43,7 +34,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     why = "vision_feature_select_strategy is 'full': its vision tower has no CLS token"
     check_needs(model, needs, attention, why, relevance)
 
-    with overheard(model.base_model.vision_tower, layer, prefix, needs) as fields:
+    with recorded(model.base_model.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs)
     features, packed = output.hidden_states[layer][:, prefix:], list(output.pooler_output)
 
@@ -97,7 +88,7 @@ def _slots(
         places[1:] += side * torch.stack([tile // width, tile % width], -1)[:, None]
 
     newline = torch.full((2,), float(NEWLINE), dtype=torch.float64, device=device)
-    limit = _setting(inputs, model.config, "vision_aspect_ratio")
+    limit = setting(inputs, model.config, "vision_aspect_ratio")
     (points,), _ = model.base_model.pack_image_features(
         [places], [size], image_newline=newline, vision_aspect_ratio=limit
     )
