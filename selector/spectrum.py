@@ -349,6 +349,9 @@ def _subspace(
 ) -> tuple[Float[Tensor, "*B N R"], Float[Tensor, "*B R"]]:
     """Leading left singular vectors and squared values by a fixed number of iterations (Halko et al., Alg. 4.4).
 
+    ``torch.svd_lowrank`` does the same, but draws from the global generator, on the device of the matrix: the scores
+    would depend on what was drawn before, and on the device.
+
     Args:
         extra: width of the sketch beyond the rank, which makes the leading directions converge faster.
     """

@@ -16,7 +16,7 @@ from selector.base import RankSelector
 from selector.budget import Newlines
 from selector.calibration import Calibration, calibrate
 from selector.commands import loading
-from selector.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
+from selector.commands.common import check_limit, choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.commands.printing import console
 from selector.errors import UsageError
 from selector.files import check_output, output
@@ -47,9 +47,7 @@ def run(settings: dict[str, Any]) -> int:
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("calibrate", settings["tasks"], settings["skip_unreadable"])
     tolerance = _tolerance(settings["tolerance"])
-    for task in tasks:
-        if samples is None and task.size is None:
-            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
+    check_limit(samples, tasks)
     spec = settings["selector"]
     source = _source(spec)
     out = _target(settings["out"], spec, source)

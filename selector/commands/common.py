@@ -1,4 +1,4 @@
-"""What several commands share: checked settings, loaded models and selectors, samples for want of an image."""
+"""What several commands share: checked settings, loaded models and selectors, samples where no image is given."""
 
 from __future__ import annotations
 
@@ -127,6 +127,17 @@ def sample_limit(value: Any) -> int | None:
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise UsageError(f"samples must be an int >= 1 or all, got {value!r}")
     return number
+
+
+def check_limit(samples: int | None, tasks: list[Task]) -> None:
+    """Refuses all samples (None) of a task that has no end.
+
+    Raises:
+        UsageError: names the task.
+    """
+    for task in tasks:
+        if samples is None and task.size is None:
+            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
 
 
 def positive(name: str, value: Any) -> int:

@@ -344,7 +344,6 @@ def figure(results: Sequence[Correlation]) -> str:
 
 def _compact(data: Data) -> str:
     """JSON with a row per line: small, and a change shows where it is."""
-    # Row by row, so that a diff shows which row changed.
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in data["rows"])
     head = json.dumps({name: value for name, value in data.items() if name != "rows"})
     return f'{head[:-1]}, "rows": [\n{rows}\n]}}\n'

@@ -17,7 +17,7 @@ from torch import Tensor
 from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.commands import loading
-from selector.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
+from selector.commands.common import check_limit, choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.errors import UsageError
 from selector.files import check_output, output, write_json
 from selector.measure.answering import prepare
@@ -55,9 +55,7 @@ def run(settings: dict[str, Any]) -> int:
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("stability", settings["tasks"], settings["skip_unreadable"])
     out = _target(settings["out"])
-    for task in tasks:
-        if samples is None and task.size is None:
-            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
+    check_limit(samples, tasks)
     selectors = choose(settings)
     seeds = _seeds(settings)
     _check_calibrated(selectors | seeds, budgets)

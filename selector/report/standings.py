@@ -111,7 +111,7 @@ def standings(data: Data, sees_question: bool = False) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(row["selector"] for row in kind))
     table = {name: {"selector": name, "won": 0, "tied": 0, "lost": 0} for name in names}
 
-    # Everybody meets everybody, task by task and budget by budget.
+    # Every two selectors meet once per task and budget.
     for task in tasks:
         for keep in keeps:
             for a, b in combinations(names, 2):
@@ -154,8 +154,10 @@ def _share(right: str) -> float:
 
 
 def markdown(data: Data) -> str:
-    """The standings as Markdown, below a line on what they were measured on: a table of the selectors that do not see
-    the question, and where there are any, one of those that do."""
+    """The standings as Markdown, below a line on what they were measured on.
+
+    Selectors that see the question, where there are any, have a table of their own behind that of the others.
+    """
     unseeing, seeing = standings(data), standings(data, sees_question=True)
     full = [f"{r['task']} {100 * _share(r['right']):.0f}" for r in data["rows"] if r["selector"] == "full"]
     samples = len(data["rows"][0]["right"])

@@ -93,15 +93,19 @@ def markdown(runs: Mapping[str, Summary]) -> str:
             lines += [f"## {POOLED}", "", *_markdown_table(summary, POOLED, main_columns(summary)), ""]
         lines += [f"- {plain(note)}" for note in notes(summary)] + [""]
 
-    # Every column is explained once, whichever run and table has it.
-    meanings: dict[str, str] = {}
+    terms = "; ".join(f"*{plain(header)}*: {note}" for header, note in meanings(runs).items())
+    return "\n".join([*lines, f"Columns: {terms}."])
+
+
+def meanings(runs: Mapping[str, Summary]) -> dict[str, str]:
+    """What each column means, by its header; every column once, whichever run and table has it."""
+    notes_of: dict[str, str] = {}
     for summary in runs.values():
         # A table has the metric of its task in a header; all tasks together may have several.
         each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
         for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
-            meanings.setdefault(column.header, column.note)
-    terms = "; ".join(f"*{plain(header)}*: {note}" for header, note in meanings.items())
-    return "\n".join([*lines, f"Columns: {terms}."])
+            notes_of.setdefault(column.header, column.note)
+    return notes_of
 
 
 def _markdown_table(summary: Summary, task: str, columns: Sequence[Column]) -> list[str]:
@@ -135,7 +139,7 @@ def done(summary: Summary, task: str) -> str:
         return ""
     total = summary["tasks"][task].get("samples")
     counts = [row["samples"] for row in summary["rows"] if row["task"] == task]
-    missing = len(summary["unreadable"].get(task, []))  # without records, and not for want of time
+    missing = len(summary["unreadable"].get(task, []))  # these will never have records, however long the run goes on
 
     # Runs of an older version do not say how many samples a task has.
     if total is None or not counts or min(counts) + missing >= total:
@@ -196,8 +200,8 @@ def notes(summary: Summary) -> list[str]:
 def footnotes(summary: Summary, run: Path) -> str:
     """Below the tables of the terminal: what their columns mean, the notes, and where the records are."""
     columns = [c for c in main_columns(summary) if c not in (KEEP, SELECTOR, SAMPLES)]
-    meanings = "; ".join(f"{column.header}: {column.note}" for column in columns)
-    return "\n".join([meanings, *notes(summary), f"Records: {run}"])
+    terms = "; ".join(f"{column.header}: {column.note}" for column in columns)
+    return "\n".join([terms, *notes(summary), f"Records: {run}"])
 
 
 def tables_of(summary: Summary) -> list[str]:
