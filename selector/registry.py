@@ -105,7 +105,7 @@ def _built(spec: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:
 def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
     """Raises a ValueError for a learned class: only a checkpoint has its weights."""
     if cls.learned:
-        raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, it means nothing untrained")
+        raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, since it needs trained weights")
 
 
 def _construct(cls: type[TokenSelector], arguments: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:

@@ -16,14 +16,15 @@ from selector.base import RankSelector
 from selector.budget import Newlines
 from selector.calibration import Calibration, calibrate
 from selector.commands import loading
-from selector.commands.common import check_limit, choose, find_tasks, load_all, name_unreadable, sample_limit, whole
+from selector.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.commands.printing import console
 from selector.errors import UsageError
 from selector.files import check_output, output
 from selector.measure.answering import prepare
 from selector.measure.identity import fingerprint
-from selector.measure.run import sample_count
+from selector.measure.run import check_part, sample_count
 from selector.models import encode
+from selector.records import WHOLE
 from selector.shipped import INSTALLED
 from selector.tasks import Task
 from selector.tasks.sample import Sample
@@ -47,7 +48,7 @@ def run(settings: dict[str, Any]) -> int:
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("calibrate", settings["tasks"], settings["skip_unreadable"])
     tolerance = _tolerance(settings["tolerance"])
-    check_limit(samples, tasks)
+    check_part(tasks, samples, WHOLE, fresh=False)
     spec = settings["selector"]
     source = _source(spec)
     out = _target(settings["out"], spec, source)
@@ -94,9 +95,9 @@ def _target(out: str | None, spec: str, source: str | None) -> Path:
     if out is None and Path(source or "").resolve().is_relative_to(INSTALLED):
         raise UsageError(f"out must name the folder to write: {spec!r} is part of the installed package")
 
-    place = Path(out or source or "")
-    check_output(place)
-    return place
+    folder = Path(out or source or "")
+    check_output(folder)
+    return folder
 
 
 def _samples(tasks: Sequence[Task], samples: int | None, seed: int) -> Iterator[Sample]:

@@ -129,17 +129,6 @@ def sample_limit(value: Any) -> int | None:
     return number
 
 
-def check_limit(samples: int | None, tasks: list[Task]) -> None:
-    """Refuses all samples (None) of a task that has no end.
-
-    Raises:
-        UsageError: names the task.
-    """
-    for task in tasks:
-        if samples is None and task.size is None:
-            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
-
-
 def positive(name: str, value: Any) -> int:
     """The value, if it is an int of at least 1.
 

@@ -17,16 +17,17 @@ from torch import Tensor
 from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.commands import loading
-from selector.commands.common import check_limit, choose, find_tasks, load_all, name_unreadable, sample_limit, whole
+from selector.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.errors import UsageError
 from selector.files import check_output, output, write_json
 from selector.measure.answering import prepare
 from selector.measure.evidence import model_canvas
 from selector.measure.identity import fingerprint, identity
-from selector.measure.run import sample_count
+from selector.measure.run import check_part, sample_count
 from selector.measure.settings import environment, written
 from selector.measure.stability import Change, Overlap, Pairs, changes, overlap_of, pairs
 from selector.models import encode
+from selector.records import WHOLE
 from selector.registry import load_selector
 from selector.report.statistics import bootstrap_mean
 from selector.tasks.sample import Sample
@@ -55,7 +56,7 @@ def run(settings: dict[str, Any]) -> int:
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("stability", settings["tasks"], settings["skip_unreadable"])
     out = _target(settings["out"])
-    check_limit(samples, tasks)
+    check_part(tasks, samples, WHOLE, fresh=False)
     selectors = choose(settings)
     seeds = _seeds(settings)
     _check_calibrated(selectors | seeds, budgets)

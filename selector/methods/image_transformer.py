@@ -169,8 +169,8 @@ class ImageTransformer(TableSelector):
         raw = question.to(self.feature_mean.dtype)
 
         # Text lies on one row: the rotary positions of patches serve it too, with y = 0.
-        place = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
-        positions = torch.stack([torch.zeros_like(place), place], -1).expand(len(question), -1, -1)
+        column = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
+        positions = torch.stack([torch.zeros_like(column), column], -1).expand(len(question), -1, -1)
         rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
 
         words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, _Words(attend)))

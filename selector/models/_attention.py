@@ -63,11 +63,11 @@ def recorded(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iter
     attentions = {name: _attention_of(tower, layer, name) for name in wanted}
     projected = {name: _Projected(attention.scale) for name, attention in attentions.items()}
     handles = [
-        getattr(attention, f"{part}_proj").register_forward_hook(
+        getattr(attention, part).register_forward_hook(
             functools.partial(projected[name].record, part, attention.num_heads)
         )
         for name, attention in attentions.items()
-        for part in "qk"
+        for part in ("q_proj", "k_proj")
     ]
     try:
         yield fields
@@ -98,7 +98,7 @@ class _Projected:
         self.parts: dict[str, Tensor] = {}
 
     def record(self, part: str, heads: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """A forward hook of the projection to queries (`part` is "q") or to keys ("k")."""
+        """A forward hook of a projection: `part` is ``"q_proj"`` (to queries) or ``"k_proj"`` (to keys)."""
         self.parts[part] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -124,7 +124,7 @@ def _attention_of(tower: Any, layer: int, name: str) -> Any:
 def _read(need: str, projected: _Projected, prefix: int) -> Tensor:
     """What a need asks of the queries and keys of its layer, for the patches behind `prefix` other tokens."""
     # Joint: all heads side by side as a single one, whose scale is by the common width.
-    queries, keys, scale = projected.parts["q"], projected.parts["k"], projected.scale
+    queries, keys, scale = projected.parts["q_proj"], projected.parts["k_proj"], projected.scale
     if need.startswith("joint_"):
         queries, keys = (part.transpose(1, 2).flatten(2)[:, None] for part in (queries, keys))
         scale = keys.shape[-1] ** -0.5

@@ -52,8 +52,8 @@ def excerpt(run: Path, fields: list[str]) -> dict[str, Any]:
 
 def _short(task: str) -> str:
     """A task by its name, a folder without the path that it had on the machine that measured it."""
-    kind, _, place = task.partition(":")
-    return Path(place.partition("?")[0]).name if kind == "folder" else task
+    kind, _, path = task.partition(":")
+    return Path(path.partition("?")[0]).name if kind == "folder" else task
 
 
 def _rounded(value: Any) -> Any:

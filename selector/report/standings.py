@@ -47,7 +47,7 @@ def distil(run: Path) -> Data:
     seeing = seeing_question(settings)
     rows = []
     for (task, label, keep), records in tables.items():
-        # By index, so that a place in two rows is the same question.
+        # By index, so that entry i of any two rows is the same question.
         answered = sorted((r for r in records if "correct" in r), key=lambda r: r["index"])
         if not answered:
             raise UsageError(f"standings need answers, {label} on {task} has none")

@@ -158,8 +158,8 @@ def plot(
         parts.append(f'<polyline class="front" points="{path}"/>')
 
     # Curves at the same budgets would hide one another's intervals: each is moved aside by a pixel or two.
-    for place, each in enumerate(series):
-        parts += _drawn(across, y, each, nudge=(place - (len(series) - 1) / 2) * 2.2 if each.joined else 0)
+    for i, each in enumerate(series):
+        parts += _drawn(across, y, each, nudge=(i - (len(series) - 1) / 2) * 2.2 if each.joined else 0)
     return "".join([*parts, "</svg>"])
 
 
