@@ -83,8 +83,6 @@ class ImageTransformer(TableSelector):
         check_mlp_ratio(mlp_ratio, width)
         if width % (4 * heads):
             raise ValueError(f"width must be a multiple of 4 * heads, got width {width} and {heads} heads")
-        if question_dim is not None and not 1 <= question_dim <= dim:
-            raise ValueError(f"question_dim must be in 1..{dim}, a width of columns of the table, got {question_dim}")
         self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
         self.pool, self.question_dim, self.question_layers = pool, question_dim, question_layers
 
@@ -99,6 +97,8 @@ class ImageTransformer(TableSelector):
         if question_dim is not None:
             if inputs == "features":
                 raise ValueError("inputs must hold the projected tokens ('projected' or 'both') for a question")
+            if not 1 <= question_dim <= dim:
+                raise ValueError(f"question_dim must be in 1..{dim}, the width of the table, got {question_dim}")
             self.needs = self.needs | {"question"}
             self.match = _Match(question_dim, width)
 
