@@ -58,7 +58,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "skip_unreadable": False,
         "suffix": None,
         "system": None,
+        "workers": 0,
         **asdict(Protocol()),
+        "batch_size": None,  # depends on the size of the model
     },
     "show": COMMON
     | {
@@ -68,7 +70,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_new_tokens": Protocol.max_new_tokens,
         "scores": False,
     },
-    "bench": COMMON | {"keep": [0.25], "image": None, "repeats": 20},
+    "bench": COMMON
+    | {
+        "keep": [0.25],
+        "image": None,
+        "repeats": 20,
+        "geometry": None,
+        "tiles": [],
+        "prefill_layers": 0,
+        "out": None,
+    },
     "stability": MACHINE
     | {
         "selectors": SELECTORS,
@@ -94,6 +105,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "skip_unreadable": False,
     },
 }
+GEOMETRY: dict[str, Any] = {"keep": [64, 160, 320, 640], "repeats": 5, "selectors": [], "threads": 1}
+"""Defaults of ``bench --geometry`` where they are others than those of ``bench``; no selectors named: all there are."""
 KINDS: dict[str, type | tuple[type, ...]] = {
     "selectors": (str, dict),
     "seeds": (str, dict),
@@ -101,7 +114,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "shares": (int, float, str),
     "tolerance": (int, float),
     "samples": object,  # an int or "all", which is checked where it is read
-    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats"), int),
+    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers"), int),
+    **dict.fromkeys(("tiles", "prefill_layers"), int),
     **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
 }
 """Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated. Flags
@@ -131,6 +145,17 @@ figure stands that of random choices of as many tokens. The table is Markdown.
 examples:
   selector stability --selectors checkpoints/my-selector svd-prune lofi --tasks documents --keep 0.25 64 --samples 50
   selector stability --selectors lofi --seeds runs/seed-0 runs/seed-1 runs/seed-2 --out runs/stability.json
+"""
+BENCH = """\
+With --geometry nothing is loaded: vision tower and projector are built with random weights at the sizes of a published
+model, and every selector is timed on the tokens that they make of one picture, against the vision tower and against the
+prefill of the language model, whose layers are not built unless --prefill-layers asks for some. Times are CPU time of
+the process, on a GPU wall time. --out writes the result as JSON, a page (Markdown) and a picture (SVG).
+
+examples:
+  selector bench --keep 0.25 64
+  selector bench --geometry llava-next-tiny --selectors svd-prune divprune gumbel
+  selector bench --geometry llava-next-7b --prefill-layers 1 --out runs/bench
 """
 CALIBRATE = """\
 With --keep auto:0.2 a threshold on the selector's scores decides, so that an image full of text keeps more than a flat
@@ -297,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         add("compare", "accuracy, consistency, evidence, tokens and time of every selector at every budget", EXAMPLES)
     )
     _show(add("show", "a PNG of what each selector keeps of an image"))
-    _bench(add("bench", "selection time against the prefill and against a full SVD, measured in one run"))
+    _bench(add("bench", "selection time against the model's, on a checkpoint or at a published model's sizes", BENCH))
     _calibrate(add("calibrate", "find the thresholds of --keep auto:SHARE, stored in a checkpoint", CALIBRATE))
     _stability(add("stability", "whether a changed image, or another training, keeps the same places", STABILITY))
 
@@ -353,6 +378,16 @@ def _compare(parser: _Parser) -> None:
     )
     parser.setting("repeats", "of every timed piece of work", "N")
 
+    # How fast.
+    parser.setting(
+        "batch_size",
+        "prompts that are answered at once (default: 32 for a model of fewer than 100 million parameters, else 1). "
+        "Answers are the same but where two tokens tie, which in bfloat16 is not rare; times are those of a batch "
+        "divided by its rows, and marked so. 1 times every sample by itself",
+        "N",
+    )
+    parser.setting("workers", "threads that open and prepare images ahead; 0: each image when its turn comes", "N")
+
     # Which part of the run this process takes, and what of an earlier one counts.
     parser.add_argument(
         "--shard",
@@ -375,8 +410,27 @@ def _show(parser: _Parser) -> None:
 
 def _bench(parser: _Parser) -> None:
     _shared(parser)
-    parser.setting("image", "the image to encode (default: a generated page)", "IMAGE")
+    parser.setting("image", "the image to encode (default: a generated page; 1/f noise with --geometry)", "IMAGE")
     parser.setting("repeats", "timed calls of each piece of work", "N")
+
+    # At the sizes of a published model.
+    keep = " ".join(map(str, GEOMETRY["keep"]))
+    parser.setting(
+        "geometry",
+        "llava-next-7b, llava-next-tiny, ...: random weights at these sizes, no --model; then the defaults are "
+        f"--keep {keep} (counts alone), --repeats {GEOMETRY['repeats']}, --threads {GEOMETRY['threads']}, and all "
+        "selectors, the learned ones with random weights",
+        "NAME",
+    )
+    parser.setting(
+        "tiles", "of the picture, for the growth at the smallest budget (default: each number from 1 to all)", "N"
+    )
+    parser.setting(
+        "prefill_layers",
+        "decoder layers to build and time; 0: the prefill counts by its operations alone",
+        "N",
+    )
+    parser.setting("out", "where a --geometry writes NAME.json, .md, .svg (default: none)", "FOLDER")
 
 
 def _calibrate(parser: _Parser) -> None:
@@ -430,7 +484,7 @@ def _machine(parser: _Parser) -> None:
     parser.setting("dtype", "auto (as stored), float32, bfloat16, float16")
     parser.setting("device_map", "spread a large model, e.g. auto (needs accelerate)", "MAP")
     parser.setting("attention", "attn_implementation of the model, e.g. eager", "NAME")
-    parser.setting("threads", "CPU threads of torch (default: 1 for a small model)", "N")
+    parser.setting("threads", "CPU threads of torch (default: 1 for a small model; for its batches, torch's own)", "N")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -77,7 +77,8 @@ class SelectionLog:
         measured: per image, in the order of the calls, visual tokens that reached the language model.
         full: the same before pruning.
         selection_seconds: wall time of all selections.
-        last: the outcome of the latest call.
+        last: the outcome of the latest call, whose `tokens` say where tokens lie and have no values: a log that lives
+            on must not hold the features of every token (`prune_inputs` returns them).
 
     Example:
         >>> log = SelectionLog()
@@ -97,7 +98,7 @@ class SelectionLog:
         self.measured += pruned.measured
         self.full += pruned.full
         self.selection_seconds += pruned.selection_seconds
-        self.last = pruned
+        self.last = replace(pruned, tokens=None if pruned.tokens is None else pruned.tokens.outline())
 
 
 def prune_inputs(

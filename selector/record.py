@@ -113,6 +113,7 @@ class Record(TypedDict, total=False):
     prefill_ms: Annotated[float, "median"]
     decode_ms: Annotated[float | None, "median"]
     peak_bytes: Annotated[int | None, "highest"]
+    batch: Annotated[int, "median"]  # prompts that were answered at once, where not one: times are their shares
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Records: one folder per experiment, one JSON line per sample, under a key that changes with whatever matters.
 
 ``RUN/<key>/settings.json`` says what was measured and ``predictions.jsonl`` what came out. A line is written in one
-write after its sample is done: a kill loses the sample at work and no other. A line that a kill cut short is detected,
-and its sample done again. A broken line elsewhere is an error: it is never silently dropped. A shard of a run writes a
-file of its own beside it (``predictions.0-of-2.jsonl``), so that no two processes ever write one file; reading joins
-them all.
+write after its sample (or its batch) is done: a kill loses what was at work and no other. A line that a kill cut short
+is detected, and its sample done again. A broken line elsewhere is an error: it is never silently dropped. A shard of a
+run writes a file of its own beside it (``predictions.0-of-2.jsonl``), so that no two processes ever write one file;
+reading joins them all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ FORMAT = 2
 FLIPS = ("same", "right_to_wrong", "wrong_to_right", "wrong_to_wrong", "right_to_right")
 """How selection may have changed an answer: the values of a record's `flip`, see `selector.measure.metrics.flip`."""
 PREDICTIONS, SETTINGS, RUN, IMAGES = "predictions.jsonl", "settings.json", "run.json", "images"
+TIME = "time"
+"""``RUN/time.json``, or ``time.0-of-2.json`` of a shard: seconds by what they went into, summed over resumed runs."""
 
 Shard = tuple[int, int]
 """(number, total): this process takes the samples with ``index % total == number``."""
@@ -165,6 +167,45 @@ def read_records(path: Path, repair: bool = False) -> list[Record]:
             )
         records.append(cast(Record, record))
     return records
+
+
+def add_time(run: Path, shard: Shard, seconds: Mapping[str, float]) -> None:
+    """Adds seconds by phase to those that earlier processes of the same shard spent in a run."""
+    name = TIME if shard == WHOLE else f"{TIME}.{shard[0]}-of-{shard[1]}"
+    path = run / f"{name}.json"
+    before = _seconds(path) if path.is_file() else {}
+    total = before | {phase: round(before.get(phase, 0.0) + more, 3) for phase, more in seconds.items()}
+    with output(path):
+        write_json(path, total)
+
+
+def forget_time(run: Path) -> None:
+    """Deletes what was noted of the time of earlier processes."""
+    for path in run.glob(f"{TIME}*.json"):
+        path.unlink()
+
+
+def read_time(run: Path) -> dict[str, float]:
+    """Seconds by phase that went into a run, those of all shards together; empty where nothing was noted.
+
+    Raises:
+        UsageError: a file that is not JSON, or holds something else.
+    """
+    total: dict[str, float] = {}
+    for path in sorted(run.glob(f"{TIME}*.json")):
+        for phase, seconds in _seconds(path).items():
+            total[phase] = total.get(phase, 0.0) + seconds
+    return total
+
+
+def _seconds(path: Path) -> dict[str, float]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON ({error}); delete it") from error
+    if not isinstance(content, dict) or not all(isinstance(value, (int, float)) for value in content.values()):
+        raise UsageError(f"{path} must hold seconds by phase, got {content!r:.80}; delete it")
+    return content
 
 
 def seeing_question(plan: Mapping[str, Any]) -> frozenset[str]:

@@ -94,6 +94,18 @@ class VisualTokens:
         grid = grid or ((side, side) if side * side == patches else (1, patches))
         return cls(features, grid, torch.arange(rows, device=features.device), index, **extra)
 
+    def outline(self) -> VisualTokens:
+        """The same places without what lies there: features of width 0, and no other values.
+
+        It answers what `slots` and `grid` answer (`lengths`, `valid`, `tiles_of`), and keeps no large tensor alive.
+
+        Example:
+            >>> VisualTokens.from_features(torch.zeros(2, 4, 3)).outline().lengths.tolist()
+            [4, 4]
+        """
+        empty = self.features.new_empty(*self.features.shape[:2], 0)  # a slice would hold the whole storage
+        return VisualTokens(empty, self.grid, self.image, self.slots)
+
     def read(self, name: str, reader: object) -> Tensor:
         """The field of that name (with ``@``: of `layers`), finite where tokens are valid and zero elsewhere.
 

@@ -16,7 +16,16 @@ from selector.report.statistics import wilson
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / name / "README.md"
-    for name in (".", "selector", "selector/methods", "selector/models", "training", "configs/compare", "checkpoints")
+    for name in (
+        ".",
+        "selector",
+        "selector/methods",
+        "selector/models",
+        "training",
+        "configs/compare",
+        "configs/bench",
+        "checkpoints",
+    )
 ]
 FRONT = (ROOT / "README.md").read_text()
 METHODS = (ROOT / "selector" / "methods" / "README.md").read_text()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selector.base import TokenSelector
 from selector.commands import loading
 from selector.commands.common import (
+    SMALL,
     choose,
     find_tasks,
     load_all,
@@ -26,10 +29,14 @@ from selector.commands.common import (
 from selector.commands.printing import print_report
 from selector.errors import UsageError
 from selector.files import check_output
+from selector.measure.batches import refusal
 from selector.measure.protocol import Protocol
 from selector.measure.run import Step, check_part, compare, sample_count, shard_range
-from selector.records import WHOLE, Shard
+from selector.records import WHOLE, Shard, add_time
 from selector.tasks import PLACEHOLDER, Task
+
+BATCH = 32
+"""Prompts answered at once by a model of fewer than `SMALL` parameters; for a larger one memory and times decide."""
 
 
 def run(settings: dict[str, Any]) -> int:
@@ -61,7 +68,10 @@ def run(settings: dict[str, Any]) -> int:
     if shard != WHOLE and settings.get("shard") is None:
         _announce(shard)
 
+    # Batches of a small model are worth the threads that single prompts are not: those that torch would use by itself.
+    threads = torch.get_num_threads() if settings["threads"] is None else None
     model, processor, selectors = load_all(settings, selectors)
+    protocol = _batched(protocol, model, settings["batch_size"])
 
     # Lazy: nothing is measured until the steps are taken one by one.
     steps = compare(
@@ -77,6 +87,8 @@ def run(settings: dict[str, Any]) -> int:
         baseline=baseline,
         fresh=settings.get("fresh", False),
         model_name=str(settings["model"]),
+        workers=_workers(settings["workers"]),
+        batch_threads=threads if protocol.batch_size > 1 else None,
     )
 
     # A record per sample and row; the unpruned model and, with answers, the blind one are rows too.
@@ -84,7 +96,9 @@ def run(settings: dict[str, Any]) -> int:
     sizes = {task.name: len(range(*shard_range(shard, sample_count(task, samples)))) * rows for task in tasks}
     interrupted = _watch(steps, tasks, sizes)
 
+    start = time.perf_counter()
     print_report([Path(settings["out"])])
+    add_time(Path(settings["out"]), shard, {"report": time.perf_counter() - start})
     if interrupted:
         print("interrupted: the table shows what is done; the same command goes on from here", file=sys.stderr)
     return 130 if interrupted else 0
@@ -103,6 +117,23 @@ def _protocol(settings: dict[str, Any]) -> Protocol:
         layer=layer,
         repeats=positive("repeats", settings["repeats"]),
     )
+
+
+def _batched(protocol: Protocol, model: Any, size: int | None) -> Protocol:
+    """The protocol with a batch size: that of the command line, or one by the model's size; 1 where it must be."""
+    if size is None:
+        size = BATCH if sum(weight.numel() for weight in model.parameters()) < SMALL else 1
+    reason = refusal(model) if size > 1 else None
+    if reason is not None:
+        print(f"selector compare: one prompt at a time instead of {size} at once, since {reason}", file=sys.stderr)
+        size = 1
+    return replace(protocol, batch_size=size)
+
+
+def _workers(value: Any) -> int:
+    if whole("workers", value) < 0:
+        raise UsageError(f"workers must be >= 0, got {value}")
+    return value
 
 
 def _asked(settings: dict[str, Any], tasks: list[Task]) -> list[Task]:

@@ -1,6 +1,7 @@
 """Questions and answers: one user turn [image, question] through the model's own processor and chat template.
 
-Decoding is greedy and one sample at a time, so that every measured time belongs to one sample.
+Decoding is greedy and one sample at a time, so that every measured time belongs to one sample; several at once are in
+`selector.measure.batches`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from selector.errors import UsageError
 from selector.measure.consistency import answer_nll
 from selector.measure.cost import GenerationClock, PeakMemory
-from selector.models import adapter_of, available_adapters, model_type_of
+from selector.models import adapter_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Answer:
         prefill_seconds: from the finished prompt to the first new token.
         decode_seconds: per token after the first; None for an answer of one token.
         peak_bytes: highest memory allocated meanwhile, weights included; None except on a GPU.
+        batch: rows that were answered together; both times are then the batch's, per row and per decoded token.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
@@ -45,6 +47,7 @@ class Answer:
     prefill_seconds: float
     decode_seconds: float | None = None
     peak_bytes: int | None = None
+    batch: int = 1
 
     @property
     def nll(self) -> float:
@@ -92,8 +95,15 @@ def without_image(inputs: Mapping[str, Any], image_token_id: int) -> dict[str, A
         inputs: of a batch of one, as `prepare` returns them.
         image_token_id: id of the placeholder.
     """
-    words = inputs["input_ids"][0] != image_token_id
-    return {name: inputs[name][:, words] for name in ("input_ids", "attention_mask")}
+    ids = inputs["input_ids"]
+    words = ids[0] != image_token_id
+
+    # All that has an entry per token stays, token types too: a PaliGemma without them would read its answer both ways.
+    return {
+        name: value[:, words]
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.shape == ids.shape and name != "position_ids"
+    }
 
 
 def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> Answer:
@@ -132,8 +142,13 @@ def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
     ids = output.sequences[0, inputs["input_ids"].shape[1] :]
     if clock.prefill_seconds is None:
         raise RuntimeError("generate returned without a new token: nothing to score")
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(text, ids, torch.cat(output.logits), clock.prefill_seconds, clock.decode_seconds, memory.bytes)
+    logits, text = torch.cat(output.logits), decoded(processor, ids)
+    return Answer(text, ids, logits, clock.prefill_seconds, clock.decode_seconds, memory.bytes)
+
+
+def decoded(processor: Any, ids: Int[Tensor, "A"]) -> str:
+    """The text of an answer, without special tokens and the space around it."""
+    return processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 @dataclass(frozen=True)
@@ -182,7 +197,7 @@ def forced(
         more = torch.arange(1, len(target) + 1, device=target.device)
         new["position_ids"] = torch.cat([new["position_ids"], new["position_ids"][..., -1:] + more], -1)
     # Families have inputs of their own per token (token types, say); their adapter names the value for text.
-    rows = adapter_of(model).rows if model_type_of(model) in available_adapters() else {}
+    rows = token_rows(model)
     for name in rows.keys() & new.keys():
         new[name] = torch.cat([new[name], new[name].new_full((1, len(target)), rows[name][1])], 1)
 
@@ -194,6 +209,14 @@ def forced(
     seen = prompt[0] == image_token_id
     visual = {k: output.hidden_states[k][0, : prompt.shape[1]][seen] for k in layers}
     return Forced(output.logits[0, :-1], visual)
+
+
+def token_rows(model: Any) -> Mapping[str, tuple[int, int]]:
+    """The arguments of a prompt's own shape that a family has, see `selector.models.Adapter`; none without adapter."""
+    try:
+        return adapter_of(model).rows
+    except ValueError:  # a model that no selector prunes can be asked all the same
+        return {}
 
 
 def _fresh(inputs: Mapping[str, Any]) -> dict[str, Any]:

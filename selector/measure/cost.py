@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -72,18 +76,153 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self._device)
 
 
+PHASES = ("prepare", "encode", "select", "prefill", "decode", "forced", "flops", "records", "report")
+"""What a comparison's time goes into: opening images and the processor; the encoder; selectors, budgets and shortened
+prompts; the prompt in the language model; its answer; the unpruned model's answer, teacher-forced; counting operations;
+figures and files of records; tables and page."""
+
+
+class Spent:
+    """Wall time by phase; a phase within another one is not counted twice.
+
+    Attributes:
+        seconds: by the names of `PHASES`.
+
+    Example:
+        >>> import torch
+        >>> spent = Spent(torch.device("cpu"))
+        >>> with spent.on("records"), spent.on("select"):
+        ...     pass
+        >>> spent.seconds["prefill"]
+        0.0
+    """
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._device, self._phase, self._since = device, "", 0.0
+
+    @contextmanager
+    def on(self, phase: str) -> Iterator[None]:
+        """Charges what happens in the block to a phase, and what comes after it to the one before."""
+        before = self._switch(phase)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Charges to `target` what one call did for both."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def _switch(self, phase: str) -> str:
+        synchronize(self._device)
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[self._phase] += now - self._since
+        before, self._phase, self._since = self._phase, phase, now
+        return before
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """So many threads of torch within the block; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if number is not None and number != before:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Most memory that a call has allocated at any time, beyond what was allocated before it.
+
+    Args:
+        work: called once, without arguments; what it returns is dropped.
+        device: whose allocator is watched: torch's own in either case, with the temporary buffers inside its operations
+            (such as those of a sort), without what libraries below it take for themselves (LAPACK's workspace).
+
+    Returns:
+        Bytes; on a GPU as its allocator hands them out, in blocks of 512.
+
+    Example:
+        >>> peak_bytes(lambda: torch.zeros(1000).neg().neg(), torch.device("cpu"))  # two of three at a time
+        8000
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        with PeakMemory(device) as memory:
+            work()
+            synchronize(device)
+        return (memory.bytes or before) - before
+
+    # The profiler's library writes lines to standard error otherwise, one of them on the GPU that is not there.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+
+    # Every allocation has a positive size and every release a negative one.
+    assert trace.profiler is not None
+    assert trace.profiler.kineto_results is not None
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]: the stub lacks it
+        highest = max(highest, live)
+    return highest
+
+
+def allocated_cache_bytes(cache: Any) -> int:
+    """Bytes that a cache of keys and values holds in memory: whole storages, each counted once.
+
+    Args:
+        cache: ``past_key_values`` of a model's output, with `layers` that hold `keys` and `values`.
+
+    Returns:
+        What is allocated, which is more than the tokens need where a cache is longer than its prompt, or holds a view
+        of a larger tensor. `selector.measure.flops.cache_bytes` is the formula.
+    """
+    # A layer that has seen no token holds no tensors yet.
+    held = [part for layer in cache.layers for part in (layer.keys, layer.values) if isinstance(part, Tensor)]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held if part.numel()}
+    return sum(storages.values())
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the work queued on a GPU is done, without which a clock times the launch alone; elsewhere nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device, repeats: int, warmup: int = 2) -> list[float]:
-    """Wall time of each of `repeats` calls, after `warmup` calls that do not count.
+def processor_time(device: torch.device) -> float:
+    """A clock, in seconds, of the work that is done: the process's CPU time, or the time on the wall for a GPU.
+
+    Other processes on the machine do not count on a CPU. With several threads the times of all add up.
+
+    Args:
+        device: where the work is done; the queue of a GPU is waited for.
+    """
+    synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def seconds_of(
+    work: Callable[[], Any],
+    device: torch.device,
+    repeats: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Time of each of `repeats` calls, after `warmup` calls that do not count.
 
     Args:
         work: called without arguments.
         device: whose queue is waited for before and after each call.
+        clock: in seconds; by default wall time.
 
     Raises:
         ValueError: repeats below 1 or warmup below 0.
@@ -95,9 +234,9 @@ def seconds_of(work: Callable[[], Any], device: torch.device, repeats: int, warm
     times = []
     for call in range(warmup + repeats):
         synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         work()
         synchronize(device)
         if call >= warmup:
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     return times

@@ -10,8 +10,10 @@ With S tokens, width D, hidden width m of the MLP, query width q = heads · head
 
 A prefill of S tokens has C = S; a decoded token has S = 1 and C = what is in the cache, itself included. Tests hold
 the formulas against ``torch.utils.flop_counter``. A selector is counted by that counter itself, and its decompositions,
-which torch does not count, by Golub & Van Loan (4th ed., sections 5 and 8): eigenvectors of n × n 9·n³ (the counter
-cannot tell eigenvalues alone from these); QR of n × k 4·n·k²; SVD of n × k with vectors 14·n·k² + 8·k³ (n ≥ k).
+which torch does not count, by Golub & Van Loan (4th ed., sections 3 to 5 and 8): eigenvectors of n × n 9·n³ (the
+counter cannot tell eigenvalues alone from these); QR of n × k 4·n·k²; SVD of n × k with vectors 14·n·k² + 8·k³ (n ≥ k);
+Cholesky factor of n × n n³/3, inverse from it 2·n³/3, solving a triangle of n × n for k columns n²·k. Nor does it count
+the layer of a torch Transformer that inference runs as one operation: as a layer of the tower above.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-LANGUAGES = ("llama", "mistral", "qwen2")
+LANGUAGES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 
 
 def tower_flops(config: Any, tiles: int) -> int | None:
@@ -97,6 +99,10 @@ def counted_flops(work: Callable[[], Any]) -> int:
         aten._linalg_eigh: _eigh,
         aten.linalg_qr: lambda shape, *_, **__: math.prod(shape[:-2]) * 4 * max(shape[-2:]) * min(shape[-2:]) ** 2,
         aten._linalg_svd: _svd,
+        aten._transformer_encoder_layer_fwd: _encoder_layer,
+        aten.linalg_cholesky_ex: lambda shape, *_, **__: math.prod(shape[:-2]) * shape[-1] ** 3 // 3,
+        aten.cholesky_inverse: lambda shape, *_, **__: math.prod(shape[:-2]) * 2 * shape[-1] ** 3 // 3,
+        aten.linalg_solve_triangular: lambda shape, other, *_, **__: math.prod(other) * shape[-1],
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
@@ -111,6 +117,12 @@ def _eigh(shape: Any, *_: Any, **__: Any) -> int:
 def _svd(shape: Any, *_: Any, **__: Any) -> int:
     k, n = sorted(shape[-2:])
     return math.prod(shape[:-2]) * (14 * n * k**2 + 8 * k**3)
+
+
+def _encoder_layer(shape: Any, width: int, heads: int, *rest: Any, **_: Any) -> int:
+    hidden = rest[11][0]  # rows of the first matrix of the MLP, by the signature of the operation
+    batch, tokens = math.prod(shape[:-2]), shape[-2]
+    return batch * (8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * width * hidden)
 
 
 def _head_width(text: Any) -> int:

@@ -20,6 +20,8 @@ class Protocol:
         positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
         layer: of the language model, at which the spectrum of the visual tokens is taken; 0 is what enters it.
         repeats: timed runs of every piece of work, of which the median is recorded, after one untimed warm-up.
+        batch_size: prompts that are answered at once; times are one sample's own with 1 only, see
+            `selector.measure.harness`. Part of the key, so that no run mixes two kinds of times.
 
     Example:
         >>> Protocol(answers=False, repeats=5).max_new_tokens
@@ -32,3 +34,4 @@ class Protocol:
     positions: Literal["original", "contiguous"] = "original"
     layer: int = 0
     repeats: int = 1
+    batch_size: int = 1

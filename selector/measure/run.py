@@ -4,6 +4,9 @@ A sample's image is encoded once and pruned many times; the unpruned model answe
 ``full`` (every visual token) and ``blind`` (the placeholders taken out of the prompt, no pixels at all): a task whose
 blind accuracy is near its full accuracy measures nothing. A failure is never scored as an answer: exceptions propagate.
 
+With `Protocol.batch_size` above 1, prompts are answered together (`selector.measure.windows`): the same answers sooner,
+and times that are shares of a batch's.
+
 Several processes share a run by shards: each takes every n-th sample and writes files of its own, and the records equal
 those of one process, except for the times.
 """
@@ -11,6 +14,7 @@ those of one process, except for the times.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,13 @@ from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.errors import UsageError
 from selector.files import output, write_json
-from selector.measure.harness import BLIND, FULL, Harness, Measured, Row
+from selector.measure.batches import refusal
+from selector.measure.harness import BLIND, FULL, Harness, Row
 from selector.measure.images import FIRST, store_image
 from selector.measure.protocol import Protocol
 from selector.measure.settings import asked, common_settings, environment, row_settings, written
-from selector.record import Record, check
+from selector.measure.windows import Outcome, Ready, in_batches, one_by_one, prepared_ahead, windows
+from selector.record import Record
 from selector.tasks import Task
 from selector.tasks.sample import Sample
 
@@ -67,6 +73,8 @@ def compare(
     fresh: bool = False,
     shard: records.Shard = records.WHOLE,
     model_name: str = "",
+    workers: int = 0,
+    batch_threads: int | None = None,
 ) -> Iterator[Step]:
     """Runs a comparison and writes it to `out` as it goes; finished samples are not run again.
 
@@ -78,19 +86,28 @@ def compare(
         fresh: forget what `out` already holds of this comparison.
         shard: (number, total): only the samples with ``index % total == number``.
         model_name: what the report calls the model.
+        workers: threads that prepare images ahead; 0 prepares each when its turn comes.
+        batch_threads: of torch, for prompts that are answered together; None: as many as for everything else.
 
     Returns:
         An iterator of one `Step` per record. It drives the run, and can be stopped at any time without loss.
 
     Raises:
-        UsageError: a layer, label, shard or number of samples that cannot be, two selectors that are the same, another
-            process at work in `out`, or (while iterating) a sample that cannot be measured.
+        UsageError: a layer, label, shard, batch size or number of samples that cannot be, two selectors that are the
+            same, another process at work in `out`, or (while iterating) a sample that cannot be measured.
     """
     # All that can be refused is refused before anything is written.
     check_part(tasks, samples, shard, fresh)
     layers = model.config.get_text_config().num_hidden_layers
     if not 0 <= protocol.layer <= layers:
         raise UsageError(f"layer must be in 0..{layers} for this model, got {protocol.layer}")
+    if protocol.batch_size < 1 or workers < 0:
+        raise UsageError(
+            f"batch_size must be >= 1 and workers >= 0, got batch_size={protocol.batch_size} and workers={workers}"
+        )
+    reason = refusal(model) if protocol.batch_size > 1 else None
+    if reason is not None:
+        raise UsageError(f"batch_size must be 1 for this model, since {reason}; got {protocol.batch_size}")
     reserved = next((label for label in selectors if label in (FULL, BLIND)), None)
     if reserved is not None:
         raise UsageError(f"selectors must not be called {FULL} or {BLIND}, which are the references, got {reserved!r}")
@@ -114,13 +131,17 @@ def compare(
         held.close()
         raise
 
+    if fresh:
+        records.forget_time(out)
+
     # What the report reads beside the records.
     plan: dict[str, Any] = asdict(protocol) | {
         "model": model_name,
         "samples": samples,
         "shard": None if shard == records.WHOLE else f"{shard[0]}/{shard[1]}",
         "baseline": baseline,
-        "environment": environment(model) | {"image_processor": common["processor"], "attention": common["attention"]},
+        "environment": environment(model, batch_threads)
+        | {"image_processor": common["processor"], "attention": common["attention"]},
         "fingerprint": common["model"],
         "tasks": {
             task.name: {
@@ -147,32 +168,96 @@ def compare(
     _write_plan(out, plan)
 
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
-    harness = Harness(model, processor, needs, protocol)
+    harness = Harness(model, processor, needs, protocol, batch_threads)
 
     # A function of its own, so that mistakes are raised by `compare` and not by the first step.
     def steps() -> Iterator[Step]:
-        with held:
+        with held, _timed(harness, out, shard):
             for task in tasks:
                 total = sample_count(task, samples)
                 share = len(range(*shard_range(shard, total)))
-                index = -1  # stays so where no image of the task can be read
-                for index, sample in enumerate(task.samples(total, protocol.seed)):
-                    # Other shards' samples are drawn as well, and skipped: all shards agree on who has which.
-                    if index % shard[1] == shard[0]:
-                        for row, record, measured in _records(harness, index, sample, task, rows, files[task.name]):
-                            if measured is not None and measured.canvas is not None and index < FIRST:
-                                name = records.image_name(task.fingerprint, protocol.seed, sample.id)
-                                store_image(out, name, sample.image, measured.canvas, sample.boxes)
-                            yield Step(task.name, index, share, row, record, measured is not None)
+                drawn = Drawn(harness, task, files[task.name], shard, workers)
+                pictured: set[int] = set()
+                for outcome in drawn.outcomes(rows, total):
+                    ready, measured = outcome.ready, outcome.measured
+                    # The first of a sample's records brings the picture; in batches those of others are in between.
+                    if (
+                        measured is not None
+                        and measured.canvas is not None
+                        and ready.index < FIRST
+                        and ready.index not in pictured
+                    ):
+                        pictured.add(ready.index)
+                        name = records.image_name(task.fingerprint, protocol.seed, ready.sample.id)
+                        with harness.spent.on("records"):
+                            store_image(out, name, ready.sample.image, measured.canvas, ready.sample.boxes)
+                    yield Step(task.name, ready.index, share, outcome.row, outcome.record, measured is not None)
 
                 # Only now is it known which images cannot be read; the report names them.
-                if task.unreadable and index < 0:
+                if task.unreadable and drawn.count == 0:
                     raise UsageError(f"task {task.name!r}: none of its {len(task.unreadable)} images can be read")
                 if task.unreadable:
                     plan["unreadable"][task.name] = task.unreadable
                     _write_plan(out, plan)
 
     return steps()
+
+
+class Drawn:
+    """The samples of a task that a shard takes, from the draw to their records.
+
+    Attributes:
+        count: samples drawn so far, those of other shards among them.
+    """
+
+    def __init__(
+        self, harness: Harness, task: Task, files: Sequence[records.Records], shard: records.Shard, workers: int
+    ):
+        self.harness, self.task, self.files, self.shard, self.workers = harness, task, files, shard, workers
+        self.count = 0
+
+    def outcomes(self, rows: Sequence[Row], total: int) -> Iterator[Outcome]:
+        """Every row's record of every sample."""
+        batch = self.harness.protocol.batch_size
+        drawn = self._draw(total)
+        if self.workers:
+            drawn = prepared_ahead(drawn, self._prepare, self.harness.processor, self.workers, batch + self.workers)
+
+        for window in windows(self._awaited(drawn), batch):
+            if batch > 1:
+                yield from in_batches(self.harness, window, self.task, rows, self.files)
+            else:
+                yield from one_by_one(self.harness, window[0], self.task, rows, self.files)
+
+    def _draw(self, total: int) -> Iterator[Ready]:
+        # Other shards' samples are drawn as well, and skipped: all shards agree on who has which.
+        for index, sample in enumerate(self.task.samples(total, self.harness.protocol.seed)):
+            self.count = index + 1
+            if index % self.shard[1] == self.shard[0]:
+                yield Ready(index, sample)
+
+    def _prepare(self, processor: Any, sample: Sample) -> dict[str, Any] | None:
+        # What is finished is not opened again.
+        if all(sample.id in file.done for file in self.files):
+            return None
+        return self.harness.prepare(sample, self.task, processor)
+
+    def _awaited(self, drawn: Iterator[Ready]) -> Iterator[Ready]:
+        while True:
+            with self.harness.spent.on("prepare"):
+                ready = next(drawn, None)
+            if ready is None:
+                return
+            yield ready
+
+
+@contextmanager
+def _timed(harness: Harness, out: Path, shard: records.Shard) -> Iterator[None]:
+    """Adds what the time went into to that of earlier runs, however the block is left."""
+    try:
+        yield
+    finally:
+        records.add_time(out, shard, harness.spent.seconds)
 
 
 def _write_plan(out: Path, plan: Mapping[str, Any]) -> None:
@@ -229,22 +314,3 @@ def _row(label: str, selector: TokenSelector, budget: Budget) -> Row:
     except ValueError as error:  # not calibrated for this budget: an error now, not at the first sample
         raise UsageError(f"{label}: {error}") from error
     return Row(label, selector, budget)
-
-
-def _records(
-    harness: Harness, index: int, sample: Sample, task: Task, rows: Sequence[Row], files: Sequence[records.Records]
-) -> Iterator[tuple[Row, Record, Measured | None]]:
-    """Every row's record of a sample, with what it was measured on; None for a record of an earlier run."""
-    measured = None  # opened for the first row without a record: a finished sample costs nothing
-    for row, file in zip(rows, files, strict=True):
-        if sample.id in file.done:
-            yield row, file.done[sample.id], None
-            continue
-        if measured is None:
-            measured = harness.open(sample, task)
-
-        # Checked before it is written: a record that a report refuses must not reach the file.
-        record = Record(id=sample.id, index=index, **measured.record(row))
-        check(record)
-        file.append(record)
-        yield row, record, measured

@@ -39,6 +39,8 @@ def answer_record(
         "decode_ms": None if answer.decode_seconds is None else 1e3 * answer.decode_seconds,
         "peak_bytes": answer.peak_bytes,
     }
+    if answer.batch > 1:
+        fields["batch"] = answer.batch
 
     if sample.references:
         fields |= _rightness(sample, answer.text, full.text, metric)

@@ -30,7 +30,7 @@ def written(budget: Budget | None) -> str | None:
     )
 
 
-def environment(model: Any) -> dict[str, Any]:
+def environment(model: Any, batch_threads: int | None = None) -> dict[str, Any]:
     """The versions and the machine that figures were measured with, as plain values for the report."""
     import transformers
 
@@ -41,6 +41,7 @@ def environment(model: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(model.device) if cuda else f"{model.device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
+        "batch_threads": batch_threads or torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

@@ -8,7 +8,7 @@ pruned. Ratios carry over to other machines better than milliseconds do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -21,14 +21,19 @@ from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.groups import Groups
 from selector.measure.answering import prepare
-from selector.measure.cost import seconds_of
+from selector.measure.cost import allocated_cache_bytes, seconds_of
+from selector.measure.flops import cache_bytes
 from selector.models import encode
-from selector.plug import prune_inputs
+from selector.plug import Pruned, prune_inputs
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one piece of work over `calls` timed calls, and the visual tokens that it left, if any.
+    """Median milliseconds of one piece of work over `calls` timed calls, and what it left, where that is asked.
+
+    Attributes:
+        tokens: visual tokens that reach the language model.
+        cache: bytes of keys and values after a prefill: allocated, and by the formula of `selector.measure.flops`.
 
     Example:
         >>> prefill = Timing("prefill", 412.0, calls=20, tokens=2880)
@@ -41,6 +46,7 @@ class Timing:
     milliseconds: float
     calls: int
     tokens: int | None = None
+    cache: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,19 @@ def measure(
     inputs = prepare(processor, image, "what is in the image?", device)
     needs = frozenset({"features"}).union(*(s.needs for s in selectors.values()))
 
-    def timed(name: str, work: Any, tokens: int | None = None) -> Timing:
+    def timed(name: str, work: Any) -> Timing:
         with torch.no_grad():
             seconds = seconds_of(work, device, repeats)
-        return Timing(name, 1e3 * median(seconds), len(seconds), tokens)
+        return Timing(name, 1e3 * median(seconds), len(seconds))
 
-    def prefill(ready: Mapping[str, Any]) -> Any:
-        return model(**ready, use_cache=True, logits_to_keep=1)
+    def prefill(name: str, pruned: Pruned) -> Timing:
+        def work() -> Any:
+            return model(**pruned.inputs, use_cache=True, logits_to_keep=1)
+
+        with torch.no_grad():
+            held = allocated_cache_bytes(work().past_key_values)
+        formula = cache_bytes(model.config, pruned.inputs["input_ids"].shape[1], model.dtype.itemsize)
+        return replace(timed(name, work), tokens=sum(pruned.measured), cache=(held, formula))
 
     def selection(selector: TokenSelector) -> list[float]:
         """Seconds as the plug itself measures them: selector, budget and merging, without the prompt."""
@@ -112,9 +124,9 @@ def measure(
     matrix = Groups.of(tokens, "image").gather(tokens.features.float())
     return Bench(
         encode=timed("vision tower and projector", lambda: encode(model, inputs, needs)),
-        prefill=timed("prefill, every token", lambda: prefill(whole.inputs), sum(whole.measured)),
+        prefill=prefill("prefill, every token", whole),
         svd=timed("full SVD of the features", lambda: torch.linalg.svd(matrix, full_matrices=False)),
-        pruned_prefill=timed(f"prefill, keep={budget}", lambda: prefill(pruned[0].inputs), sum(pruned[0].measured)),
+        pruned_prefill=prefill(f"prefill, keep={budget}", pruned[0]),
         selectors=tuple(
             Timing(name, 1e3 * median(selection(selector)), repeats, sum(cut.measured))
             for (name, selector), cut in zip(selectors.items(), pruned, strict=True)
@@ -130,11 +142,13 @@ def table(bench: Bench, title: str) -> Table:
         title: shown above, as plain text.
 
     Returns:
-        A row per timing; the net gain of a selector is what the shorter prefill saves minus the selection itself.
+        A row per timing; the net gain of a selector is what the shorter prefill saves minus the selection itself. Of
+        the cache of keys and values stands what is allocated after the prefill, beside the formula.
     """
     shown = Table(title=Text(title), title_justify="left", title_style="bold")
     shown.add_column("work")
-    for header in ("tokens", "ms", "of the full prefill", "of the full SVD", "net gain ms"):
+    headers = ("tokens", "ms", "of the full prefill", "of the full SVD", "net gain ms", "KV MB", "by formula")
+    for header in headers:
         shown.add_column(header, justify="right", no_wrap=True)
 
     # At one budget every selector leaves about as many tokens: one pruned prefill stands for all.
@@ -148,6 +162,7 @@ def table(bench: Bench, title: str) -> Table:
             f"{100 * timing.milliseconds / bench.prefill.milliseconds:.1f}%",
             f"{100 * timing.milliseconds / bench.svd.milliseconds:.1f}%",
             "" if i < len(references) else f"{saved:+.1f}",
+            *(["", ""] if timing.cache is None else [f"{each / 1e6:.2f}" for each in timing.cache]),
             end_section=i + 1 == len(references),  # a rule between references and selectors
         )
     return shown

@@ -8,6 +8,7 @@ and whose object is the `Adapter`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
@@ -179,6 +180,7 @@ def encode(
     return adapter.encode(model, inputs, frozenset(needs), relevance)
 
 
-def _shipped() -> set[str]:
-    """Model types that have a file here."""
-    return {info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")}
+@functools.cache
+def _shipped() -> frozenset[str]:
+    """Model types that have a file here; listed once, since every pruned prompt asks."""
+    return frozenset({info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")})

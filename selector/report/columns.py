@@ -16,6 +16,9 @@ LEGEND = f"{MARK} sees the question: what is kept of an image differs per questi
 OF_A_METRIC = ("f1", "paired")
 """Figures of a row that are no field of its records: a metric gives them over all samples together."""
 
+SHARED = "‡"
+"""Marks times that are a batch's, divided by its rows."""
+
 POOLED = "all tasks"
 """What tables call all tasks taken together."""
 
@@ -68,8 +71,24 @@ def selector_name(row: Figures) -> str:
 
 
 def legend(summary: Summary) -> list[str]:
-    """What the mark means, as the lines to print: none where no selector of the run has it."""
-    return [LEGEND] if any(row["sees_question"] for row in summary["rows"]) else []
+    """What the marks mean, as the lines to print: none where nothing of the run has them."""
+    lines = [LEGEND] if any(row["sees_question"] for row in summary["rows"]) else []
+    if batch_size(summary) > 1:
+        lines.append(
+            f"{SHARED} in batches of up to {batch_size(summary)} prompts: the time of a batch divided by its rows (or "
+            "by its decoded tokens), the memory of the whole batch. --batch-size 1 times every sample by itself."
+        )
+    return lines
+
+
+def batch_size(summary: Summary) -> int:
+    """Prompts that were answered at once; a plan of an older version does not say, and had one."""
+    return summary.get("batch_size", 1)
+
+
+def timed(header: str, summary: Summary) -> str:
+    """The header of a time, marked where samples share it."""
+    return header + SHARED if batch_size(summary) > 1 else header
 
 
 def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) -> Column:
@@ -180,7 +199,7 @@ def main_columns(summary: Summary, task: str | None = None) -> list[Column]:
         ),
         # What it cost.
         Column("select ms", _selection, lambda r: r["selection_ms"] if r["keep"] else None, "selector and budget"),
-        _plain("prefill ms", "prefill_ms", 1, "prompt to first token"),
+        _plain(timed("prefill ms", summary), "prefill_ms", 1, "prompt to first token"),
     ]
     return _with_figures(columns, summary)
 
@@ -264,9 +283,9 @@ def cost_columns(summary: Summary) -> list[Column]:
         # By the clock.
         _plain("encode ms", "encode_ms", 1, "vision tower and projector"),
         Column("select ms", _selection, lambda r: r["selection_ms"] if r["keep"] else None, "selector and budget"),
-        _plain("prefill ms", "prefill_ms", 1, "prompt to first token"),
-        _plain("ms per token", "decode_ms", 1, "each token after the first"),
-        _plain("peak GB", "peak_bytes", 2, "highest GPU memory, weights included, 10⁹ bytes", 1e-9),
+        _plain(timed("prefill ms", summary), "prefill_ms", 1, "prompt to first token"),
+        _plain(timed("ms per token", summary), "decode_ms", 1, "each token after the first"),
+        _plain(timed("peak GB", summary), "peak_bytes", 2, "highest GPU memory, weights included, 10⁹ bytes", 1e-9),
     ]
     return _with_figures(columns, summary)
 

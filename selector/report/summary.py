@@ -16,7 +16,7 @@ from typing import Any, cast
 from selector.errors import UsageError
 from selector.files import output, write_json, write_text
 from selector.record import METRICS, Record, check, summed_by
-from selector.records import FLIPS, RUN, read_folder, seeing_question
+from selector.records import FLIPS, RUN, read_folder, read_time, seeing_question
 from selector.report.columns import POOLED, is_auto, share_of
 from selector.report.page import render
 from selector.report.page.explorer import changed_answers, explorer
@@ -50,9 +50,10 @@ def summarize(run: Path) -> dict[str, Any]:
         run: a folder that `selector compare` wrote.
 
     Returns:
-        The plan of the run, with figures as ``rows`` (one per task, selector and budget), ``pooled`` and
-        ``correlations`` (of the spectral shifts with agreement). Pooled are the rows over all tasks together, where a
-        budget is a share on average (``auto:0.2``), which it keeps over all tasks only.
+        The plan of the run, with figures as ``rows`` (one per task, selector and budget), ``pooled``,
+        ``correlations`` (of the spectral shifts with agreement) and ``spent`` (seconds by phase). Pooled are the rows
+        over all tasks together, where a budget is a share on average (``auto:0.2``), which it keeps over all tasks
+        only.
 
     Raises:
         UsageError: no run there, one of an older format, or broken records.
@@ -66,6 +67,7 @@ def summarize(run: Path) -> dict[str, Any]:
         "rows": rows,
         "pooled": _rows(_pooled(tables), baseline, seeing, {POOLED: "mixed"} if metrics else {}) if averaged else [],
         "correlations": _correlations(rows),
+        "spent": read_time(run),
     }
 
 
@@ -157,6 +159,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for name, kind in kinds.items():
         if name not in settings or not isinstance(settings[name], kind):
             raise UsageError(f"run must be whole, {path} has {settings.get(name)!r:.80} as {name}")
+
+    if type(settings.get("batch_size", 1)) is not int:
+        raise UsageError(f"run must be whole, {path} has {settings['batch_size']!r:.80} as batch_size")
 
     # The key of a row is the name of a folder: anything but hexadecimal digits could lead out of the run.
     for row in settings["rows"]:

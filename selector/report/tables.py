@@ -156,6 +156,8 @@ def settings_line(summary: Summary) -> str:
     number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples per task"
     number = f"shard {summary['shard']} of {number}" if summary.get("shard") else number
     threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
+    if where.get("batch_threads", where["threads"]) != where["threads"]:
+        threads += f" ({where['batch_threads']} for batches)"
     return (
         f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {where['dtype']}; "
         f"torch {where['torch']}, transformers {where['transformers']}"
@@ -184,6 +186,7 @@ def notes(summary: Summary) -> list[str]:
             f"{tests} comparisons with the unpruned model are in this run: at 5% each, {0.05 * tests:.1f} would look "
             "real by chance; * marks those that stay below 5% after Holm's correction."
         )
+    lines += spent_line(summary.get("spent", {}))
     for task in summary["tasks"]:
         if done(summary, task):
             rest = "the others are for other shards" if summary.get("shard") else "the others are not done"
@@ -195,6 +198,18 @@ def notes(summary: Summary) -> list[str]:
     if saturated:
         lines.append(f"{saturated} records are saturated: the image has no more tokens than the budget, so all stayed.")
     return lines
+
+
+def spent_line(seconds: Mapping[str, float]) -> list[str]:
+    """What the time of a run went into, the most first; no line where nothing was noted.
+
+    >>> spent_line({"encode": 3.0, "prefill": 9.0, "flops": 0.0})
+    ['Time: 12 s, of which prefill 75%, encode 25%.']
+    """
+    total = sum(seconds.values())
+    shares = sorted(((value / total, name) for name, value in seconds.items()), reverse=True) if total > 0 else []
+    parts = [f"{name} {100 * share:.0f}%" for share, name in shares if share >= 0.005]
+    return [f"Time: {total:,.0f} s, of which {', '.join(parts)}."] if parts else []
 
 
 def footnotes(summary: Summary, run: Path) -> str:

@@ -62,7 +62,7 @@ def test_help_names_every_default_as_it_is(command, monkeypatch, capsys):
     changed |= {"baseline": "nobody", "layer": 4715, "tasks": ["a", "b"], "keep": [4716]}
     changed |= {"shares": [0.47], "tolerance": 0.18}
     known = cli.DEFAULTS[command]
-    if command in ("calibrate", "stability"):
+    if command in ("bench", "calibrate", "stability"):
         del changed["out"]  # none by default
     if command == "calibrate":
         changed["newlines"] = ["some", "most"]
@@ -248,6 +248,40 @@ def test_bench(call, model):
     assert code == 0
     for word in ("full SVD", "prefill", "random", "of the full prefill"):
         assert word in out
+
+
+def test_bench_at_the_sizes_of_a_model(call, make_image):
+    make_image(70, 50).save("a.png")
+    options = [
+        "--geometry",
+        "llava-next-tiny",
+        "--keep",
+        "16",
+        "9",
+        "--tiles",
+        "2",
+        "--repeats",
+        "1",
+        "--image",
+        "a.png",
+    ]
+    selectors = ["--selectors", "two=svd-prune:rank=2", "hiprune", "image-transformer"]
+    code, out, err = call("bench", *options, *selectors, "--prefill-layers", "1", "--out", "deep/er")
+    assert code == 0
+    for word in ("two", "image-transformer*", "tower and projector", "growth with tiles, K = 9", "ms at 2 and 5 tiles"):
+        assert word in out
+    assert "hiprune:layer=1" in out, "the tower has no layer 9"
+    assert "selector bench: llava-next-tiny: two" in err
+
+    # The command in the result measures the same again.
+    data = json.loads(Path("deep/er/llava-next-tiny.json").read_text())
+    assert data["picture"] == "a.png"
+    assert data["command"] == " ".join(["selector", "bench", "--geometry", "llava-next-tiny", "--image", "a.png"]) + (
+        " --keep 16 9 --prefill-layers 1 --repeats 1 --selectors two=svd-prune:rank=2 hiprune image-transformer"
+        " --tiles 2"
+    )
+    assert (Path("deep/er/llava-next-tiny.md").read_text()).startswith("# llava-next-tiny: what selection costs")
+    assert Path("deep/er/llava-next-tiny.svg").is_file()
 
 
 @pytest.mark.slow

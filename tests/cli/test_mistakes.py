@@ -148,12 +148,43 @@ def test_mistakes_in_a_config(call, model, content, message):
         (["show", "--out", "picture.jpg"], "out must be the name of a PNG file"),
         (["bench", "--image", "gone.png"], r"gone\.png cannot be read"),
         (["bench", "--repeats", "0"], "repeats must be an int >= 1, got 0"),
+        (["bench", "--tiles", "2"], "tiles must come with --geometry"),
+        (["bench", "--out", "x"], "out must come with --geometry"),
+        (["bench", "--prefill-layers", "1"], "prefill-layers must come with --geometry"),
     ],
 )
 def test_mistakes_of_the_other_commands(call, arguments, message):
     code, _, err = call(*arguments)
     assert code == 2
     assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--geometry", "llava-next-8b"], "geometry must be one of .*llava-next-7b.*, got 'llava-next-8b'"),
+        (["--model", "x"], "model must not be given with --geometry"),
+        (["--positions", "contiguous"], "positions must not be given with --geometry"),
+        (["--keep", "0.25"], r"keep must be a count of visual tokens with --geometry, got 0\.25"),
+        (["--keep", "745"], r"keep must be in 1\.\.744, the visual tokens of 5 tiles, got 745"),
+        (["--tiles", "0"], "tiles must be an int >= 1, got 0"),
+        (["--tiles", "6"], r"tiles must be in 1\.\.5 for llava-next-tiny, got 6"),
+        (["--prefill-layers", "5"], r"prefill-layers must be in 0\.\.4, .*, got 5"),
+        (["--threads", "0"], "threads must be an int >= 1, got 0"),
+        (["--repeats", "0"], "repeats must be an int >= 1, got 0"),
+        (["--attention", "careful"], "attention 'careful' cannot be used: "),
+        (["--dtype", "float7"], "dtype must be one of .*, got 'float7'"),
+        (["--image", "gone.png"], r"gone\.png cannot be read"),
+        (["--selectors", "nobody"], "unknown selector 'nobody'"),
+        (["--selectors", "gumbel", "gumbel"], "selectors must be different, 'gumbel' is there twice"),
+        (["--out", "taken/x"], "taken is no folder"),
+    ],
+)
+def test_mistakes_of_a_geometry(call, arguments, message):
+    Path("taken").write_text("")
+    code, _, err = call("bench", "--geometry", "llava-next-tiny", *arguments)
+    assert code == 2
+    assert re.search(message, err.splitlines()[-1]), err
 
 
 def test_debug_shows_the_traceback(call):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from selector import Budget, Random, SVDPrune
+from selector import Budget, GumbelSelector, Random, SVDPrune
 from selector.measure.answering import prepare
 from selector.measure.flops import cache_bytes, counted_flops, language_flops, tower_flops
 from selector.models import encode
@@ -63,3 +64,30 @@ def test_decompositions_by_hand():
     assert counted_flops(lambda: torch.linalg.eigh(square)) == 2 * 9 * 125
     assert counted_flops(lambda: torch.linalg.qr(tall)) == 4 * 7 * 9
     assert counted_flops(lambda: torch.linalg.svd(tall, full_matrices=False)) == 14 * 7 * 9 + 8 * 27
+
+
+def test_cholesky_by_hand():
+    square = torch.eye(6).repeat(2, 1, 1)
+    assert counted_flops(lambda: torch.linalg.cholesky(square)) == 2 * 72
+    assert counted_flops(lambda: torch.cholesky_inverse(square)) == 2 * 144
+    assert counted_flops(lambda: torch.linalg.solve_triangular(square, torch.ones(2, 6, 3), upper=True)) == 2 * 36 * 3
+
+
+def test_the_fast_path_of_a_transformer_is_counted_as_its_parts_are():
+    selector = GumbelSelector(dim=6, num_patches=16, width=12, layers=2, heads=3).eval()
+    table = torch.randn(3, 16, 6)
+    fast = counted_flops(lambda: selector.logits(table))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert counted_flops(lambda: selector.logits(table)) == fast
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_qwen2_5_has_the_layers_of_qwen2():
+    family = next(each for each in families.FAMILIES if each.kind == "qwen2_5_vl")
+    inputs = family.batch([[family.picture(0)]])
+    whole = prune_inputs(family.model, inputs, None)
+    prompt = whole.inputs["input_ids"].shape[1]
+    prefill, _ = counted(lambda: family.model(**whole.inputs, use_cache=True, logits_to_keep=1))
+    assert language_flops(family.model.config, prompt, prompt) == prefill

@@ -17,8 +17,10 @@ from selector import records
 pytestmark = pytest.mark.slow
 
 TIMES = {"encode_ms", "selection_ms", "prefill_ms", "decode_ms"}
+# One prompt at a time: a batch of others would change the last bits of divergences.
 OPTIONS = shlex.split(
-    "compare --selectors svd-prune:rank=2 random --keep 0.5 9 --samples 6 --max-new-tokens 3 --tasks scenes"
+    "compare --selectors svd-prune:rank=2 random --keep 0.5 9 --samples 6 --max-new-tokens 3 --tasks scenes "
+    "--batch-size 1"
 )
 
 
@@ -116,6 +118,29 @@ def test_a_killed_run_goes_on_and_ends_the_same(start, whole, tmp_path):
     assert lines(out) == 36
     assert content(out) == content(whole)
     assert figures(out) == figures(whole)
+
+
+def test_a_killed_run_in_batches_goes_on_and_says_the_same(start, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--batch-size", "4", "--workers", "1")
+    wait_for(out, 9, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 9 <= lines(out) < 36
+    process = start(out, "--batch-size", "4")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert lines(out) == 36
+
+    def words(run):
+        plan = json.loads((run / "run.json").read_text())
+        return {
+            (row["label"], row["keep"], r["id"]): (r["answer"], r.get("kept"), r["flip"], r["tokens"])
+            for row in plan["rows"]
+            for r in records.read_folder(run / row["key"])
+        }
+
+    assert words(out) == words(whole)
 
 
 def test_two_shards_at_once_are_one_run(start, whole, tmp_path):

@@ -286,7 +286,7 @@ def test_the_first_sample_is_measured_twice_and_the_first_time_thrown_away(tiny_
     opened = []
 
     class Counted(measure.Measured):
-        def __init__(self, harness, sample, task=None):
+        def __init__(self, harness, sample, task=None, inputs=None):
             opened.append(sample.id)
 
     monkeypatch.setattr(measure, "Measured", Counted)

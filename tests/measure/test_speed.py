@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from selector import Budget, Random, SVDPrune
+from selector.measure.flops import cache_bytes
 from selector.measure.speed import measure, table
 
 
@@ -19,6 +20,11 @@ def test_counts(tiny_model, make_image):
     assert (bench.prefill.tokens, bench.pruned_prefill.tokens) == (whole, 9)
     assert [(t.name, t.tokens, t.calls) for t in bench.selectors] == [("svd", 9, 2), ("random", 9, 2)]
     assert all(t.milliseconds > 0 for t in (bench.encode, bench.prefill, bench.svd, *bench.selectors))
+    # The cache that is there is the one of the formula, and a shorter prompt has a smaller one.
+    assert [t.cache[0] == t.cache[1] for t in (bench.prefill, bench.pruned_prefill)] == [True, True]
+    per_token = cache_bytes(model.config, 1, 4)
+    assert bench.prefill.cache[0] - bench.pruned_prefill.cache[0] == per_token * (whole - 9)
+
     shown = table(bench, "title")
     assert shown.row_count == 4 + 2
     console = Console(width=140, record=True, file=io.StringIO())

@@ -12,6 +12,7 @@ from PIL import Image
 
 from selector import TokenSelector, select_tokens
 from selector.measure.answering import prepare
+from selector.models import encode
 from training.cli import main, run
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -93,7 +94,7 @@ def test_a_selector_that_reads_the_question_ranks_anew_for_each(tmp_path, fit, t
             model(**inputs)
         assert log.measured == [12]
         with torch.no_grad():
-            scores.append(selector.score(log.last.tokens))
+            scores.append(selector.score(encode(model, inputs, selector.needs).tokens))
     assert not torch.allclose(*scores)
 
 
