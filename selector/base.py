@@ -6,13 +6,16 @@
         └ GreedySelector   picks one token after the other; the order of the picks is the ranking
 
 All are modules, so that a learned selector and a formula are moved, saved, loaded and swapped alike.
+
+Tokens leave before the language model, unless a selector's `stages` name layers of it: then the plug calls the selector
+again in front of each such layer, with the visual tokens that are still there (see `selector.inside`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,8 +28,35 @@ from selector.hub import Checkpoint
 from selector.merging import Selection
 from selector.tokens import VisualTokens
 
-QUESTION_FIELDS = frozenset({"question", "text"})
+QUESTION_FIELDS = frozenset(
+    {"question", "text", "text_attention", "own_text_attention", "rater_attention", "word_normed", "word_keys"}
+)
 """Fields of `VisualTokens` that come from the user's question."""
+
+Count = Literal["average", "after"]
+"""What a budget counts where tokens leave inside the language model, see `TokenSelector.count`."""
+
+
+class Stage(NamedTuple):
+    """A place where tokens leave.
+
+    Attributes:
+        layer: the decoder layer (from 0) that no longer sees them; 0 is before the language model.
+        share: tokens that stay, as a share of the image's original ones. A budget scales the shares of all stages by a
+            common factor, so they are proportions; 0 keeps none, whatever the budget.
+        selector: chooses among the tokens still there, and reads what its own `needs` name.
+
+    Example:
+        >>> from selector import load_selector
+        >>> [(stage.layer, stage.share) for stage in load_selector("norm").stages(depth=32)]
+        [(0, 1.0)]
+        >>> [(stage.layer, stage.share) for stage in load_selector("fastv").stages(depth=32)]
+        [(2, 1.0)]
+    """
+
+    layer: int
+    share: float
+    selector: TokenSelector
 
 
 class TokenSelector(Checkpoint, ABC):
@@ -36,8 +66,9 @@ class TokenSelector(Checkpoint, ABC):
         needs: fields of `VisualTokens` that the method reads beside the geometry; an adapter computes only these.
         learned: True when the class is meaningless without trained weights; it is then loaded from a checkpoint only.
         merges: True when kept tokens may absorb dropped ones.
-        acts: where tokens leave: ``"before"`` the language model. Methods that drop them ``"inside"`` it, after some
-            of its layers, would say so here; the plug refuses them by name until it can.
+        acts: where tokens leave: ``"before"`` the language model, or ``"inside"`` it, at the layers of `stages`.
+        count: of methods that act inside, what a budget counts: ``"average"`` visual tokens over all layers of the
+            language model, so that a budget costs as much as before it, or those that stay ``"after"`` the last stage.
         paper, cost: where the rule comes from, and its time per image (N tokens, D channels, K kept), for tables.
 
     Example:
@@ -51,7 +82,8 @@ class TokenSelector(Checkpoint, ABC):
     needs: frozenset[str] = frozenset({"features"})
     learned: ClassVar[bool] = False
     merges: bool = False
-    acts: ClassVar[Literal["before", "inside"]] = "before"
+    acts: Literal["before", "inside"] = "before"
+    count: Count = "average"
     paper: ClassVar[str] = ""
     cost: ClassVar[str] = ""
 
@@ -66,6 +98,20 @@ class TokenSelector(Checkpoint, ABC):
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         """The keep mask, and how dropped tokens flow into kept ones (None: they are gone)."""
         return Selection(self(tokens, budget))
+
+    def stages(self, depth: int) -> list[Stage]:
+        """Where tokens leave, by rising layer; what is gone stays gone.
+
+        Args:
+            depth: decoder layers of the language model.
+
+        Returns:
+            One stage before the language model, unless the method acts inside it.
+
+        Raises:
+            ValueError: a layer that this model does not have.
+        """
+        return [Stage(0, 1.0, self)]
 
     def resolved(self, budget: Budget) -> Budget:
         """The budget itself, or for ``keep="auto:s"`` the threshold that the selector's calibration gives.

@@ -3,7 +3,8 @@
 `prune_inputs` encodes the images with the model's own code, lets a selector choose, cuts the dropped tokens'
 placeholders out of the prompt and hands the surviving features over as ``mm_encoder_outputs``; prefill and KV cache are
 really shorter. `select_tokens` puts that around ``forward`` and ``generate`` of one model instance. No class is
-patched, nothing global changes, and all use of this seam is in this file. Needs transformers >= 5.19.
+patched, nothing global changes, and all use of this seam is in this file. Needs transformers >= 5.19. For selectors
+that act inside the language model, `selector.inside` does the rest.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-from selector.base import TokenSelector
+from selector.base import Stage, TokenSelector
 from selector.budget import Budget, Newlines, Scope
+from selector.columns import compact
+from selector.inside import Memory, acting, decoder_of
 from selector.merging import Selection
 from selector.models import Adapter, Encoded, Relevance, adapter_of, encode, has_visuals, model_type_of
+from selector.plan import Plan
 from selector.registry import load_selector
+from selector.stages import Counts, checked_stages, mean_tokens, outside_needs, planned_counts
 from selector.tokens import PAD, VisualTokens
 
 Positions = Literal["contiguous", "original"]
@@ -44,10 +49,13 @@ class Pruned:
         keep: ``[I, L]`` keep mask over the packed slots; None without images.
         tokens: what the selector saw; None without images.
         features: per image, the visual tokens that the language model receives, merged where the selector merges.
-        measured: visual tokens of each image that reach the language model, base view and newlines included.
+        measured: visual tokens of each image that reach the language model, base view and newlines included; where
+            tokens leave inside it, their average over its layers.
         full: the same before pruning.
         selection_seconds: wall time of the selector, the budget and the merging (not of the encoder).
         approximate: whether `keep` traces each packed token to the nearest encoder token only, see `Encoded`.
+        inside: what is to leave inside the language model, which takes running the model within `acting`; None where
+            nothing does. `keep` and `features` then are what reaches its first layer, until the model has run.
 
     Example:
         >>> from PIL import Image
@@ -63,10 +71,41 @@ class Pruned:
     keep: Bool[Tensor, "I L"] | None = None
     tokens: VisualTokens | None = None
     features: list[Tensor] = field(default_factory=list)
-    measured: list[int] = field(default_factory=list)
+    measured: list[int | float] = field(default_factory=list)
     full: list[int] = field(default_factory=list)
     selection_seconds: float = 0.0
     approximate: bool = False
+    inside: Plan | None = None
+
+    @property
+    def layers(self) -> list[list[int]]:
+        """Per image, its visual tokens in each decoder layer; empty where tokens leave before the language model."""
+        return self.inside.layers if self.inside else []
+
+    @contextmanager
+    def acting(self, model: Any, memory: Memory | None = None) -> Iterator[None]:
+        """Within the block, one ``forward`` or ``generate`` of `inputs` loses the tokens that leave inside.
+
+        Behind it `keep` is what is left after the last stage, `measured` and `layers` are as they were, and
+        `selection_seconds` include the stages.
+
+        Args:
+            model: that the inputs are of.
+            memory: of a block in which the cache is continued later.
+
+        Raises:
+            ValueError: on what `selector.inside` refuses by name.
+        """
+        plan = self.inside
+        if plan is None:
+            yield
+            return
+        outside, plan.seconds = self.selection_seconds - plan.seconds, 0.0  # of this run alone, not of earlier ones
+        with acting(model, plan, memory):
+            yield
+        self.selection_seconds = outside + plan.seconds
+        self.measured = [mean_tokens(own) for own in plan.layers]
+        self.keep = self.keep if plan.last is None else plan.last
 
 
 @dataclass
@@ -74,8 +113,10 @@ class SelectionLog:
     """What a `select_tokens` block did.
 
     Attributes:
-        measured: per image, in the order of the calls, visual tokens that reached the language model.
-        full: the same before pruning.
+        measured: per image, in the order of the calls, visual tokens that reached the language model; where tokens
+            leave inside it, their average over its layers.
+        layers: per image its visual tokens in each decoder layer, of selectors that act inside the language model.
+        full: as `measured`, before pruning.
         selection_seconds: wall time of all selections.
         last: the outcome of the latest call, whose `tokens` say where tokens lie and have no values: a log that lives
             on must not hold the features of every token (`prune_inputs` returns them).
@@ -88,14 +129,16 @@ class SelectionLog:
         ([64, 16], 0.2)
     """
 
-    measured: list[int] = field(default_factory=list)
+    measured: list[int | float] = field(default_factory=list)
     full: list[int] = field(default_factory=list)
     selection_seconds: float = 0.0
     last: Pruned | None = None
+    layers: list[list[int]] = field(default_factory=list)
 
     def add(self, pruned: Pruned) -> None:
         """Counts one call."""
         self.measured += pruned.measured
+        self.layers += pruned.layers
         self.full += pruned.full
         self.selection_seconds += pruned.selection_seconds
         self.last = replace(pruned, tokens=None if pruned.tokens is None else pruned.tokens.outline())
@@ -110,6 +153,7 @@ def prune_inputs(
     positions: Positions = "original",
     encoded: Encoded | None = None,
     relevance: Relevance | None = None,
+    inside: bool = False,
 ) -> Pruned:
     """Processor outputs with fewer visual tokens.
 
@@ -125,26 +169,32 @@ def prune_inputs(
             M-RoPE models refuse: rows and columns of an image have no gaps to close.
         encoded: the same images already encoded, to prune them many times.
         relevance: where a selector needs `text` and the model has no text tower, see `selector.models.encode`.
+        inside: whether the caller runs the model within `Pruned.acting`. Without it selectors that act inside the
+            language model are refused, since all their tokens would stay.
 
     Returns:
         Arguments for ``forward`` or ``generate``, with ``mm_encoder_outputs`` in place of the pixels, and what was cut.
 
     Raises:
         ValueError: images without input_ids, placeholders and visual tokens do not match, an argument of the prompt's
-            length that the model's adapter does not know, the selector acts inside the language model, or the
-            selector's or budget's own errors.
+            length that the model's adapter does not know, a selector that acts inside the language model without
+            `inside`, a budget that it cannot meet, or the selector's or budget's own errors.
     """
     # What is wrong whatever the images show is refused before they are encoded.
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions must be 'contiguous' or 'original', got {positions!r}")
     if (selector is None) != (budget is None):
         raise ValueError("give both a selector and a budget, or neither to keep every token")
-    if selector is not None and selector.acts != "before":
-        raise ValueError(f"{type(selector).__name__} acts inside the language model, and this plug cuts before it")
+    if selector is not None and selector.acts == "inside" and not inside:
+        raise ValueError(
+            f"{type(selector).__name__} acts inside the language model: use select_tokens, or give inside=True and run "
+            "the model within Pruned.acting"
+        )
     if has_visuals(inputs) and inputs.get("input_ids") is None:
         raise ValueError("input_ids must be given with pixel_values: inputs_embeds have no placeholders to cut")
 
-    encoded = encoded or encode(model, inputs, selector.needs if selector else (), relevance)
+    stages, depth = _stages_of(model, selector)
+    encoded = encoded or encode(model, inputs, outside_needs(stages), relevance)
     if encoded is None:
         return Pruned(dict(inputs))
 
@@ -156,7 +206,12 @@ def prune_inputs(
         )
 
     # Of the packed tokens, and of deepstack features if there are any, the same rows stay.
-    keep, tables, seconds = _select(encoded, selector, budget)
+    counts = _counts(selector, stages, depth, budget, encoded.tokens)
+    if stages and stages[0].layer == 0 and budget is not None:
+        first = Counts.of(budget, counts[0]) if counts else budget
+        keep, tables, seconds = _select(encoded, stages[0].selector, first)
+    else:
+        keep, tables, seconds = _select(encoded, None, None)
     lengths = encoded.tokens.lengths.tolist()
     masks = [row[:n] for row, n in zip(keep, lengths, strict=True)]
     kept = [[feats[mask.to(feats.device)] for feats, mask in zip(table, masks, strict=True)] for table in tables]
@@ -167,7 +222,47 @@ def prune_inputs(
     _check_rows(new, adapter, model_type_of(model))
     new |= _shorten(model, inputs, torch.cat(masks), encoded.image_token_id, positions)
     new["mm_encoder_outputs"] = {encoded.modality: _encoder_output(encoded, kept)}
-    return Pruned(new, keep, encoded.tokens, kept[0], [len(k) for k in kept[0]], lengths, seconds, encoded.approximate)
+    pruned = Pruned(
+        new, keep, encoded.tokens, kept[0], [len(k) for k in kept[0]], lengths, seconds, encoded.approximate
+    )
+    if counts and budget is not None:
+        inner = [n for n, stage in enumerate(stages) if stage.layer > 0]
+        within = [stages[n] for n in inner], [counts[n] for n in inner]
+        pruned.inside = Plan.of(*within, budget, encoded.tokens, keep, new, encoded.image_token_id, depth)
+        pruned.measured = [mean_tokens(own) for own in pruned.inside.layers]
+    return pruned
+
+
+def _stages_of(model: Any, selector: TokenSelector | None) -> tuple[list[Stage], int]:
+    """Where a selector's tokens leave this model (nowhere without a selector), and its layers where that matters."""
+    if selector is None:
+        return [], 0
+    # Only what acts inside has to know the language model: adapters serve models whose decoder is of any kind.
+    if selector.acts == "before":
+        return [Stage(0, 1.0, selector)], 0
+    depth = len(decoder_of(model).layers)
+    return checked_stages(selector, depth), depth
+
+
+def _counts(
+    selector: TokenSelector | None, stages: list[Stage], depth: int, budget: Budget | None, tokens: VisualTokens
+) -> list[list[int]]:
+    """Per stage, the visual tokens that each image keeps; empty where the budget itself says it, before the model."""
+    if selector is None or budget is None or selector.acts == "before":
+        return []
+    if isinstance(budget.keep, str):
+        raise ValueError(
+            f"keep={budget.keep!r} is adaptive: {type(selector).__name__} acts inside the language model and needs a "
+            "count or a share"
+        )
+
+    # A share is of the image's tokens, rounded as it is before the language model; its average is over the layers.
+    name, wanted, lengths = type(selector).__name__, budget.counts(tokens).tolist(), tokens.lengths.tolist()
+    per_image = [
+        planned_counts(name, length, count, depth, stages, selector.count)
+        for length, count in zip(lengths, wanted, strict=True)
+    ]
+    return [list(stage) for stage in zip(*per_image, strict=True)]
 
 
 @contextmanager
@@ -182,6 +277,10 @@ def select_tokens(
     relevance: Relevance | None = None,
 ) -> Iterator[SelectionLog]:
     """Within the block, ``model(...)`` and ``model.generate(...)`` select visual tokens first.
+
+    Selectors that act inside the language model (`TokenSelector.stages`) let tokens leave between its layers. Position
+    ids then are those of the prompt that enters it, logits and loss keep the prompt's length, and a cache that was
+    filled within the block can be continued there; see `selector.inside`.
 
     ``generate`` still returns the original prompt followed by the new tokens, so that callers who cut at the prompt's
     length stay right, and `max_length` and `min_length` (as arguments, or from a generation config) mean the original
@@ -206,15 +305,33 @@ def select_tokens(
     """
     chosen, budget, log = load_selector(selector), Budget.parse(keep, scope, newlines), SelectionLog()
 
-    def prune(arguments: dict[str, Any]) -> dict[str, Any]:
-        pruned = prune_inputs(model, arguments, chosen, budget, positions=positions, relevance=relevance)
-        log.add(pruned)
-        return pruned.inputs
+    memory = Memory()
+
+    def prune(arguments: dict[str, Any]) -> Pruned:
+        pruned = prune_inputs(
+            model, arguments, chosen, budget, positions=positions, relevance=relevance, inside=chosen.acts == "inside"
+        )
+        if pruned.inside is None:
+            log.add(pruned)
+        return pruned
+
+    @contextmanager
+    def acts(pruned: Pruned) -> Iterator[None]:
+        with pruned.acting(model, memory):
+            yield
+        if pruned.inside is not None:  # what left inside is known once the model has run
+            log.add(pruned)
+
+    def resumed(cache: Any) -> AbstractContextManager[None]:
+        return acting(model, None, memory) if memory.knows(cache) else nullcontext()
 
     # On the instance, not on its class: other models of the class go on as they are.
     with _borrowed(chosen, model.device):
         blocks = _Blocks.opened(model)
-        block = (_pruned_forward(blocks.forward, prune), _pruned_generate(model, blocks.generate, prune, positions))
+        block = (
+            _pruned_forward(blocks.forward, prune, acts, resumed),
+            _pruned_generate(model, blocks.generate, prune, acts, positions),
+        )
         blocks.enter(model, block)
         try:
             yield log
@@ -307,22 +424,31 @@ def _borrowed(selector: TokenSelector, device: torch.device) -> Iterator[None]:
             part.training = training
 
 
-def _pruned_forward(forward: Callable, prune: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable:
+Prune = Callable[[dict[str, Any]], Pruned]
+"""Shortens the arguments of a call."""
+Acts = Callable[[Pruned], AbstractContextManager[None]]
+"""The time in which what leaves inside the language model leaves."""
+Resumed = Callable[[Any], AbstractContextManager[None]]
+"""The same for the continuation of a cache, which may be None."""
+
+
+def _pruned_forward(forward: Callable, prune: Prune, acts: Acts, resumed: Resumed) -> Callable:
     """``forward`` of shortened inputs where there are images; decoding steps and text pass through untouched."""
 
     @functools.wraps(forward)
     def pruned_forward(*args: Any, **kwargs: Any) -> Any:
         arguments = _named(forward, args, kwargs)
         if not has_visuals(arguments):
-            return forward(*args, **kwargs)
-        return forward(**prune(arguments))
+            with resumed(arguments.get("past_key_values")):
+                return forward(*args, **kwargs)
+        pruned = prune(arguments)
+        with acts(pruned):
+            return forward(**pruned.inputs)
 
     return pruned_forward
 
 
-def _pruned_generate(
-    model: Any, generate: Callable, prune: Callable[[dict[str, Any]], dict[str, Any]], positions: Positions
-) -> Callable:
+def _pruned_generate(model: Any, generate: Callable, prune: Prune, acts: Acts, positions: Positions) -> Callable:
     """``generate`` of shortened inputs, whose result begins with the original prompt."""
 
     @functools.wraps(generate)
@@ -338,16 +464,19 @@ def _pruned_generate(
         if arguments.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise ValueError("prefill_chunk_size must be None: chunks are cut by the original prompt's length")
         gaps = positions == "original" and adapter_of(model).positions is None
-        if gaps and arguments.get("use_cache", settings.use_cache) is False:
+
+        with torch.no_grad():  # as generate itself; and an assistant model deep-copies its arguments
+            pruned = prune(arguments)
+        shortened = pruned.inputs
+        cached = arguments.get("use_cache", settings.use_cache) is not False
+        if gaps and not cached and shortened.get("position_ids") is not None:
             raise ValueError(
                 "positions='original' needs use_cache=True (or use positions='contiguous'): generate() drops a mask of "
                 "ones, and without mask and cache transformers reads gaps in position ids as packed sequences"
             )
-
-        with torch.no_grad():  # as generate itself; and an assistant model deep-copies its arguments
-            shortened = prune(arguments)
         prompt, start = arguments["input_ids"], shortened["input_ids"].shape[1]
-        result = generate(**_shorter(shortened, model.generation_config, prompt.shape[1], start))
+        with acts(pruned):
+            result = generate(**_shorter(shortened, model.generation_config, prompt.shape[1], start))
 
         # The shortened prompt in front of every sequence is exchanged for the original; beams, and several sequences
         # per row, repeat it.
@@ -472,7 +601,7 @@ def _shorten(
     # What stays of each row: its text, and the placeholders of kept tokens, which come in packed order.
     keep = mask.bool() & ~visual
     keep[visual] = kept.to(keep.device)
-    order, real = _compact(keep, right=bool((mask[:, -1] == 0).any()))
+    order, real = compact(keep, right=bool((mask[:, -1] == 0).any()))
 
     def take(values: Tensor, fill: int) -> Tensor:
         return values.gather(-1, order.expand(*values.shape[:-1], -1)).masked_fill(~real, fill)
@@ -495,15 +624,6 @@ def _shorten(
     elif positions == "original" and not bool(kept.all()):  # with nothing cut, the model's own positions hold
         new["position_ids"] = take((mask.long().cumsum(-1) - 1).clamp(min=0), 0)
     return new
-
-
-def _compact(keep: Bool[Tensor, "B S"], right: bool) -> tuple[Int[Tensor, "B R"], Bool[Tensor, "B R"]]:
-    """Source columns of the shortened rows, order kept, padding on one side; and which columns are real."""
-    # A stable sort of a mask moves what is kept to one side, and leaves its order alone.
-    width = int(keep.sum(1).max())
-    order = (~keep if right else keep).int().argsort(dim=1, stable=True)
-    order = order[:, :width] if right else order[:, order.shape[1] - width :]
-    return order, keep.gather(1, order)
 
 
 def _pad_id(model: Any) -> int:

@@ -6,6 +6,7 @@ A file under ``selector/methods`` is its own registration: ``svd_prune.py`` defi
     svd-prune                                   a name
     svd-prune:energy=0.5,center=false           a name with arguments
     svd-prune:rank=32,merge=nearest             any of these, and dropped tokens flow into kept ones
+    lofi:layer=2,count=after                    any of these, at a layer inside the language model
     mix:a=svd-prune,b=(norm:largest=false)      a selector made of others; parentheses around arguments of their own
     checkpoints/my-selector                     a checkpoint folder
     hf:owner/name                               a checkpoint on the Hugging Face hub
@@ -26,6 +27,9 @@ import yaml
 
 from selector import methods, schema
 from selector.base import TokenSelector
+
+WRAPPERS = frozenset({"merge", "layer", "count"})
+"""Arguments of a spec that put a selector around another, where the class has no argument of that name."""
 
 
 def available_selectors() -> dict[str, type[TokenSelector]]:
@@ -73,9 +77,11 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         return TokenSelector.from_pretrained(arguments, allow=allow)
     if name and Path(name).is_dir() and name not in _names():
         given = _arguments(spec, arguments)
-        if set(given) - {"merge"}:
-            raise ValueError(f"selector {spec!r}: a checkpoint has its arguments, it takes merge=nearest alone")
-        return _merging(TokenSelector.from_pretrained(name, allow=allow), given.get("merge"))
+        if set(given) - WRAPPERS:
+            raise ValueError(
+                f"selector {spec!r}: a checkpoint has its arguments, it takes merge=nearest and layer alone"
+            )
+        return _wrapped(TokenSelector.from_pretrained(name, allow=allow), given)
 
     # A shipped name, or an error with the closest ones.
     if name not in _names():
@@ -109,22 +115,31 @@ def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
 
 
 def _construct(cls: type[TokenSelector], arguments: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:
-    """A selector from arguments in which other selectors may still be specs, and ``merge`` may wrap the whole."""
+    """A selector from arguments in which other selectors may still be specs, and some may wrap the whole."""
     parameters = inspect.signature(cls).parameters
 
-    # Taken out where the class itself has no argument of that name, as Merge does.
+    # Taken out where the class itself has no argument of that name, as HiPrune has its `layer`.
     given = dict(arguments)
-    merge = given.pop("merge", None) if "merge" not in parameters else None
+    around = {name: given.pop(name) for name in WRAPPERS & given.keys() - parameters.keys()}
     for name in given.keys() & parameters.keys():
         # Annotations are texts here: every module of selectors postpones their evaluation.
         if parameters[name].annotation == "TokenSelector":
             given[name] = load_selector(given[name], allow)
-    return _merging(schema.construct(cls, given), merge)
+    if "count" in around and "layer" not in around:  # without a layer it is a mistake that the class itself names
+        given["count"] = around.pop("count")
+    return _wrapped(schema.construct(cls, given), around)
 
 
-def _merging(selector: TokenSelector, how: str | None) -> TokenSelector:
-    """The selector itself, or wrapped so that dropped tokens flow into kept ones."""
-    return selector if how is None else _class_of("merge")(selector, how)
+def _wrapped(selector: TokenSelector, around: Mapping[str, Any]) -> TokenSelector:
+    """The selector itself, or so that dropped tokens flow into kept ones, or that it acts at a layer."""
+    if around.get("merge") is not None:
+        selector = _class_of("merge")(selector, around["merge"])
+    if "count" in around and "layer" not in around:
+        raise ValueError("count says what is counted inside the language model: it goes with layer")
+    if "layer" in around:
+        place = {name: around[name] for name in ("layer", "count") if name in around}
+        selector = _class_of("inside")(selector, **place)
+    return selector
 
 
 def _names() -> list[str]:
@@ -133,12 +148,15 @@ def _names() -> list[str]:
 
 
 def _class_of(name: str) -> type[TokenSelector]:
-    """The one selector class that a file defines; what it imports from others does not count."""
+    """The one public selector class that a file defines; what it imports from others does not count."""
     module = importlib.import_module(f"selector.methods.{name.replace('-', '_')}")
     (cls,) = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, TokenSelector) and value.__module__ == module.__name__
+        if inspect.isclass(value)
+        and issubclass(value, TokenSelector)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
     ]
     return cls
 

@@ -22,6 +22,11 @@ NEWLINE = -1
 """Slot of a learned newline embedding: no encoder token lands here."""
 PAD = -2
 """Slot past the end of a shorter image of the batch."""
+INSIDE = frozenset(
+    {"hidden", "normed", "text_attention", "own_text_attention", "rater_attention", "layer_keys", "word_normed"}
+    | {"word_keys"}
+)
+"""Fields of `VisualTokens` that only a stage inside the language model can fill, see `selector.inside`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ class VisualTokens:
             (the user's words and what the chat template puts around them, of several turns all that follow; labelled
             tokens are left out), zero where `question_mask` is False.
         question_mask: ``[I, Q]`` which of these are real.
+        hidden: ``[T, N, h]`` inside the language model: the states that enter the decoder layer of this stage.
+        normed: ``[T, N, h]`` inside it: `hidden` under the norm that stands behind the last layer.
+        text_attention: ``[T, N]`` inside it: what the last token of the prompt paid each visual token in the layer
+            before this stage, mean over heads, softmax over all that it could see.
+        own_text_attention: ``[T, N]`` the same of the layer of this stage itself, by its own weights, before it runs.
+        rater_attention: ``[T, N]`` as `text_attention`, the mean over the text tokens behind the image that are most
+            like it: M, the mean over its visual tokens of the softmax over the text of their inner products, all as
+            embedded, is above the mean of M (SparseVLM, arXiv 2410.04417).
+        layer_keys: ``[T, N, g]`` rotated keys of the layer before this stage, all key heads side by side.
+        word_normed, word_keys: ``[I, Q, h]`` and ``[I, Q, g]``, as `normed` and `layer_keys`, of the text tokens behind
+            each image; rows of zeros behind the last one.
         layers: `cls_attention`, `received_attention` and `keys` of any attention layer of the vision tower, by names
             such as ``"cls_attention@0"``: layers count from 0, or from -1 backwards. With ``joint_`` before the name
             (``"joint_keys@-1"``), all heads side by side count as a single one, scaled by their common width.
@@ -69,6 +85,14 @@ class VisualTokens:
     text: Float[Tensor, "T N"] | None = None
     question: Float[Tensor, "I Q d"] | None = None
     question_mask: Bool[Tensor, "I Q"] | None = None
+    hidden: Float[Tensor, "T N h"] | None = None
+    normed: Float[Tensor, "T N h"] | None = None
+    text_attention: Float[Tensor, "T N"] | None = None
+    own_text_attention: Float[Tensor, "T N"] | None = None
+    rater_attention: Float[Tensor, "T N"] | None = None
+    layer_keys: Float[Tensor, "T N g"] | None = None
+    word_normed: Float[Tensor, "I Q2 h"] | None = None
+    word_keys: Float[Tensor, "I Q2 g"] | None = None
     layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

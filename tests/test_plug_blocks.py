@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from selector import (
     Budget,
+    FastV,
     GumbelSelector,
     Random,
     prune_inputs,
@@ -41,14 +42,10 @@ def test_the_model_is_restored_also_after_an_error(one):
     assert set(vars(model)) == set(before)
 
 
-def test_a_method_that_acts_inside_the_language_model_is_refused(one):
+def test_a_method_that_acts_inside_the_language_model_is_refused_where_nobody_would_run_it(one):
     model, inputs = one
-
-    class Inside(Random):
-        acts = "inside"
-
-    with pytest.raises(ValueError, match="Inside acts inside the language model"):
-        prune_inputs(model, inputs, Inside(), Budget(4))
+    with pytest.raises(ValueError, match="FastV acts inside the language model: use select_tokens, or give inside"):
+        prune_inputs(model, inputs, FastV(), Budget(4))
 
 
 def test_refusals(one, tiny_model):

@@ -10,8 +10,9 @@ import torch
 from selector import VisualTokens
 
 N, D = 16, 12
-TABLES = ("features", "projected", "keys")
-SCORES = ("cls_attention", "received_attention", "text")
+TABLES = ("features", "projected", "keys", "hidden", "normed", "layer_keys")
+WORDS = ("word_normed", "word_keys")
+SCORES = ("cls_attention", "received_attention", "text", "text_attention", "own_text_attention", "rater_attention")
 LAYERS = ("cls_attention@0", "received_attention@0", "received_attention@1", "received_attention@9")
 JOINT = ("joint_cls_attention@-1", "joint_received_attention@-1")
 
@@ -41,6 +42,14 @@ def anyres(seed: int = 0, images: int = 2, dtype: torch.dtype = torch.float32, d
         received_attention=draw().mul(2).softmax(1).to(dtype),
         keys=draw(6).to(dtype),
         text=draw().to(dtype),
+        hidden=draw(dim + 2).to(dtype),
+        normed=draw(dim + 2).to(dtype),
+        word_normed=torch.randn(images, 5, dim + 2, generator=generator).to(dtype),
+        word_keys=torch.randn(images, 5, 8, generator=generator).to(dtype),
+        text_attention=draw().mul(2).softmax(1).to(dtype),
+        own_text_attention=draw().mul(2).softmax(1).to(dtype),
+        rater_attention=draw().mul(2).softmax(1).to(dtype),
+        layer_keys=draw(8).to(dtype),
         question=torch.randn(images, 5, dim + 2, generator=generator).to(dtype),
         question_mask=torch.arange(5)[None] < torch.arange(3, 3 + images).clamp(max=5)[:, None],
         layers={name: draw().mul(2).softmax(1).to(dtype) for name in (*LAYERS, *JOINT)}
@@ -63,6 +72,14 @@ def single(features: torch.Tensor, seed: int = 0) -> VisualTokens:
         cls_attention=cls,
         received_attention=received,
         text=text,
+        hidden=features,
+        normed=features,
+        word_normed=torch.randn(len(features), 3, features.shape[2], generator=generator).to(features),
+        word_keys=torch.randn(len(features), 3, features.shape[2], generator=generator).to(features),
+        text_attention=cls.flip(1),
+        own_text_attention=received.flip(1),
+        rater_attention=text.flip(1),
+        layer_keys=features,
         layers=dict(zip((*LAYERS, *JOINT), layers, strict=True)) | {"joint_keys@-1": features},
     )
 
@@ -91,6 +108,7 @@ def only(tokens: VisualTokens, i: int) -> VisualTokens:
         name: None if (value := getattr(tokens, name)) is None else value[mine] for name in (*TABLES, *SCORES)
     } | {"layers": {name: value[mine] for name, value in tokens.layers.items()}}
     image = torch.zeros(int(mine.sum()), dtype=torch.long)
+    fields |= {name: None if (value := getattr(tokens, name)) is None else value[i : i + 1] for name in WORDS}
     if tokens.question is not None and tokens.question_mask is not None:
         real = int(tokens.question_mask[i].sum())
         fields |= {
@@ -108,7 +126,7 @@ def ragged(seed: int = 0) -> VisualTokens:
     slots[1] = torch.nn.functional.pad(short, (0, slots.shape[1] - len(short)), value=-2)
     fields = {name: getattr(both, name)[:4] for name in (*TABLES, *SCORES)}
     fields |= {"layers": {name: value[:4] for name, value in both.layers.items()}}
-    asked = {"question": both.question, "question_mask": both.question_mask}
+    asked = {name: getattr(both, name) for name in ("question", "question_mask", *WORDS)}
     return VisualTokens(grid=both.grid, image=torch.tensor([0, 0, 0, 1]), slots=slots, **fields, **asked)
 
 

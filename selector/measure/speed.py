@@ -45,7 +45,7 @@ class Timing:
     name: str
     milliseconds: float
     calls: int
-    tokens: int | None = None
+    tokens: int | float | None = None
     cache: tuple[int, int] | None = None
 
 

@@ -1,10 +1,9 @@
 """DART-style pivots (arXiv 2502.11494) on the encoder's features: a few pivots, then what duplicates them least.
 
 The longest tokens (L2 norm of the features) are pivots; then the pivots take turns, and each adds the token least
-similar to itself (cosine). The published method works inside the language model, where this package does not: after a
-first layer (2 in the paper, 5 in a port) the 4 image and the 4 text tokens of largest L1 norm of the *keys* are pivots,
-and each, one after the other, takes the int(K/8) tokens least similar to it by cosine of the normed hidden states.
-Hence "style": on the same features both keep 52 to 96% of the same tokens. Because of the turns, no pivot's share
+similar to itself (cosine). The published method works inside the language model (`selector.methods.dart_inside`): text
+tokens are pivots too, and each pivot, one after the other, takes its share at once. Hence "style": on the same features
+both keep 52 to 96% of the same tokens. Because of the turns, no pivot's share
 depends on the order of the pivots, and a smaller choice lies inside every larger one; an all-zero token, which has no
 direction, comes last.
 """

@@ -19,7 +19,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from selector.tokens import VisualTokens
+from selector.tokens import INSIDE, VisualTokens
 
 Relevance = Callable[[VisualTokens, Mapping[str, Any]], Tensor]
 """(tokens, processor outputs) -> ``[T, N]``, how relevant each token is to the prompt; higher is more."""
@@ -168,16 +168,25 @@ def encode(
 
     Raises:
         ValueError: a model type without an adapter, a video that it does not take, or a field that this model cannot
-            give, by name.
+            give, or that exists inside the language model alone, by name.
     """
     if not has_visuals(inputs):
         return None
 
-    # Checked here for all adapters: one that takes no videos would encode the images and leave the videos out.
+    # Checked here for all adapters, which could only say that their vision tower lacks it.
+    wanted = frozenset(needs)
+    inside = sorted(INSIDE & wanted)
+    if inside:
+        raise ValueError(
+            f"{', '.join(inside)} exists inside the language model alone, not where images are encoded: selectors that "
+            "read it run under select_tokens"
+        )
+
+    # And videos: one that takes no videos would encode the images and leave the videos out.
     adapter = adapter_of(model)
     if inputs.get("pixel_values_videos") is not None and not adapter.videos:
         raise ValueError(f"pixel_values_videos: no tokens are selected in videos for a {model_type_of(model)!r} model")
-    return adapter.encode(model, inputs, frozenset(needs), relevance)
+    return adapter.encode(model, inputs, wanted, relevance)
 
 
 @functools.cache

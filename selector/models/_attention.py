@@ -19,30 +19,30 @@ from torch import Tensor, nn
 
 from selector.tokens import VisualTokens
 
-RECORDED = frozenset({"cls_attention", "received_attention", "keys"})
+HEARD = frozenset({"cls_attention", "received_attention", "keys"})
 """Read off an attention layer of the vision tower: of the feature layer under these names, of layer L as ``NAME@L``."""
 
 
 def attention_of(prefix: int) -> frozenset[str]:
-    """What a tower gives of `RECORDED`: without a CLS token (no `prefix`), no attention from it."""
-    return RECORDED if prefix else RECORDED - {"cls_attention"}
+    """What a tower gives of `HEARD`: without a CLS token (no `prefix`), no attention from it."""
+    return HEARD if prefix else HEARD - {"cls_attention"}
 
 
 def quantity(need: str) -> str:
-    """Which of `RECORDED` a name with a layer asks for: ``"joint_keys@-1"`` is keys; any other name is itself."""
+    """Which of `HEARD` a name with a layer asks for: ``"joint_keys@-1"`` is keys; any other name is itself."""
     name, at, layer = need.partition("@")
     return name.removeprefix("joint_") if at and layer.removeprefix("-").isdecimal() else need
 
 
 @contextmanager
-def recorded(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
+def overheard(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
     """Reads attention ``[T, patches]`` and keys ``[T, patches, k]`` off a tower that runs within the block.
 
     Args:
         tower: the vision tower.
         layer: the feature layer, which fields without ``@`` are of.
         prefix: tokens before the patches, which the fields leave out.
-        needs: fields that the selectors read; others than `RECORDED` are ignored.
+        needs: fields that the selectors read; others than `HEARD` are ignored.
 
     Yields:
         The values by field name: empty while the tower runs, filled when the block has ended.
@@ -50,7 +50,7 @@ def recorded(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iter
     Raises:
         ValueError: the tower has no such attention, or normalises its queries and keys behind the projections.
     """
-    wanted = sorted(need for need in needs if quantity(need) in RECORDED)
+    wanted = sorted(need for need in needs if quantity(need) in HEARD)
     fields: dict[str, Tensor] = {}
 
     # The hooks see what the projections return; a norm behind them would make other queries and keys of it. Some
@@ -64,7 +64,7 @@ def recorded(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iter
     projected = {name: _Projected(attention.scale) for name, attention in attentions.items()}
     handles = [
         getattr(attention, part).register_forward_hook(
-            functools.partial(projected[name].record, part, attention.num_heads)
+            functools.partial(projected[name].listen, part, attention.num_heads)
         )
         for name, attention in attentions.items()
         for part in ("q_proj", "k_proj")
@@ -80,9 +80,9 @@ def recorded(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iter
 
 
 def with_fields(tokens: VisualTokens, fields: Mapping[str, Tensor]) -> VisualTokens:
-    """Adds what was recorded: the feature layer's to the fields of that name, that of named layers to `layers`."""
-    plain = {name: values for name, values in fields.items() if name in RECORDED}
-    layers = {name: values for name, values in fields.items() if name not in RECORDED}
+    """Adds what was overheard: the feature layer's to the fields of that name, that of named layers to `layers`."""
+    plain = {name: values for name, values in fields.items() if name in HEARD}
+    layers = {name: values for name, values in fields.items() if name not in HEARD}
     return replace(tokens, **plain, layers=layers)
 
 
@@ -97,7 +97,7 @@ class _Projected:
         self.scale = scale
         self.parts: dict[str, Tensor] = {}
 
-    def record(self, part: str, heads: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def listen(self, part: str, heads: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """A forward hook of a projection: `part` is ``"q_proj"`` (to queries) or ``"k_proj"`` (to keys)."""
         self.parts[part] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selector.models import Relevance, model_type_of
-from selector.models._attention import RECORDED, quantity
+from selector.models._attention import HEARD, quantity
 from selector.tokens import VisualTokens
 
 ALWAYS = frozenset({"features", "projected", "text", "question"})
@@ -26,8 +26,8 @@ def check_needs(
     Args:
         model: named in the error.
         needs: fields that the selectors read.
-        attention: what the model gives of `RECORDED` beside `ALWAYS`, of its feature layer and of any other.
-        why: the reason why the rest of `RECORDED` is missing.
+        attention: what the model gives of `HEARD` beside `ALWAYS`, of its feature layer and of any other.
+        why: the reason why the rest of `HEARD` is missing.
         relevance: see `selector.models.encode`.
 
     Raises:
@@ -39,7 +39,7 @@ def check_needs(
     missing = sorted(need for need in needs if need not in gives and quantity(need) not in attention)
     if missing:
         # The reason holds for what is read off attention layers, and not for a name that no model knows.
-        reason = f" ({why})" if any(quantity(need) in RECORDED for need in missing) else ""
+        reason = f" ({why})" if any(quantity(need) in HEARD for need in missing) else ""
         layers = (
             f", and NAME@L and joint_NAME@L of any layer L of its tower for {sorted(attention)}" if attention else ""
         )

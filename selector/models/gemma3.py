@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._attention import attention_of, recorded, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._towers import check_needs, completed, encoder_output
 from selector.tokens import VisualTokens
 
@@ -20,7 +20,7 @@ from selector.tokens import VisualTokens
 def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevance: Relevance | None = None) -> Encoded:
     """See `selector.models.encode`."""
     check_needs(model, needs, attention_of(0), "its vision tower has no CLS token", relevance)
-    with recorded(model.base_model.vision_tower, -1, 0, needs) as fields:
+    with overheard(model.base_model.vision_tower, -1, 0, needs) as fields:
         output = encoder_output(model, inputs)
 
     # Everything that is per patch goes the way of the features.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._attention import attention_of, recorded, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._layout import Runs, Tiles, gathered
 from selector.models._towers import check_needs, completed, encoder_output
 from selector.tokens import VisualTokens
@@ -30,7 +30,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     if any("received_attention" in need for need in needs) and mask is not None and not bool(mask.all()):
         raise ValueError("received_attention: the patches that pixel_attention_mask hides would be queries too")
 
-    with recorded(base.vision_model, -1, 0, needs) as fields:
+    with overheard(base.vision_model, -1, 0, needs) as fields:
         output = encoder_output(model, inputs)
     hidden = output.last_hidden_state
 

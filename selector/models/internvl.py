@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._attention import attention_of, recorded, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._layout import Runs, Tiles, gathered
 from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of
 from selector.tokens import VisualTokens
@@ -26,7 +26,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     layer, prefix = feature_layer(model, inputs), prefix_of(model, inputs)
     attention = attention_of(prefix)
     check_needs(model, needs, attention, "vision_feature_select_strategy is 'full'", relevance)
-    with recorded(base.vision_tower, layer, prefix, needs) as fields:
+    with overheard(base.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs)
 
     # As the model itself reads them: layer -1 means what the tower returns, not its last hidden state before that.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._attention import attention_of, recorded, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._layout import Canvas
 from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of
 from selector.tokens import VisualTokens
@@ -28,7 +28,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         attention = attention_of(prefix)
         why = "vision_feature_select_strategy is 'full': its vision tower has no CLS token"
         check_needs(model, needs, attention, why, relevance)
-        with recorded(model.base_model.vision_tower, layer, prefix, needs) as fields:
+        with overheard(model.base_model.vision_tower, layer, prefix, needs) as fields:
             output = encoder_output(model, inputs)
         tokens = VisualTokens.from_features(output.hidden_states[layer][:, prefix:])
         tokens = with_fields(tokens, fields)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._attention import attention_of, recorded, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._layout import padded
 from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of, setting
 from selector.tokens import NEWLINE, VisualTokens
@@ -30,8 +30,8 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     why = "vision_feature_select_strategy is 'full': its vision tower has no CLS token"
     check_needs(model, needs, attention_of(prefix), why, relevance)
 
-    # The model's own encoding, with its own arguments; attention is recorded on the way, not computed a second time.
-    with recorded(base.vision_tower, layer, prefix, needs) as fields:
+    # The model's own encoding, with its own arguments; attention is overheard, not computed a second time.
+    with overheard(base.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs)
     features, packed = output.hidden_states[layer][:, prefix:], list(output.pooler_output)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from selector.models import Adapter, Encoded, Relevance, llava_next
-from selector.models._attention import attention_of, recorded, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of
 from selector.tokens import VisualTokens
 
@@ -33,7 +33,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
         attention, why = frozenset(), "spatial_pool_mode is 'conv', which pools nothing but features"
     check_needs(model, needs, attention, why, relevance)
 
-    with recorded(base.vision_tower, layer, prefix, needs) as fields:
+    with overheard(base.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs, "video")
 
     # By the model's own pooling; attention goes in as a table of one channel.

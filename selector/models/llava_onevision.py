@@ -21,7 +21,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._attention import attention_of, recorded, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._layout import padded
 from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of, setting
 from selector.tokens import NEWLINE, VisualTokens
@@ -34,7 +34,7 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     why = "vision_feature_select_strategy is 'full': its vision tower has no CLS token"
     check_needs(model, needs, attention, why, relevance)
 
-    with recorded(model.base_model.vision_tower, layer, prefix, needs) as fields:
+    with overheard(model.base_model.vision_tower, layer, prefix, needs) as fields:
         output = encoder_output(model, inputs)
     features, packed = output.hidden_states[layer][:, prefix:], list(output.pooler_output)
 

@@ -16,7 +16,7 @@ from selector import Budget, Norm, Random, available_selectors, load_selector, p
 from selector.measure.answering import forced
 from selector.methods.image_transformer import ImageTransformer
 from selector.models import available_adapters, encode
-from selector.models._attention import RECORDED, quantity
+from selector.models._attention import HEARD, quantity
 from selector.models._towers import ALWAYS
 
 pytestmark = pytest.mark.slow  # thirteen families: a sixth of the suite
@@ -225,7 +225,7 @@ def test_labels_and_gradients(family):
 
 def gives(family: Family) -> frozenset[str]:
     """The tower's queries and keys, once they can be read, give all but attention from a missing CLS token."""
-    attention = RECORDED if family.cls else RECORDED - {"cls_attention"}
+    attention = HEARD if family.cls else HEARD - {"cls_attention"}
     return ALWAYS | (attention if family.keys else set())
 
 
@@ -241,6 +241,9 @@ def test_every_selector_runs_or_is_refused_by_name(family):
         "lofi": "lofi:rank=3",
         "hiprune": "hiprune:layer=1",
     }
+    specs |= dict.fromkeys(
+        ("dart-inside", "fastv", "pyramid-drop", "sparse-vlm", "vscan", "vtw", "inside", "stages"), "norm"
+    )  # tests/inside has them
     chosen = [load_selector(specs.get(name, name)) for name, cls in available_selectors().items() if not cls.learned]
     chosen += [load_selector(f"{name}:attention=received") for name in ("visionzip", "prumerge", "cls-attention")]
     chosen += [load_selector("norm:merge=nearest"), ImageTransformer(48, "projected", 32, question_dim=48)]

@@ -160,7 +160,7 @@ def test_cls_attention_is_that_of_the_feature_layer(name, layer):
     torch.testing.assert_close(found.tokens.cls_attention, want)
 
 
-def test_normalised_queries_and_keys_are_not_recorded():
+def test_normalised_queries_and_keys_are_not_overheard():
     family = NAMED["InternVL"]
     config = copy.deepcopy(family.model.config)
     config.vision_config.use_qk_norm = True
