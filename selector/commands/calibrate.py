@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,10 +19,9 @@ from selector.commands.common import choose, find_tasks, load_all, name_unreadab
 from selector.commands.printing import console
 from selector.errors import UsageError
 from selector.files import check_output, output
-from selector.measure.answering import prepare
+from selector.measure.answering import encode_image
 from selector.measure.identity import fingerprint
 from selector.measure.run import check_part, sample_count
-from selector.models import encode
 from selector.records import WHOLE
 from selector.shipped import INSTALLED
 from selector.tasks import Task
@@ -108,11 +106,7 @@ def _samples(tasks: Sequence[Task], samples: int | None, seed: int) -> Iterator[
 def _encoded(model: Any, processor: Any, selector: RankSelector, samples: Iterable[Sample]) -> Iterator[VisualTokens]:
     """The visual tokens of every sample's image, one by one."""
     for sample in samples:
-        inputs = prepare(processor, sample.image, sample.question, model.device)
-        with torch.no_grad():
-            encoded = encode(model, inputs, selector.needs)
-        if encoded is not None:
-            yield encoded.tokens
+        yield encode_image(model, processor, sample.image, sample.question, selector.needs)[1].tokens
 
 
 def _print(calibration: Calibration, title: str, out: Path) -> None:

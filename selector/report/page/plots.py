@@ -5,7 +5,8 @@ every point gives its figures in a ``<title>``; the whole plot is described for 
 reference lines are to the right of the plot and the title of the y axis above it, where no point and no tick can be.
 
 matplotlib, on which this package depends, writes SVG too, but with fixed colours and without text at the points. Drawn
-here, a plot follows the reader's light or dark theme, and every point has a tooltip with its figures.
+here, a plot follows the reader's light or dark theme, and every point has a tooltip with its figures. Importing
+matplotlib for its ticks alone would take longer than making the page.
 """
 
 from __future__ import annotations
