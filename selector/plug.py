@@ -120,6 +120,7 @@ class SelectionLog:
         selection_seconds: wall time of all selections.
         last: the outcome of the latest call, whose `tokens` say where tokens lie and have no values: a log that lives
             on must not hold the features of every token (`prune_inputs` returns them).
+        reused: calls about the images of the call before, whose kept tokens were taken again.
 
     Example:
         >>> log = SelectionLog()
@@ -134,14 +135,18 @@ class SelectionLog:
     selection_seconds: float = 0.0
     last: Pruned | None = None
     layers: list[list[int]] = field(default_factory=list)
+    reused: int = 0
 
-    def add(self, pruned: Pruned) -> None:
-        """Counts one call."""
+    def add(self, pruned: Pruned) -> Pruned:
+        """Counts one call, and returns its outcome as `last` keeps it."""
         self.measured += pruned.measured
         self.layers += pruned.layers
         self.full += pruned.full
         self.selection_seconds += pruned.selection_seconds
-        self.last = replace(pruned, tokens=None if pruned.tokens is None else pruned.tokens.outline())
+        outline = None if pruned.tokens is None else pruned.tokens.outline()
+        plan = None if pruned.inside is None else replace(pruned.inside, tokens=pruned.inside.tokens.outline())
+        self.last = replace(pruned, tokens=outline, inside=plan)
+        return self.last
 
 
 def prune_inputs(
@@ -180,6 +185,20 @@ def prune_inputs(
             length that the model's adapter does not know, a selector that acts inside the language model without
             `inside`, a budget that it cannot meet, or the selector's or budget's own errors.
     """
+    return _prune(model, inputs, selector, budget, positions, encoded, relevance, inside)[0]
+
+
+def _prune(
+    model: Any,
+    inputs: Mapping[str, Any],
+    selector: TokenSelector | None,
+    budget: Budget | None,
+    positions: Positions,
+    encoded: Encoded | None,
+    relevance: Relevance | None,
+    inside: bool,
+) -> tuple[Pruned, _Kept | None]:
+    """`prune_inputs`, and what has been kept; None without images."""
     # What is wrong whatever the images show is refused before they are encoded.
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions must be 'contiguous' or 'original', got {positions!r}")
@@ -196,7 +215,7 @@ def prune_inputs(
     stages, depth = _stages_of(model, selector)
     encoded = encoded or encode(model, inputs, outside_needs(stages), relevance)
     if encoded is None:
-        return Pruned(dict(inputs))
+        return Pruned(dict(inputs)), None
 
     adapter = adapter_of(model)
     if adapter.positions is not None and positions == "contiguous":
@@ -205,32 +224,155 @@ def prune_inputs(
             "image are its rows and columns; use positions='original'"
         )
 
-    # Of the packed tokens, and of deepstack features if there are any, the same rows stay.
     counts = _counts(selector, stages, depth, budget, encoded.tokens)
     if stages and stages[0].layer == 0 and budget is not None:
-        first = Counts.of(budget, counts[0]) if counts else budget
-        keep, tables, seconds = _select(encoded, stages[0].selector, first)
+        kept = _Kept.of(encoded, stages[0].selector, Counts.of(budget, counts[0]) if counts else budget)
     else:
-        keep, tables, seconds = _select(encoded, None, None)
-    lengths = encoded.tokens.lengths.tolist()
-    masks = [row[:n] for row, n in zip(keep, lengths, strict=True)]
-    kept = [[feats[mask.to(feats.device)] for feats, mask in zip(table, masks, strict=True)] for table in tables]
+        kept = _Kept.of(encoded, None, None)
 
-    # What the encoder took (pixels, image sizes) is used up; the rest goes on to the language model.
-    encoder = getattr(model.base_model, f"get_{encoded.modality}_features")
-    new = {name: value for name, value in inputs.items() if name not in inspect.signature(encoder).parameters}
-    _check_rows(new, adapter, model_type_of(model))
-    new |= _shorten(model, inputs, torch.cat(masks), encoded.image_token_id, positions)
-    new["mm_encoder_outputs"] = {encoded.modality: _encoder_output(encoded, kept)}
-    pruned = Pruned(
-        new, keep, encoded.tokens, kept[0], [len(k) for k in kept[0]], lengths, seconds, encoded.approximate
-    )
+    pruned = kept.pruned(model, inputs, positions)
     if counts and budget is not None:
         inner = [n for n, stage in enumerate(stages) if stage.layer > 0]
         within = [stages[n] for n in inner], [counts[n] for n in inner]
-        pruned.inside = Plan.of(*within, budget, encoded.tokens, keep, new, encoded.image_token_id, depth)
+        pruned.inside = Plan.of(
+            *within, budget, encoded.tokens, kept.keep, pruned.inputs, encoded.image_token_id, depth
+        )
         pruned.measured = [mean_tokens(own) for own in pruned.inside.layers]
-    return pruned
+    return pruned, kept
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a selection has left of the images of a call, whatever is asked about them.
+
+    Attributes:
+        keep: ``[I, L]`` keep mask over the packed slots.
+        tables: per image the kept tokens ``[K_i, d]``, merged ones in place; then the same of deepstack features.
+        tokens: what the selector saw.
+        seconds: wall time of the selection.
+        image_token_id, modality, approximate: see `Encoded`.
+        output: type of the encoder's output, which the model is handed again.
+        joined: whether its images stand in one tensor, and not in a list.
+    """
+
+    keep: Bool[Tensor, "I L"]
+    tables: list[list[Tensor]]
+    tokens: VisualTokens
+    seconds: float
+    image_token_id: int
+    modality: str
+    approximate: bool
+    output: type
+    joined: bool
+
+    @classmethod
+    def of(cls, encoded: Encoded, selector: TokenSelector | None, budget: Budget | None) -> _Kept:
+        """Of the packed tokens, and of deepstack features if there are any, the same rows stay."""
+        keep, tables, seconds = _select(encoded, selector, budget)
+        masks = _rows_of(keep, encoded.tokens)
+        kept = [[feats[mask.to(feats.device)] for feats, mask in zip(table, masks, strict=True)] for table in tables]
+        return cls(
+            keep,
+            kept,
+            encoded.tokens,
+            seconds,
+            encoded.image_token_id,
+            encoded.modality,
+            encoded.approximate,
+            type(encoded.output),
+            isinstance(encoded.output.pooler_output, Tensor),
+        )
+
+    def pruned(self, model: Any, inputs: Mapping[str, Any], positions: Positions) -> Pruned:
+        """The prompt with these tokens in place of the images."""
+        # What the encoder took (pixels, image sizes) is used up; the rest goes on to the language model.
+        used = _encoder_arguments(model, self.modality)
+        new = {name: value for name, value in inputs.items() if name not in used}
+        _check_rows(new, adapter_of(model), model_type_of(model))
+        masks = _rows_of(self.keep, self.tokens)
+        new |= _shorten(model, inputs, torch.cat(masks), self.image_token_id, positions)
+        new["mm_encoder_outputs"] = {self.modality: self._output()}
+
+        features = self.tables[0]
+        measured, full = [len(own) for own in features], self.tokens.lengths.tolist()
+        return Pruned(new, self.keep, self.tokens, features, measured, full, self.seconds, self.approximate)
+
+    def _output(self) -> Any:
+        """A new object every time, with nothing but what is read: beam search edits its fields in place."""
+        fields: dict[str, Any] = {"pooler_output": list(self.tables[0])}
+        if self.joined:
+            # Where the model wants one tensor, every token stands as an image of its own. Beam search repeats what
+            # belongs to a row and finds the rows by counting tokens: images of unequal length would be too few to be
+            # told apart.
+            fields["pooler_output"] = torch.cat(self.tables[0])[:, None]
+        if len(self.tables) > 1:
+            fields["deepstack_features"] = [list(layer) for layer in self.tables[1:]]
+        return self.output(**fields)
+
+
+def _rows_of(keep: Bool[Tensor, "I L"], tokens: VisualTokens) -> list[Bool[Tensor, "_"]]:
+    """The keep mask of each image, without the batch's padding."""
+    return [row[:n] for row, n in zip(keep, tokens.lengths.tolist(), strict=True)]
+
+
+def _encoder_arguments(model: Any, modality: str) -> frozenset[str]:
+    """Names of what the model's encoder takes of the inputs."""
+    return frozenset(inspect.signature(getattr(model.base_model, f"get_{modality}_features")).parameters)
+
+
+class _LastImages:
+    """What was kept of the images of the latest call, to answer further questions about the same images.
+
+    Only for selectors that read nothing of the question, and while nothing has changed on which the choice depends:
+    pixels are compared one by one, weights by torch's count of their changes.
+    """
+
+    def __init__(self, model: Any, selector: TokenSelector):
+        self.model, self.selector = model, selector
+        self.blind = selector.acts == "before" and not selector.sees_question
+        self.images: dict[str, Any] = {}
+        self.state: Any = None
+        self.kept: _Kept | None = None
+
+    def recall(self, inputs: Mapping[str, Any]) -> _Kept | None:
+        """What was kept of these images; None where they are others, or anything else has changed."""
+        if self.kept is None or self.state is None or self.state != self._state():
+            return None
+        images = self._images_of(inputs, self.kept.modality)
+        same = images.keys() == self.images.keys() and all(_equal(images[name], self.images[name]) for name in images)
+        return self.kept if same else None
+
+    def remember(self, inputs: Mapping[str, Any], kept: _Kept) -> None:
+        """Keeps the kept tokens and a copy of the pixels, and nothing of what was dropped."""
+        self.kept = None
+
+        # Features with a graph belong to one backward pass; dropout draws anew.
+        graph = any(feats.requires_grad for table in kept.tables for feats in table)
+        if not self.blind or graph or self.model.training:
+            return
+        images = self._images_of(inputs, kept.modality)
+        self.images = {name: value.clone() if isinstance(value, Tensor) else value for name, value in images.items()}
+        self.state, self.kept = self._state(), replace(kept, tokens=kept.tokens.outline(), seconds=0.0)
+
+    def _images_of(self, inputs: Mapping[str, Any], modality: str) -> dict[str, Any]:
+        used = _encoder_arguments(self.model, modality)
+        return {name: value for name, value in inputs.items() if name in used and value is not None}
+
+    def _state(self) -> Any:
+        """What the encoder and the selector depend on beside the images; None where torch does not count changes."""
+        parts = (self.model, self.selector)
+        tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        kind = self.model.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        return self.model.training, autocast, [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.device == two.device and one.dtype == two.dtype and torch.equal(one, two)
+    return type(one) is type(two) and one == two
 
 
 def _stages_of(model: Any, selector: TokenSelector | None) -> tuple[list[Stage], int]:
@@ -287,6 +429,10 @@ def select_tokens(
     prompt's length too. Prompts without images pass through untouched. On leaving the block, however it is left, the
     model is as it was, and so are the device and the training mode of a selector that was given as an object.
 
+    A further question about the images of the call before, pixel by pixel the same, is answered from the tokens that
+    were kept then, without encoding or selecting again (`SelectionLog.reused`), unless the selector reads the question
+    or acts inside the language model. For this a block holds a copy of these pixels and the kept tokens.
+
     Blocks may be nested, and left in any order: of those still open, the one entered last selects. They belong to the
     thread (and asyncio task) that opened them; a second one may use the model, but not open a block of its own, since
     a model has one ``forward``. Within a block a model cannot be copied or pickled.
@@ -304,16 +450,22 @@ def select_tokens(
         ValueError: on a selector without weights, and see `prune_inputs`.
     """
     chosen, budget, log = load_selector(selector), Budget.parse(keep, scope, newlines), SelectionLog()
-
-    memory = Memory()
+    memory, last = Memory(), _LastImages(model, chosen)
 
     def prune(arguments: dict[str, Any]) -> Pruned:
-        pruned = prune_inputs(
-            model, arguments, chosen, budget, positions=positions, relevance=relevance, inside=chosen.acts == "inside"
+        # Further questions about the images of the latest call: neither encoded nor selected from again.
+        if (kept := last.recall(arguments)) is not None:
+            log.reused += 1
+            return log.add(kept.pruned(model, arguments, positions))
+
+        pruned, kept = _prune(
+            model, arguments, chosen, budget, positions, None, relevance, inside=chosen.acts == "inside"
         )
-        if pruned.inside is None:
-            log.add(pruned)
-        return pruned
+        if kept is not None:
+            last.remember(arguments, kept)
+
+        # What left inside is known once the model has run; all others let go of what was dropped before it does.
+        return pruned if pruned.inside is not None else log.add(pruned)
 
     @contextmanager
     def acts(pruned: Pruned) -> Iterator[None]:
@@ -550,18 +702,6 @@ def _select(
 
     _synchronize(device)
     return chosen.keep, tables, time.perf_counter() - start
-
-
-def _encoder_output(encoded: Encoded, kept: list[list[Tensor]]) -> Any:
-    """A new object every time, with nothing but what is read: beam search edits its fields in place."""
-    fields: dict[str, Any] = {"pooler_output": list(kept[0])}
-    if isinstance(encoded.output.pooler_output, Tensor):
-        # Where the model wants one tensor, every token stands as an image of its own. Beam search repeats what belongs
-        # to a row and finds the rows by counting tokens: images of unequal length would be too few to be told apart.
-        fields["pooler_output"] = torch.cat(kept[0])[:, None]
-    if len(kept) > 1:
-        fields["deepstack_features"] = [list(layer) for layer in kept[1:]]
-    return type(encoded.output)(**fields)
 
 
 def _check_rows(rest: Mapping[str, Any], adapter: Adapter, kind: str) -> None:
