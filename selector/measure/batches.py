@@ -43,6 +43,12 @@ class Reading:
         answer: greedy; its times are the batch's, per row and per decoded token.
         forced: ``[A, V]`` logits over the target, teacher-forced; None without a target.
         visual: ``[L, d]`` hidden states of the visual tokens at the layer; None at layer 0.
+
+    Example:
+        >>> given = Answer("no", torch.tensor([0]), torch.zeros(1, 2), prefill_seconds=0.02, batch=8)
+        >>> reading = Reading(given, forced=torch.zeros(3, 2), visual=None)  # the target had 3 tokens
+        >>> reading.answer.batch, len(reading.forced)
+        (8, 3)
     """
 
     answer: Answer

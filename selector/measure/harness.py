@@ -57,7 +57,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a row asks of a sample: its prompt, and how that was cut (None: no pixels go in)."""
+    """What a row asks of a sample: its prompt, and how that was cut (None: no pixels go in).
+
+    Example:
+        >>> turn = Turn(Row(BLIND), {"input_ids": torch.tensor([[1, 5, 9]])}, pruned=None)
+        >>> turn.row.label, turn.pruned is None
+        ('blind', True)
+    """
 
     row: Row
     inputs: Mapping[str, Any]

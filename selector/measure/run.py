@@ -176,7 +176,7 @@ def compare(
             for task in tasks:
                 total = sample_count(task, samples)
                 share = len(range(*shard_range(shard, total)))
-                drawn = Drawn(harness, task, files[task.name], shard, workers)
+                drawn = _Drawn(harness, task, files[task.name], shard, workers)
                 pictured: set[int] = set()
                 for outcome in drawn.outcomes(rows, total):
                     ready, measured = outcome.ready, outcome.measured
@@ -203,7 +203,7 @@ def compare(
     return steps()
 
 
-class Drawn:
+class _Drawn:
     """The samples of a task that a shard takes, from the draw to their records.
 
     Attributes:

@@ -32,6 +32,12 @@ class Ready:
     Attributes:
         index: of the sample in its task.
         inputs: its prompt, where that was prepared ahead.
+
+    Example:
+        >>> from selector.tasks import load_task
+        >>> samples = (Ready(i, sample) for i, sample in enumerate(load_task("scenes").samples(5, seed=0)))
+        >>> [[ready.index for ready in window] for window in windows(samples, size=2)]
+        [[0, 1], [2, 3], [4]]
     """
 
     index: int
@@ -41,7 +47,15 @@ class Ready:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A record; `measured` is None where an earlier run wrote it."""
+    """The record of one sample under one row; `measured` is None where an earlier run wrote it.
+
+    Example:
+        >>> from selector.tasks import load_task
+        >>> sample = next(load_task("scenes").samples(1, seed=0))
+        >>> outcome = Outcome(Ready(0, sample), Row(FULL), Record(id=sample.id, index=0, tokens=744), measured=None)
+        >>> outcome.row.label, outcome.record["tokens"]
+        ('full', 744)
+    """
 
     ready: Ready
     row: Row
