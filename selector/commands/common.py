@@ -116,6 +116,9 @@ def name_unreadable(tasks: list[Task]) -> None:
 def sample_limit(value: Any) -> int | None:
     """The number of samples per task from a setting, a number or "all"; None for all.
 
+    Raises:
+        UsageError: anything else.
+
     Example:
         >>> sample_limit("8"), sample_limit("all")
         (8, None)

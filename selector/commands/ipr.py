@@ -173,6 +173,9 @@ def correlations(data: Data, consistency: str = "same", draws: int = 1000, seed:
         data: as `measure` returns it.
         consistency: ``same``, whether an answer stayed; or ``nll``, minus the ΔNLL of the unpruned answer.
         draws: of the bootstrap over the questions, seeded with `seed`; 0 gives intervals of no width.
+
+    Raises:
+        ValueError: another consistency.
     """
     if consistency not in ("same", "nll"):
         raise ValueError(f"consistency must be 'same' or 'nll', got {consistency!r}")

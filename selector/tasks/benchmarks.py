@@ -182,6 +182,11 @@ def load_benchmark(spec: str, argument: str, skip_unreadable: bool) -> Task:
 
     The fingerprint is of every row's texts, the size of its image's file, and the recipe: the same on every machine.
 
+    Args:
+        spec: the task as the user wrote it, for messages and `Task.name`.
+        argument: what follows ``hf:``, see `find_recipe`.
+        skip_unreadable: leave images out that cannot be decoded (named in `Task.unreadable`) instead of raising.
+
     Raises:
         UsageError: no such benchmark, the extra is missing, the data cannot be read, or lacks a column.
     """

@@ -215,8 +215,9 @@ def test_sizes_out_of_range(run, wrong):
         run(**wrong)
 
 
-# Every method that needs no checkpoint.
-NAMES = sorted({*available_selectors()} - {"gumbel", "image-transformer", "merge", "mix"} | {"mix:a=norm,b=lofi"})
+# Every method that acts before the language model and needs no checkpoint; `merge` and `mix` are made of others.
+BEFORE = {name for name, cls in available_selectors().items() if cls.acts == "before" and not cls.learned}
+NAMES = sorted(BEFORE - {"merge", "mix"} | {"mix:a=norm,b=lofi"})
 
 
 def scored(names):
