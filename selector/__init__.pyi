@@ -43,8 +43,8 @@ from selector.methods.visionzip import VisionZip as VisionZip
 from selector.methods.vispruner import VisPruner as VisPruner
 from selector.methods.vscan import VScan as VScan
 from selector.methods.vtw import VTW as VTW
-from selector.plug import prune_inputs as prune_inputs
 from selector.plug import select_tokens as select_tokens
+from selector.pruning import prune_inputs as prune_inputs
 from selector.registry import available_selectors as available_selectors
 from selector.registry import load_selector as load_selector
 from selector.tokens import VisualTokens as VisualTokens

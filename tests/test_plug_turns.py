@@ -6,7 +6,7 @@ import pytest
 import torch
 from plugged import batch, generate
 
-from selector import Budget, ImageTransformer, Norm, SVDPrune, plug, prune_inputs, select_tokens
+from selector import Budget, ImageTransformer, Norm, SVDPrune, prune_inputs, pruning, select_tokens
 
 ASKED = ["<image> hello", "<image> what is TOTAL?", "<image> and the date? the colour?"]
 
@@ -15,8 +15,8 @@ ASKED = ["<image> hello", "<image> what is TOTAL?", "<image> and the date? the c
 def counted(tiny_model, make_image, monkeypatch):
     """Model, inputs of several questions about one image, and the list of encodings."""
     model, processor = tiny_model()
-    image, encodings, encode = make_image(40, 70, 3), [], plug.encode
-    monkeypatch.setattr(plug, "encode", lambda *args: encodings.append(1) or encode(*args))
+    image, encodings, encode = make_image(40, 70, 3), [], pruning.encode
+    monkeypatch.setattr(pruning, "encode", lambda *args: encodings.append(1) or encode(*args))
     return model, processor, image, [batch(processor, [image], [text]) for text in ASKED], encodings
 
 

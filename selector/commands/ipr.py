@@ -40,7 +40,7 @@ from selector.errors import UsageError
 from selector.files import output, write_text
 from selector.measure.answering import answer, answer_nll, encode_image, forced
 from selector.measure.consistency import spectrum
-from selector.plug import Pruned, prune_inputs
+from selector.pruning import Pruned, prune_inputs
 from selector.tasks import load_task
 
 SETTINGS: dict[str, Any] = {

@@ -17,7 +17,7 @@ from selector.budget import Budget, Newlines, Scope
 from selector.errors import UsageError
 from selector.measure.harness import BLIND, FULL
 from selector.measure.identity import identity
-from selector.plug import Positions
+from selector.pruning import Positions
 from selector.registry import load_selector
 from selector.shipped import candidates
 
@@ -231,7 +231,7 @@ def parse_budgets(keeps: Sequence[Any], scope: str, newlines: str) -> list[Budge
 
 
 def check_positions(value: Any) -> Positions:
-    """The value, if `selector.plug.prune_inputs` knows such position ids.
+    """The value, if `selector.pruning.prune_inputs` knows such position ids.
 
     Raises:
         UsageError: it does not.

@@ -45,10 +45,14 @@ class Reading:
         visual: ``[L, d]`` hidden states of the visual tokens at the layer; None at layer 0.
 
     Example:
-        >>> given = Answer("no", torch.tensor([0]), torch.zeros(1, 2), prefill_seconds=0.02, batch=8)
-        >>> reading = Reading(given, forced=torch.zeros(3, 2), visual=None)  # the target had 3 tokens
-        >>> reading.answer.batch, len(reading.forced)
-        (8, 3)
+        >>> from selector.measure.answering import prepare
+        >>> from selector.commands.loading import load_model
+        >>> model, processor = load_model("checkpoints/llava-next-tiny", "cpu")
+        >>> rows = [prepare(processor, None, question, model.device) for question in ("is it red?", "a thing?")]
+        >>> with torch.no_grad():
+        ...     readings = read(model, processor, rows, [None, None], max_new_tokens=1, spent=Spent(model.device))
+        >>> [(len(reading.answer.ids), reading.answer.batch) for reading in readings]
+        [(1, 2), (1, 2)]
     """
 
     answer: Answer
@@ -83,7 +87,7 @@ def read(
     """Greedy answers to several prompts, and their logits over given answers.
 
     Args:
-        rows: inputs of batches of one, as `selector.plug.prune_inputs` or `without_image` give them.
+        rows: inputs of batches of one, as `selector.pruning.prune_inputs` or `without_image` give them.
         targets: per row, ids of an answer to read as well.
         max_new_tokens: at least 1.
         spent: what the time is charged to.

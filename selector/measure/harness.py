@@ -33,7 +33,7 @@ from selector.measure.flops import cache_bytes, counted_flops, language_flops, t
 from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
 from selector.models import Encoded, encode
-from selector.plug import Pruned, prune_inputs
+from selector.pruning import Pruned, prune_inputs
 from selector.tasks import Task
 from selector.tasks.sample import Sample
 
@@ -61,9 +61,9 @@ class Turn:
     """What a row asks of a sample: its prompt, and how that was cut (None: no pixels go in).
 
     Example:
-        >>> turn = Turn(Row(BLIND), {"input_ids": torch.tensor([[1, 5, 9]])}, pruned=None)
-        >>> turn.row.label, turn.pruned is None
-        ('blind', True)
+        >>> blind = Turn(Row("no image"), {"input_ids": torch.tensor([[1, 5, 9]])}, pruned=None)
+        >>> blind.inputs["input_ids"].shape[1]
+        3
     """
 
     row: Row

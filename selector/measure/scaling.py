@@ -32,7 +32,7 @@ from selector.measure.cost import allocated_cache_bytes, peak_bytes, processor_t
 from selector.measure.flops import cache_bytes, counted_flops, language_flops
 from selector.measure.geometry import Geometry, build, find_geometry, natural_picture, pixels, prompt
 from selector.models import Encoded, encode
-from selector.plug import prune_inputs
+from selector.pruning import prune_inputs
 from selector.registry import available_selectors, load_selector
 from selector.tokens import NEWLINE, VisualTokens
 

@@ -35,8 +35,9 @@ class Ready:
 
     Example:
         >>> from selector.tasks import load_task
-        >>> samples = (Ready(i, sample) for i, sample in enumerate(load_task("scenes").samples(5, seed=0)))
-        >>> [[ready.index for ready in window] for window in windows(samples, size=2)]
+        >>> samples = load_task("scenes").samples(5, seed=0)
+        >>> drawn = (Ready(index, sample) for index, sample in enumerate(samples))
+        >>> [[ready.index for ready in window] for window in windows(drawn, size=2)]
         [[0, 1], [2, 3], [4]]
     """
 
@@ -47,14 +48,18 @@ class Ready:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The record of one sample under one row; `measured` is None where an earlier run wrote it.
+    """What became of a row of a sample.
+
+    Attributes:
+        record: as it stands in the file of the row.
+        measured: the sample's; None where an earlier run wrote the record.
 
     Example:
         >>> from selector.tasks import load_task
         >>> sample = next(load_task("scenes").samples(1, seed=0))
-        >>> outcome = Outcome(Ready(0, sample), Row(FULL), Record(id=sample.id, index=0, tokens=744), measured=None)
-        >>> outcome.row.label, outcome.record["tokens"]
-        ('full', 744)
+        >>> taken_up = Outcome(Ready(0, sample), Row("full"), {"id": sample.id, "tokens": 744}, measured=None)
+        >>> taken_up.measured is None  # nothing was run for it
+        True
     """
 
     ready: Ready

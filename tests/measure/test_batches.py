@@ -21,7 +21,7 @@ from selector.measure.cost import PHASES, Spent
 from selector.measure.protocol import Protocol
 from selector.measure.run import compare
 from selector.models import encode
-from selector.plug import prune_inputs
+from selector.pruning import prune_inputs
 from selector.report.summary import summarize
 from selector.report.tables import markdown
 from selector.tasks import load_task
@@ -215,9 +215,10 @@ def test_sizes_out_of_range(run, wrong):
         run(**wrong)
 
 
-# Every method that acts before the language model and needs no checkpoint; `merge` and `mix` are made of others.
-BEFORE = {name for name, cls in available_selectors().items() if cls.acts == "before" and not cls.learned}
-NAMES = sorted(BEFORE - {"merge", "mix"} | {"mix:a=norm,b=lofi"})
+# Every method that needs no checkpoint.
+COMPOSED = {"gumbel", "image-transformer", "merge", "mix"}
+BEFORE = {name for name, cls in available_selectors().items() if cls.acts == "before"}
+NAMES = sorted(BEFORE - COMPOSED | {"mix:a=norm,b=lofi"})
 
 
 def scored(names):
