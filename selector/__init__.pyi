@@ -27,6 +27,7 @@ from selector.methods.lrcp import LRCP as LRCP
 from selector.methods.merge import Merge as Merge
 from selector.methods.mix import Mix as Mix
 from selector.methods.norm import Norm as Norm
+from selector.methods.pact import PACT as PACT
 from selector.methods.pivoted_qr import PivotedQR as PivotedQR
 from selector.methods.prumerge import PruMerge as PruMerge
 from selector.methods.prumerge_plus import PruMergePlus as PruMergePlus

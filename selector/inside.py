@@ -30,6 +30,7 @@ Shapes: I images, L packed slots, B rows of the prompt, S columns of it, R colum
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 import weakref
@@ -45,7 +46,7 @@ from torch import Tensor
 from selector.base import Stage
 from selector.columns import Columns
 from selector.devices import synchronize
-from selector.layer_view import OVERHEARD, READERS, LayerView, Passed
+from selector.layer_view import EMBEDDED, OVERHEARD, READERS, LayerView, Passed
 from selector.merging import Selection
 from selector.plan import Plan
 from selector.stages import Counts
@@ -66,6 +67,13 @@ class Memory:
 
     caches: weakref.WeakKeyDictionary[Any, dict[int, Columns]] = field(default_factory=weakref.WeakKeyDictionary)
     threads: set[int] = field(default_factory=set)
+
+    def copied(self, cache: Any) -> Any:
+        """A copy of a cache, to be continued like the original."""
+        copied = copy.deepcopy(cache)
+        if cache in self.caches:
+            self.caches[copied] = self.caches[cache]
+        return copied
 
     def knows(self, cache: Any) -> bool:
         """Whether a forward pass with this cache, outside of any other call, needs `acting`."""
@@ -223,11 +231,12 @@ class _Run:
 
     def _prefill(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         whole = dict(kwargs)
-        if number == 0 and "rater_attention" in self.needs:
+        if number == 0 and self.needs & EMBEDDED:
             self.embedded = hidden.detach()
         if number in self.stages:
             hidden = self._stage(number, layer, hidden, whole)
         columns = self._current(number)
+        self._watch(number, hidden)
         if columns is not None:
             columns = columns.to(hidden.device)
             self._narrow(number, kwargs, whole, columns)
@@ -239,6 +248,18 @@ class _Run:
             cos, sin = kwargs["position_embeddings"]
             self.heard |= {"cos": cos, "sin": sin}
         return hidden
+
+    def _watch(self, number: int, hidden: Tensor) -> None:
+        """Notes the visual tokens of a layer, where the plan asks for them."""
+        plan, kept, columns = self.plan, self.kept, self._current(number)
+        if plan is None or kept is None or plan.watch != number:
+            return
+        place = None if columns is None else columns.place
+        plan.seen = []
+        for own, row, column in zip(kept, plan.row, plan.column, strict=True):
+            rows, at = row[own], column[own]
+            at = at if place is None else place[rows.to(place.device), at.to(place.device)]
+            plan.seen.append(hidden[rows.to(hidden.device), at.to(hidden.device)].detach())
 
     def _narrow(self, number: int, kwargs: dict[str, Any], whole: dict[str, Any], columns: Columns) -> None:
         """Arguments of a layer that have the prompt's length, for the columns still there."""
@@ -278,7 +299,7 @@ class _Run:
 
         synchronize(hidden.device)
         start = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), plan.around():
             passed = Passed(self.heard, whole["position_embeddings"], self.embedded, self.decoder.norm)
             layers = (self.decoder.layers[number - 1], layer)
             view = LayerView(plan, layers, hidden, self._current(number - 1), kept, passed)
@@ -324,9 +345,11 @@ class _Run:
 
         # What only stages read is not held through decoding.
         self.heard, self.cut, self.embedded = {}, {}, None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self.plan is not None and self.plan.watch == self.depth:
+            self._watch(self.depth, self.decoder.norm(hidden))
         if not self.columns:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
         hidden = self.columns[max(self.columns)].to(hidden.device).back(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selector.base import Stage
@@ -32,6 +34,10 @@ class Plan:
         last: the same behind the last stage; None until the model has run.
         layers: per image, the visual tokens in each decoder layer; as planned, and as it was after a run.
         seconds: wall time of selection and merging at the stages.
+        watch: a layer whose visual tokens are wanted: those that enter it, behind any stage there; the number of layers
+            for what leaves the last one, normed. None for none.
+        seen: ``[n, d]`` per image, those of the latest run.
+        around: opened around the work of every stage, to count it.
 
     Example:
         >>> from PIL import Image
@@ -57,6 +63,9 @@ class Plan:
     layers: list[list[int]] = field(default_factory=list)
     last: Bool[Tensor, "I L"] | None = None
     seconds: float = 0.0
+    watch: int | None = None
+    seen: list[Float[Tensor, "n d"]] = field(default_factory=list)
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @classmethod
     def of(

@@ -66,8 +66,12 @@ class Record(TypedDict, total=False):
     index: Required[Annotated[int, "text"]]
 
     # Visual tokens: those that reached the language model, and those of the unpruned prompt.
-    tokens: Annotated[int, "mean"]
+    # Where tokens leave inside the language model, the former are an average over its layers.
+    tokens: Annotated[float, "mean"]
     full_tokens: Annotated[int, "mean"]
+    tokens_per_layer: Annotated[list[int], "text"]  # inside alone
+    last_tokens: Annotated[int, "mean"]  # in the last layer; inside alone
+    unmet: Annotated[int, "text"]  # the budget cannot be met on this sample: the smallest that could; nothing else then
     saturated: Annotated[bool, "sum"]
     kept: Annotated[str, "text"]
     approximate: Annotated[bool, "text"]  # `kept` traces tokens to the nearest patch; no evidence then
@@ -100,6 +104,7 @@ class Record(TypedDict, total=False):
     ipr_shift: Annotated[float, "interval"]
     rank_shift: Annotated[float, "interval"]
     energy_shift: Annotated[float, "interval"]
+    spectrum_layer: Annotated[int, "text"]  # of these shifts, where tokens leave inside: behind the last stage
 
     # What it took.
     prompt_tokens: Annotated[int, "mean"]
@@ -140,7 +145,8 @@ def _field(annotation: Any) -> Field:
     if get_origin(annotation) is Required:
         (annotation,) = get_args(annotation)
     kind, summary = get_args(annotation)
-    kinds = get_args(kind) or (kind,)
+    # Of a list, the type of its entries is not checked.
+    kinds = (list,) if get_origin(kind) is list else get_args(kind) or (kind,)
 
     # A whole number is written without a point, and JSON reads it back as an int.
     return Field((*kinds, int) if float in kinds else kinds, summary)

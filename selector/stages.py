@@ -48,6 +48,19 @@ class Counts(Budget):
         return torch.minimum(tokens.lengths.new_tensor(self.per_image), tokens.lengths)
 
 
+class UnmetBudget(ValueError):
+    """A budget that is spent before the first stage.
+
+    Args:
+        message: names method, budget and image.
+        least: the smallest `keep`, in tokens, that this image could meet.
+    """
+
+    def __init__(self, message: str, least: int):
+        super().__init__(message)
+        self.least = least
+
+
 def scaled_layer(published: int, depth: int, of: int = PUBLISHED_DEPTH) -> int:
     """The layer that lies as deep in this model as a published one in a model of `of` layers.
 
@@ -120,7 +133,8 @@ def planned_counts(name: str, length: int, keep: int, depth: int, stages: Sequen
         the largest ones whose average over the layers is at most `keep`; with ``"after"`` the last one is `keep`.
 
     Raises:
-        ValueError: a `keep` that no counts can meet, with the smallest that could be met.
+        UnmetBudget: a `keep` that no counts can meet, with the smallest that could be met.
+        ValueError: ``"after"`` where nothing stays.
 
     Example:
         >>> stages = [Stage(2, 1.0, None)]  # of 4 layers, two see all of 100 tokens: 50 on average
@@ -170,11 +184,12 @@ def layer_sum(length: int, counts: Sequence[int], depth: int, stages: Sequence[S
 
 def _refuse(name: str, length: int, keep: int, depth: int, stages: Sequence[Stage], least: int) -> None:
     """Raises the error of a budget that is spent before the first stage."""
-    raise ValueError(
+    raise UnmetBudget(
         f"keep={keep} is below what {name} can reach: its first stage is layer {stages[0].layer} of {depth}, so an "
         f"image of {length} visual tokens has at least {least / depth:.4g} on average over the layers; give keep >= "
         f"{-(-least // depth)}, count=after to count the tokens behind the last stage, or cut before the language "
-        "model as well (stages:before=...)"
+        "model as well (stages:before=...)",
+        -(-least // depth),
     )
 
 

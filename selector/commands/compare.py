@@ -189,7 +189,7 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
                     if "correct" in record:
                         score = float(record.get("score", record["correct"]))
                         right["pruned" if step.row.selector else "full"].append(score)
-                    if step.row.selector:
+                    if step.row.selector and "tokens" in record:
                         shares.append(record["tokens"] / max(1, record["full_tokens"]))
 
                 progress.update(bars[step.task], advance=1, seen=_so_far(right, shares))

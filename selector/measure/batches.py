@@ -8,9 +8,9 @@ bfloat16 is not rare).
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from selector.errors import UsageError
+from selector.inside import Memory
 from selector.measure.answering import Answer, decoded, token_rows
 from selector.measure.cost import PeakMemory, Spent
 from selector.models import adapter_of, available_adapters, model_type_of
+from selector.plug import Pruned
 
 SETTLED = frozenset(
     {
@@ -42,7 +44,7 @@ class Reading:
     Attributes:
         answer: greedy; its times are the batch's, per row and per decoded token.
         forced: ``[A, V]`` logits over the target, teacher-forced; None without a target.
-        visual: ``[L, d]`` hidden states of the visual tokens at the layer; None at layer 0.
+        visual: ``[L, d]`` hidden states of the visual tokens, for each layer asked for.
 
     Example:
         >>> from selector.measure.answering import prepare
@@ -57,7 +59,7 @@ class Reading:
 
     answer: Answer
     forced: Float[Tensor, "A V"] | None
-    visual: Float[Tensor, "L d"] | None
+    visual: Mapping[int, Float[Tensor, "L d"]]
 
 
 def refusal(model: Any) -> str | None:
@@ -81,8 +83,9 @@ def read(
     targets: Sequence[Int[Tensor, "_"] | None],
     max_new_tokens: int,
     spent: Spent,
-    layer: int = 0,
+    layers: Sequence[int] = (),
     image_token_ids: Sequence[int | None] = (),
+    pruned: Pruned | None = None,
 ) -> list[Reading]:
     """Greedy answers to several prompts, and their logits over given answers.
 
@@ -91,25 +94,29 @@ def read(
         targets: per row, ids of an answer to read as well.
         max_new_tokens: at least 1.
         spent: what the time is charged to.
-        layer: after which the visual tokens are returned; 0 for not at all.
-        image_token_ids: per row, what marks them; needed with a layer.
+        layers: after which the visual tokens are returned, from 1.
+        image_token_ids: per row, what marks them; needed with layers.
+        pruned: of a single row whose tokens leave inside the language model.
 
     Raises:
         UsageError: an argument of a row that cannot be padded, by name.
+        ValueError: several rows with `pruned`, or what `selector.inside` refuses by name.
     """
-    memory = PeakMemory(model.device)
-    with torch.no_grad(), memory:
+    if pruned is not None and len(rows) != 1:
+        raise ValueError(f"rows must be one where tokens leave inside the language model, got {len(rows)}")
+    memory, caches = PeakMemory(model.device), Memory()
+    with torch.no_grad(), memory, pruned.acting(model, caches) if pruned else nullcontext():
         with spent.on("prefill"):
             inputs = pad_left(model, rows)
             start = time.perf_counter()
-            output = model(**inputs, use_cache=True, logits_to_keep=1, output_hidden_states=layer > 0)
+            output = model(**inputs, use_cache=True, logits_to_keep=1, output_hidden_states=bool(layers))
             first, ends = output.logits[:, -1].float(), inputs["position_ids"][..., -1:]
             first.argmax(-1).tolist()  # as a user waits for the first token
             prefill = (time.perf_counter() - start) / len(rows)
 
         with spent.on("forced"):
             mask, cache = inputs["attention_mask"], output.past_key_values
-            forced = _forced(model, mask, ends, cache, first, targets)
+            forced = _forced(model, mask, ends, caches.copied(cache), first, targets)
 
         with spent.on("decode"):
             start = time.perf_counter()
@@ -123,10 +130,10 @@ def read(
         answer = Answer(
             decoded(processor, ids), ids, logits, prefill, decode if len(ids) > 1 else None, memory.bytes, len(rows)
         )
-        visual = None
-        if layer > 0 and image_token_ids[i] is not None:
+        visual = {}
+        if layers and image_token_ids[i] is not None:
             own = rows[i]["input_ids"][0] == image_token_ids[i]
-            visual = output.hidden_states[layer][i, width - len(own) :][own]
+            visual = {layer: output.hidden_states[layer][i, width - len(own) :][own] for layer in layers}
         readings.append(Reading(answer, forced[i], visual))
     return readings
 
@@ -208,7 +215,11 @@ def _forced(
     first: Float[Tensor, "B V"],
     targets: Sequence[Int[Tensor, "_"] | None],
 ) -> list[Float[Tensor, "_ V"] | None]:
-    """Logits over the targets: the prompt predicts their first tokens, each of their tokens the one behind it."""
+    """Logits over the targets: the prompt predicts their first tokens, each of their tokens the one behind it.
+
+    Args:
+        cache: of the prompt, used up: the answer itself is decoded on another copy.
+    """
     read = [first.new_empty(0).long() if target is None else target[:-1].to(mask.device) for target in targets]
     longest = max(map(len, read))
     if longest == 0:
@@ -220,7 +231,7 @@ def _forced(
         input_ids=ids,
         attention_mask=torch.cat([mask, there.to(mask.dtype)], 1),
         position_ids=ends + torch.arange(1, longest + 1, device=ends.device),
-        past_key_values=copy.deepcopy(cache),  # the answer itself is decoded on the original
+        past_key_values=cache,
         use_cache=True,
     )
     return [

@@ -8,8 +8,9 @@ With S tokens, width D, hidden width m of the MLP, query width q = heads · head
     language, per layer 4·S·d·(q + k) + 4·S·C·q + 6·S·d·m    S tokens in, each over a context of C (no causal discount)
     head                2·d·V                                one position: all that generation needs
 
-A prefill of S tokens has C = S; a decoded token has S = 1 and C = what is in the cache, itself included. Tests hold
-the formulas against ``torch.utils.flop_counter``. A selector is counted by that counter itself, and its decompositions,
+A prefill of S tokens has C = S; a decoded token has S = 1 and C = what is in the cache, itself included; where tokens
+leave inside the language model, every layer has an S and a C of its own. Tests hold the formulas against
+``torch.utils.flop_counter``. A selector is counted by that counter itself, and its decompositions,
 which torch does not count, by Golub & Van Loan (4th ed., sections 3 to 5 and 8): eigenvectors of n × n 9·n³ (the
 counter cannot tell eigenvalues alone from these); QR of n × k 4·n·k²; SVD of n × k with vectors 14·n·k² + 8·k³ (n ≥ k);
 Cholesky factor of n × n n³/3, inverse from it 2·n³/3, solving a triangle of n × n for k columns n²·k. Nor does it count
@@ -19,7 +20,7 @@ the layer of a torch Transformer that inference runs as one operation: as a laye
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,13 +57,14 @@ def tower_flops(config: Any, tiles: int) -> int | None:
     return tiles * (embedding + layers + pooling + 2 * patches * (d * width + width**2))
 
 
-def language_flops(config: Any, tokens: int, context: int) -> int | None:
+def language_flops(config: Any, tokens: int | Sequence[int], context: int | Sequence[int]) -> int | None:
     """The language model reading `tokens` over a context of `context`, and one row of logits.
 
     Args:
         config: of the whole model.
-        tokens: that go in: the prompt for a prefill, 1 for a decoded token.
-        context: what each of them attends to, itself included.
+        tokens: that go in: the prompt for a prefill, 1 for a decoded token; one number for all layers, or one per
+            layer where tokens leave between them.
+        context: what each of them attends to, itself included; as `tokens`.
 
     Returns:
         Operations; None for a language model whose layers are of another kind.
@@ -81,18 +83,28 @@ def language_flops(config: Any, tokens: int, context: int) -> int | None:
     d, head = text.hidden_size, _head_width(text)
     # Grouped queries: fewer heads of keys and values than of queries.
     q, k = text.num_attention_heads * head, text.num_key_value_heads * head
-    layer = 4 * tokens * d * (q + k) + 4 * tokens * context * q + 6 * tokens * d * text.intermediate_size
-    return text.num_hidden_layers * layer + 2 * d * text.vocab_size
+    layers = [
+        4 * s * d * (q + k) + 4 * s * c * q + 6 * s * d * text.intermediate_size
+        for s, c in zip(_by_layer(text, tokens), _by_layer(text, context), strict=True)
+    ]
+    return sum(layers) + 2 * d * text.vocab_size
 
 
-def cache_bytes(config: Any, tokens: int, element: int) -> int:
-    """Bytes of the keys and values of `tokens` in every layer, `element` bytes per number."""
+def cache_bytes(config: Any, tokens: int | Sequence[int], element: int) -> int:
+    """Bytes of the keys and values of `tokens` (in every layer, or per layer), `element` bytes per number."""
     text = config.text_config
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * _head_width(text) * element * tokens
+    return 2 * text.num_key_value_heads * _head_width(text) * element * sum(_by_layer(text, tokens))
 
 
 def counted_flops(work: Callable[[], Any]) -> int:
     """Operations of a call, by torch's own counter; decompositions by the formulas above."""
+    with torch.no_grad(), flop_counter() as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's own counter, which knows the formulas above for decompositions."""
     aten = torch.ops.aten
     # The counter knows no decomposition: it would count none of its work.
     formulas = {
@@ -104,9 +116,7 @@ def counted_flops(work: Callable[[], Any]) -> int:
         aten.cholesky_inverse: lambda shape, *_, **__: math.prod(shape[:-2]) * 2 * shape[-1] ** 3 // 3,
         aten.linalg_solve_triangular: lambda shape, other, *_, **__: math.prod(other) * shape[-1],
     }
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        work()
-    return counter.get_total_flops()
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def _eigh(shape: Any, *_: Any, **__: Any) -> int:
@@ -123,6 +133,10 @@ def _encoder_layer(shape: Any, width: int, heads: int, *rest: Any, **_: Any) -> 
     hidden = rest[11][0]  # rows of the first matrix of the MLP, by the signature of the operation
     batch, tokens = math.prod(shape[:-2]), shape[-2]
     return batch * (8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * width * hidden)
+
+
+def _by_layer(text: Any, tokens: int | Sequence[int]) -> Sequence[int]:
+    return [tokens] * text.num_hidden_layers if isinstance(tokens, int) else tokens
 
 
 def _head_width(text: Any) -> int:

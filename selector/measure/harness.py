@@ -3,6 +3,10 @@
 With a batch size of 1 each prompt is answered alone, by ``generate``, and every time belongs to one sample. With a
 larger one the prompts of several samples and selectors are answered together (`selector.measure.batches`), and a
 selector that scores once for every budget does so once per image; times are then shares of what was done together.
+
+Selectors that act inside the language model choose while it reads the prompt: the time of their stages counts as
+selection and not as prefill, so that both add up to the first token as they do for the others. Their spectrum is taken
+where their last tokens leave, and compared with the unpruned model's at that layer.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import base64
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -29,11 +34,12 @@ from selector.measure.batches import Reading, read
 from selector.measure.consistency import Spectrum, spectrum, spectrum_shift
 from selector.measure.cost import Spent, threads
 from selector.measure.evidence import Canvas, evidence, model_canvas
-from selector.measure.flops import cache_bytes, counted_flops, language_flops, tower_flops
+from selector.measure.flops import cache_bytes, counted_flops, flop_counter, language_flops, tower_flops
 from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
 from selector.models import Encoded, encode
 from selector.pruning import Pruned, prune_inputs
+from selector.stages import UnmetBudget
 from selector.tasks import Task
 from selector.tasks.sample import Sample
 
@@ -60,6 +66,9 @@ class Row:
 class Turn:
     """What a row asks of a sample: its prompt, and how that was cut (None: no pixels go in).
 
+    Attributes:
+        unmet: of a budget that this sample cannot meet, the smallest `keep` that it could; nothing is asked then.
+
     Example:
         >>> blind = Turn(Row("no image"), {"input_ids": torch.tensor([[1, 5, 9]])}, pruned=None)
         >>> blind.inputs["input_ids"].shape[1]
@@ -69,15 +78,22 @@ class Turn:
     row: Row
     inputs: Mapping[str, Any]
     pruned: Pruned | None
+    unmet: int | None = None
+
+    @property
+    def inside(self) -> Pruned | None:
+        """`pruned`, where tokens leave inside the language model."""
+        return self.pruned if self.pruned is not None and self.pruned.inside is not None else None
 
 
 class Harness:
     """A model ready to measure samples, and what it remembers from one sample to the next.
 
     Args:
-        needs: fields of `VisualTokens` that some selector reads.
+        needs: fields of `VisualTokens` that some selector reads before the language model.
         protocol: how each sample is measured.
         batch_threads: of torch, for batches; None: as many as for everything else.
+        layers: of the language model, behind the last stages of selectors that act inside it.
 
     Attributes:
         spent: what the time went into so far.
@@ -98,12 +114,16 @@ class Harness:
         needs: frozenset[str],
         protocol: Protocol,
         batch_threads: int | None = None,
+        layers: Sequence[int] = (),
     ):
         self.model, self.processor, self.needs, self.protocol = model, processor, needs, protocol
         self.batch_threads = batch_threads
+        self.layers = sorted({protocol.layer, *(max(protocol.layer, layer) for layer in layers)})
         self.spent = Spent(model.device)
         self.flops: dict[Any, int] = {}  # of selectors, by shapes: see `Measured`
-        self._warm: set[Any] = set()  # what ran once, untimed: "model", "batch", and the labels of rows
+        self._warm: set[Any] = (
+            set()
+        )  # what ran once, untimed: "model", "batch", the labels of rows, and ("inside", label)
 
     def open(self, sample: Sample, task: Task | None = None, inputs: Mapping[str, Any] | None = None) -> Measured:
         """The sample, encoded and (but for batches) answered by the unpruned model; the first one twice, untimed.
@@ -127,16 +147,46 @@ class Harness:
         question, system = (sample.question, "") if task is None else (task.prompt(sample.question), task.system)
         return prepare(processor or self.processor, sample.image, question, self.model.device, system)
 
-    def answer(self, inputs: Mapping[str, Any]) -> Answer:
-        """The greedy answer to prepared inputs, asked for `Protocol.repeats` times; its times are medians."""
-        with self.spent.on("prefill"):
-            answers = [
-                answer(self.model, self.processor, inputs, self.protocol.max_new_tokens)
-                for _ in range(self.protocol.repeats)
-            ]
-        for each in answers:
-            self.spent.move("prefill", "decode", (each.decode_seconds or 0.0) * (len(each.ids) - 1))
-        return _median(answers)
+    def answer(self, turn: Turn) -> Answer:
+        """The greedy answer to a prompt, asked for `Protocol.repeats` times; its times are medians."""
+        answers, seconds = [], []
+        warm = turn.inside is None or self._is_warm(("inside", turn.row.label))
+        for _ in range(self.protocol.repeats + int(not warm)):
+            with self.spent.on("prefill"), self.acting(turn.pruned):
+                given = answer(self.model, self.processor, turn.inputs, self.protocol.max_new_tokens)
+            self.spent.move("prefill", "decode", (given.decode_seconds or 0.0) * (len(given.ids) - 1))
+            answers.append(self._without_stages(given, turn))
+            seconds.append(0.0 if turn.inside is None else turn.inside.selection_seconds)
+
+        if turn.inside is not None:
+            turn.inside.selection_seconds = median(seconds[-self.protocol.repeats :])
+        return _median(answers[-self.protocol.repeats :])
+
+    @contextmanager
+    def acting(self, pruned: Pruned | None) -> Iterator[None]:
+        """Within the block the model loses what is to leave inside it; does nothing for any other prompt."""
+        if pruned is None or pruned.inside is None:
+            yield
+            return
+        try:
+            with pruned.acting(self.model):
+                yield
+        except ValueError as error:  # what cannot be pruned inside, by name
+            raise UsageError(str(error)) from error
+
+    def _is_warm(self, what: Any) -> bool:
+        """Whether something ran before; it counts as such from now on."""
+        warm = what in self._warm
+        self._warm.add(what)
+        return warm
+
+    def _without_stages(self, given: Answer, turn: Turn) -> Answer:
+        """An answer whose prefill does not hold the time of the selection within it, charged to the latter."""
+        plan = turn.inside.inside if turn.inside is not None else None
+        if plan is None:
+            return given
+        self.spent.move("prefill", "select", plan.seconds)
+        return replace(given, prefill_seconds=max(0.0, given.prefill_seconds - plan.seconds))
 
     def read(self, turns: Sequence[tuple[Measured, Turn]]) -> list[Reading]:
         """One batch of prompts, answered `Protocol.repeats` times; times are medians.
@@ -146,33 +196,54 @@ class Harness:
         if "batch" not in self._warm:
             self._warm.add("batch")
             self._read(turns[:2])
-        timed = zip(*(self._read(turns) for _ in range(self.protocol.repeats)), strict=True)
-        return [replace(same[0], answer=_median([each.answer for each in same])) for same in timed]
+        inside = turns[0][1].inside
+        if inside is not None and not self._is_warm(("inside", turns[0][1].row.label)):
+            self._read(turns)
+
+        timed, seconds = [], []
+        for _ in range(self.protocol.repeats):
+            timed.append(self._read(turns))
+            seconds.append(0.0 if inside is None else inside.selection_seconds)
+        if inside is not None:
+            inside.selection_seconds = median(seconds)
+        return [replace(same[0], answer=_median([each.answer for each in same])) for same in zip(*timed, strict=True)]
 
     def _read(self, turns: Sequence[tuple[Measured, Turn]]) -> list[Reading]:
-        layer = self.protocol.layer
-        with threads(self.batch_threads):
-            return read(
-                self.model,
-                self.processor,
-                [turn.inputs for _, turn in turns],
-                [None if measured.full is None else measured.full.ids for measured, _ in turns],
-                self.protocol.max_new_tokens,
-                self.spent,
-                layer,
-                [measured.image_token_id if turn.pruned else None for measured, turn in turns] if layer else (),
-            )
+        # The unpruned prompts are read at every layer that some row is compared with them at.
+        inside = turns[0][1].inside
+        whole = any(turn.pruned is measured.whole for measured, turn in turns)
+        wanted = self.layers if whole else [self.protocol.layer] if inside is None else []
+        layers = [layer for layer in wanted if layer > 0]
+        try:
+            with threads(self.batch_threads):
+                readings = read(
+                    self.model,
+                    self.processor,
+                    [turn.inputs for _, turn in turns],
+                    [None if measured.full is None else measured.full.ids for measured, _ in turns],
+                    self.protocol.max_new_tokens,
+                    self.spent,
+                    layers,
+                    [measured.image_token_id if turn.pruned else None for measured, turn in turns],
+                    inside,
+                )
+        except ValueError as error:
+            if inside is None or isinstance(error, UsageError):
+                raise
+            raise UsageError(str(error)) from error
+        return [
+            replace(reading, answer=self._without_stages(reading.answer, turn))
+            for reading, (_, turn) in zip(readings, turns, strict=True)
+        ]
 
     def prune(self, inputs: Mapping[str, Any], row: Row, encoded: Encoded) -> Pruned:
         """The pruned inputs, selected `Protocol.repeats` times; the seconds that selection took are the median."""
         # The first selection of a row also allocates and picks kernels: it is repeated, and its time does not count.
-        warm = row.label in self._warm  # by label: budgets of one selector run the same code
-        self._warm.add(row.label)
+        warm = self._is_warm(row.label)  # by label: budgets of one selector run the same code
+        chosen = {"positions": self.protocol.positions, "encoded": encoded, "inside": True}
         with self.spent.on("select"):
             pruned = [
-                prune_inputs(
-                    self.model, inputs, row.selector, row.budget, positions=self.protocol.positions, encoded=encoded
-                )
+                prune_inputs(self.model, inputs, row.selector, row.budget, **chosen)
                 for _ in range(self.protocol.repeats + int(not warm))
             ]
 
@@ -237,44 +308,56 @@ class Measured:
             self.whole = prune_inputs(model, self.inputs, None, encoded=self.encoded)
         self.asked = harness.protocol.answers and sample.question is not None
         self.full: Answer | None = None
-        self.full_spectrum: Spectrum | None = None
+        self.full_spectra: dict[int, Spectrum | None] = {}  # by layer
         self._scores: dict[str, tuple[TokenSelector, float]] = {}  # by label, with the seconds that scoring took
         if harness.protocol.batch_size == 1 or not self.asked:
-            self.full = harness.answer(self.whole.inputs) if self.asked else None
-            self.full_spectrum = self._internals(self.whole, None)[0]
+            self.full = harness.answer(Turn(Row(FULL), self.whole.inputs, self.whole)) if self.asked else None
+            self.full_spectra = self._internals(self.whole, None, harness.layers)[0]
 
     def take_full(self, reading: Reading) -> None:
         """The unpruned model's answer, out of a batch."""
-        self.full, self.full_spectrum = reading.answer, self._spectrum(self.whole, reading.visual)
+        self.full = reading.answer
+        self.full_spectra = self._spectra(self.whole, reading.visual, self.harness.layers)
 
     def turn(self, row: Row) -> Turn:
-        """The prompt of a row.
+        """The prompt of a row; `Turn.unmet` where the budget is spent before its selector acts.
 
         Raises:
-            UsageError: the selector or the budget cannot be met on this sample.
+            UsageError: the selector or the budget cannot be met on this sample for any other reason.
         """
         if row.label == BLIND and row.selector is None:
             inputs = self.inputs
             if self.encoded:
                 inputs = without_image(inputs, self.encoded.image_token_id)
             return Turn(row, inputs, None)
-        pruned = self.whole if row.selector is None else self._prune(row)
+        try:
+            pruned = self.whole if row.selector is None else self._prune(row)
+        except UnmetBudget as error:
+            return Turn(row, self.inputs, None, error.least)
+        if pruned.inside is not None:
+            pruned.inside.watch = max(self.harness.protocol.layer, pruned.inside.stages[-1].layer)
         return Turn(row, pruned.inputs, pruned)
+
+    def refused(self, turn: Turn) -> dict[str, Any]:
+        """The record of a budget that this sample cannot meet."""
+        return {"full_tokens": sum(self.whole.full), "unmet": turn.unmet}
 
     def record(self, row: Row) -> dict[str, Any]:
         """Everything measured for one row, as plain values."""
         with self.harness.spent.on("records"):
             turn = self.turn(row)
+            if turn.unmet is not None:
+                return self.refused(turn)
             given = self.full
             if self.full is not None and turn.pruned is not self.whole:
-                given = self.harness.answer(turn.inputs)
+                given = self.harness.answer(turn)
 
             # The figures of `full` were taken when the sample was opened.
-            after, logits = self.full_spectrum, None
+            after, logits = self.full_spectra, None
             if turn.pruned is None:
-                after = None
+                after = {}
             elif turn.pruned is not self.whole:
-                after, logits = self._internals(turn.pruned, given)
+                after, logits = self._internals(turn.pruned, given, [self.harness.protocol.layer])
 
             # The pruned model's logits over the unpruned answer: known where it gave that answer itself.
             if self.full is not None and given is not None and logits is None:
@@ -287,18 +370,21 @@ class Measured:
     def batched(self, turn: Turn, reading: Reading | None) -> dict[str, Any]:
         """The same as `record`, of a turn that was answered in a batch; without a reading, it is the whole prompt."""
         if reading is None:
-            return self._figures(turn, self.full, self.full_spectrum, self.full.logits if self.full else None)
+            return self._figures(turn, self.full, self.full_spectra, self.full.logits if self.full else None)
         logits = reading.answer.logits if self._same(reading.answer) else reading.forced
-        after = None if turn.pruned is None else self._spectrum(turn.pruned, reading.visual)
+        after = {}
+        if turn.pruned is not None:
+            after = self._spectra(turn.pruned, reading.visual, [self.harness.protocol.layer])
         return self._figures(turn, reading.answer, after, logits)
 
     def _figures(
-        self, turn: Turn, given: Answer | None, after: Spectrum | None, logits: Tensor | None
+        self, turn: Turn, given: Answer | None, after: Mapping[int, Spectrum | None], logits: Tensor | None
     ) -> dict[str, Any]:
         answers: dict[str, Any] = {}
         if self.full is not None and given is not None and logits is not None:
             answers = answer_record(self.sample, given, self.full, logits, self.metric)
-        return self._tokens(turn.pruned) | self._shifts(after) | self._cost(turn) | self._kept(turn.pruned) | answers
+        shifts = self._shifts(turn, after)
+        return self._tokens(turn.pruned) | shifts | self._cost(turn) | self._kept(turn.pruned) | answers
 
     def _prune(self, row: Row) -> Pruned:
         if self.encoded is None:  # a prompt of text alone passes through
@@ -309,6 +395,8 @@ class Measured:
                 scored, seconds = self._scored(row)
                 row = replace(row, selector=scored)
             pruned = self.harness.prune(self.inputs, row, self.encoded)
+        except UnmetBudget:
+            raise
         except ValueError as error:
             raise UsageError(f"{row.label} at keep={row.budget} on sample {self.sample.id!r}: {error}") from error
         return replace(pruned, selection_seconds=pruned.selection_seconds + seconds)
@@ -340,7 +428,7 @@ class Measured:
         full = sum(self.whole.full)
         if pruned is None or self.encoded is None:
             return {"tokens": 0, "full_tokens": full, "saturated": False}
-        return {
+        figures = {
             "tokens": sum(pruned.measured),
             "full_tokens": full,
             # The budget allowed all tokens.
@@ -348,61 +436,111 @@ class Measured:
             "encode_ms": 1e3 * self.encode_seconds,
             "selection_ms": 1e3 * pruned.selection_seconds,
         }
+        if pruned.inside is not None:
+            layers = [sum(own) for own in zip(*pruned.layers, strict=True)]  # of all images together
+            figures |= {"tokens_per_layer": layers, "last_tokens": layers[-1]}
+        return figures
 
-    def _internals(self, pruned: Pruned, given: Answer | None) -> tuple[Spectrum | None, Tensor | None]:
-        """(spectrum of the visual tokens at the layer, teacher-forced logits if they had to be computed)."""
-        layer, same = self.harness.protocol.layer, self._same(given)
+    def _internals(
+        self, pruned: Pruned, given: Answer | None, layers: Sequence[int]
+    ) -> tuple[dict[int, Spectrum | None], Tensor | None]:
+        """(spectra of the visual tokens by layer, teacher-forced logits if they had to be computed)."""
+        same, inside = self._same(given), pruned.inside is not None
         target = self.full.ids if self.full else pruned.inputs["input_ids"].new_empty(0)
 
         # Without a pass: layer 0 is in the inputs, and an answer that stayed the same has the logits of its generation.
+        # What leaves inside has left in the pass that answered; without answers this is the only one.
         reading = None
-        if (layer > 0 and self.encoded) or (given is not None and not same):
-            wanted = [layer] if layer > 0 and self.encoded else []
-            with self.harness.spent.on("forced"):
+        wanted = [layer for layer in layers if layer > 0] if self.encoded and not inside else []
+        if wanted or (given is not None and not same) or (inside and given is None):
+            seconds = pruned.selection_seconds
+            with self.harness.spent.on("forced"), self.harness.acting(pruned):
                 reading = forced(self.harness.model, pruned.inputs, target, wanted, self.image_token_id)
+            if given is not None:
+                pruned.selection_seconds = seconds
         logits = reading.logits if reading is not None and given is not None and not same else None
-        return self._spectrum(pruned, reading.visual[layer] if layer > 0 and reading and self.encoded else None), logits
+        return self._spectra(pruned, reading.visual if reading else {}, layers), logits
 
-    def _spectrum(self, pruned: Pruned, visual: Tensor | None) -> Spectrum | None:
-        """The spectrum of the visual tokens at the layer; those that enter the language model are in the inputs."""
+    def _spectra(
+        self, pruned: Pruned, visual: Mapping[int, Tensor], layers: Sequence[int]
+    ) -> dict[int, Spectrum | None]:
+        """The spectra of the visual tokens by layer; those that enter the language model are in the inputs."""
         if self.encoded is None:
-            return None
-        visual = torch.cat(_visual(pruned)) if visual is None else visual
-        return spectrum(visual) if len(visual) else None
-
-    def _shifts(self, after: Spectrum | None) -> dict[str, Any]:
-        if after is None or self.full_spectrum is None:
             return {}
-        return {"ipr": after.ipr, "effective_rank": after.effective_rank} | spectrum_shift(self.full_spectrum, after)
+        plan = pruned.inside
+        if plan is not None and plan.watch is not None:  # where the last tokens leave, and there alone
+            tables = {plan.watch: torch.cat(plan.seen)}
+        else:
+            tables = {layer: visual[layer] if layer > 0 else torch.cat(_visual(pruned)) for layer in layers}
+        return {layer: spectrum(table) if len(table) else None for layer, table in tables.items()}
+
+    def _shifts(self, turn: Turn, spectra: Mapping[int, Spectrum | None]) -> dict[str, Any]:
+        plan = turn.inside.inside if turn.inside is not None else None
+        layer = self.harness.protocol.layer if plan is None or plan.watch is None else plan.watch
+        before, after = self.full_spectra.get(layer), spectra.get(layer)
+        if before is None or after is None:
+            return {}
+        figures = {"ipr": after.ipr, "effective_rank": after.effective_rank} | spectrum_shift(before, after)
+        return figures if plan is None else figures | {"spectrum_layer": layer}
 
     def _cost(self, turn: Turn) -> dict[str, Any]:
         model, prompt = self.harness.model, turn.inputs["input_ids"].shape[1]
+        lengths = _lengths(turn)
         costs: dict[str, Any] = {
             "prompt_tokens": prompt,
-            "kv_bytes": cache_bytes(model.config, prompt, model.dtype.itemsize),
-            "prefill_flops": language_flops(model.config, prompt, prompt),
+            "kv_bytes": cache_bytes(model.config, lengths, model.dtype.itemsize),
+            "prefill_flops": language_flops(model.config, lengths, lengths),
             # The first decoded token attends to the prompt and to itself.
-            "decode_flops": language_flops(model.config, 1, prompt + 1),
+            "decode_flops": language_flops(model.config, *_decoding(lengths)),
         }
 
         if turn.pruned is None or self.encoded is None:  # no pixels went in
             return costs
         costs["tower_flops"] = tower_flops(model.config, len(self.encoded.tokens.features))
         if turn.row.selector is not None and turn.row.budget is not None:
-            costs["selector_flops"] = self._selector_flops(turn.row, self.encoded)
+            costs["selector_flops"] = self._selector_flops(turn, self.encoded)
         return costs
 
-    def _selector_flops(self, row: Row, encoded: Encoded) -> int:
-        """Operations of a selection; equal shapes take equal work, and counting is slow."""
+    def _selector_flops(self, turn: Turn, encoded: Encoded) -> int:
+        """Operations of a selection; equal shapes take equal work, and counting is slow.
+
+        Inside the language model the words of the prompt are looked at, too: what is counted is that of the first
+        prompt of these shapes, which differs little from that of others.
+        """
         # Where one score serves every budget, all that a budget adds is comparisons, which are not counted.
+        row = turn.row
         budget = None if scores_once(row.selector) else row.budget
         key = (row.label, budget, encoded.tokens.features.shape, encoded.tokens.slots.shape)
         if key not in self.harness.flops:
             with self.harness.spent.on("flops"):
-                self.harness.flops[key] = counted_flops(
-                    lambda: prune_inputs(self.harness.model, self.inputs, row.selector, row.budget, encoded=encoded)
-                )
+                self.harness.flops[key] = self._counted(row, encoded)
         return self.harness.flops[key]
+
+    def _counted(self, row: Row, encoded: Encoded) -> int:
+        model = self.harness.model
+        made: list[Pruned] = []
+
+        def select() -> None:
+            made.append(prune_inputs(model, self.inputs, row.selector, row.budget, encoded=encoded, inside=True))
+
+        operations = counted_flops(select)
+        plan = made[0].inside
+        if plan is None:
+            return operations
+
+        # Of the stages alone: the layers around them are in the formula of the prefill.
+        stages: list[int] = []
+
+        @contextmanager
+        def counting() -> Iterator[None]:
+            with flop_counter() as counter:
+                yield
+            stages.append(counter.get_total_flops())
+
+        plan.around = counting
+        with self.harness.acting(made[0]):
+            forced(model, made[0].inputs, self.inputs["input_ids"].new_empty(0))
+        return operations + sum(stages)
 
     def _kept(self, pruned: Pruned | None) -> dict[str, Any]:
         if pruned is None or pruned.keep is None or pruned.tokens is None:
@@ -427,6 +565,8 @@ def scores_once(selector: TokenSelector | None) -> bool:
         return False
     # A subclass with a cut of its own, or one that merges by the budget, is asked for each.
     cls = type(selector)
+    if selector.acts == "inside":  # what it reads is known to a stage alone
+        return False
     return (
         cls.ranking is ScoreSelector.ranking
         and cls.forward is RankSelector.forward
@@ -453,6 +593,22 @@ def pack(kept: Bool[Tensor, "T N"]) -> str:
         'gQ=='
     """
     return base64.b64encode(np.packbits(kept.cpu().numpy().reshape(-1)).tobytes()).decode()
+
+
+def _lengths(turn: Turn) -> int | list[int]:
+    """Tokens of the prompt, text included: one number, or one per layer where they leave between layers."""
+    prompt = turn.inputs["input_ids"].shape[1]
+    if turn.inside is None:
+        return prompt
+    text = prompt - sum(len(own) for own in turn.inside.features)
+    return [text + sum(own) for own in zip(*turn.inside.layers, strict=True)]
+
+
+def _decoding(lengths: int | list[int]) -> tuple[Any, Any]:
+    """Arguments of `language_flops` for the first decoded token, which attends to the prompt and to itself."""
+    if isinstance(lengths, int):
+        return 1, lengths + 1
+    return [1] * len(lengths), [length + 1 for length in lengths]
 
 
 def _visual(pruned: Pruned) -> list[Tensor]:

@@ -4,6 +4,9 @@ A sample's image is encoded once and pruned many times; the unpruned model answe
 ``full`` (every visual token) and ``blind`` (the placeholders taken out of the prompt, no pixels at all): a task whose
 blind accuracy is near its full accuracy measures nothing. A failure is never scored as an answer: exceptions propagate.
 
+A budget counts visual tokens averaged over the layers of the language model. Where a selector acts inside it, a budget
+may be spent before its layer: the record of such a sample says so and no more (``unmet``), and the run goes on.
+
 With `Protocol.batch_size` above 1, prompts are answered together (`selector.measure.windows`): the same answers sooner,
 and times that are shares of a batch's.
 
@@ -24,6 +27,7 @@ from selector.base import TokenSelector
 from selector.budget import Budget
 from selector.errors import UsageError
 from selector.files import output, write_json
+from selector.inside import decoder_of
 from selector.measure.batches import refusal
 from selector.measure.harness import BLIND, FULL, Harness, Row
 from selector.measure.images import FIRST, store_image
@@ -31,8 +35,10 @@ from selector.measure.protocol import Protocol
 from selector.measure.settings import asked, common_settings, environment, row_settings, written
 from selector.measure.windows import Outcome, Ready, in_batches, one_by_one, prepared_ahead, windows
 from selector.record import Record
+from selector.stages import checked_stages, outside_needs
 from selector.tasks import Task
 from selector.tasks.sample import Sample
+from selector.tokens import INSIDE
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ def compare(
 
     Raises:
         UsageError: a layer, label, shard, batch size or number of samples that cannot be, two selectors that are the
-            same, another process at work in `out`, or (while iterating) a sample that cannot be measured.
+            same, a selector that acts inside a language model in which it cannot, another process at work in `out`, or
+            (while iterating) a sample that cannot be measured.
     """
     # All that can be refused is refused before anything is written.
     check_part(tasks, samples, shard, fresh)
@@ -114,6 +121,7 @@ def compare(
 
     # Every row of every task has a file of records, whose key is made of all that they depend on: a changed setting is
     # another file, and what is unchanged is not measured again.
+    leaving = {label: _last_layer(model, label, each) for label, each in selectors.items() if each.acts == "inside"}
     rows = [Row(FULL)] + ([Row(BLIND)] if protocol.answers else [])
     rows += [_row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
     common = common_settings(model, processor) | asdict(protocol)
@@ -159,6 +167,7 @@ def compare(
                 "label": row.label,
                 "keep": written(row.budget),
                 "sees_question": row.selector is not None and row.selector.sees_question,
+                **({"leaves_at": leaving[row.label], "count": row.selector.count} if row.label in leaving else {}),
                 "key": file.key,
             }
             for task in tasks
@@ -167,8 +176,8 @@ def compare(
     }
     _write_plan(out, plan)
 
-    needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values()))
-    harness = Harness(model, processor, needs, protocol, batch_threads)
+    needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values())) - INSIDE
+    harness = Harness(model, processor, needs, protocol, batch_threads, sorted(set(leaving.values())))
 
     # A function of its own, so that mistakes are raised by `compare` and not by the first step.
     def steps() -> Iterator[Step]:
@@ -308,7 +317,23 @@ def shard_range(shard: records.Shard, total: int) -> tuple[int, int, int]:
     return shard[0], total, shard[1]
 
 
+def _last_layer(model: Any, label: str, selector: TokenSelector) -> int:
+    """The layer of the language model behind whose stage nothing more leaves.
+
+    Raises:
+        UsageError: a selector whose stages this model cannot have.
+    """
+    try:
+        stages = checked_stages(selector, len(decoder_of(model).layers))
+        outside_needs(stages)
+    except ValueError as error:
+        raise UsageError(f"{label}: {error}") from error
+    return stages[-1].layer
+
+
 def _row(label: str, selector: TokenSelector, budget: Budget) -> Row:
+    if selector.acts == "inside" and isinstance(budget.keep, str):
+        raise UsageError(f"{label} acts inside the language model, keep must be a count or a share, got {budget}")
     try:
         selector.resolved(budget)
     except ValueError as error:  # not calibrated for this budget: an error now, not at the first sample

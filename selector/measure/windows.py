@@ -2,7 +2,8 @@
 
 A window holds as many samples as a batch has rows. Its unpruned answers come first, since all others are compared with
 them; then, budget by budget, the prompts of all samples and selectors are sorted by length and answered batch by batch.
-Rows of one batch thus have one budget, so that the share of time that each is charged with is like its own.
+Rows of one batch thus have one budget, so that the share of time that each is charged with is like its own. Prompts
+whose tokens leave inside the language model are answered one at a time: each has stages and columns of its own.
 """
 
 from __future__ import annotations
@@ -166,6 +167,10 @@ def in_batches(
     for group in groups.values():
         turns = [(opened[place], opened[place].turn(row)) for place, row, _ in group]
         found = {id(turn): (place, file) for (_, turn), (place, _, file) in zip(turns, group, strict=True)}
+        for measured, turn in [each for each in turns if each[1].unmet is not None]:
+            place, file = found[id(turn)]
+            yield _written(harness, window[place], turn.row, file, measured, measured.refused(turn))
+        turns = [each for each in turns if each[1].unmet is None]
         for batch in _batches(turns, harness.protocol.batch_size):
             # What nothing was cut from has its answer already.
             new = [(measured, turn) for measured, turn in batch if turn.pruned is not measured.whole]
@@ -181,6 +186,8 @@ def _batches(turns: Sequence[tuple[Measured, Turn]], size: int) -> Iterator[list
     """The turns by length of their prompts, in batches of at most `size` and of little padding."""
     batch: list[tuple[Measured, Turn]] = []
     real = 0
+    yield from ([each] for each in turns if each[1].inside is not None)
+    turns = [each for each in turns if each[1].inside is None]
     for each in sorted(turns, key=lambda turn: _length(turn[1])):
         padded = (len(batch) + 1) * _length(each[1])
         if len(batch) == size or padded - real - _length(each[1]) > PADDING * padded:

@@ -19,6 +19,15 @@ OF_A_METRIC = ("f1", "paired")
 SHARED = "‡"
 """Marks times that are a batch's, divided by its rows."""
 
+AVERAGED = (
+    "keep and tokens are averages over the layers of the language model. Where tokens leave inside it, its first "
+    "layers see all of them and the last ones fewer than keep says (with count=after, keep counts those of the last "
+    "layers, and tokens says what the average then is). Selection there takes place during prefill and is taken off "
+    "its time; such prompts are answered one at a time, also where others are answered in batches. Their ΔIPR is taken "
+    "where the last tokens leave."
+)
+"""What a reader must know of selectors that act inside the language model."""
+
 POOLED = "all tasks"
 """What tables call all tasks taken together."""
 
@@ -153,6 +162,7 @@ SAMPLES = Column("n", lambda r: str(r["samples"]), lambda r: r["samples"], "samp
 TOKENS = Column(
     "tokens", lambda r: _tokens(r), lambda r: r["tokens"], "visual tokens that reached the language model (mean)"
 )
+LAST = _plain("last tokens", "last_tokens", 0, "visual tokens in the last layer, where they leave inside the model")
 SAME = Column(
     "same %", lambda r: _percent(r["agreement"]), lambda r: r["agreement"], "answers identical to the unpruned model's"
 )
@@ -273,8 +283,9 @@ def cost_columns(summary: Summary) -> list[Column]:
         KEEP,
         SELECTOR,
         TOKENS,
+        LAST,
         # By formula: the same on every machine.
-        _plain("prompt", "prompt_tokens", 0, "tokens of the whole prompt, text included"),
+        _plain("prompt", "prompt_tokens", 0, "tokens of the prompt that enters the language model, text included"),
         _plain("KV MB", "kv_bytes", 2, "keys and values of the prompt, 10⁶ bytes", 1e-6),
         _plain("tower GF", "tower_flops", 3, "vision tower and projector, 10⁹ operations", 1e-9),
         _plain("selector GF", "selector_flops", 4, "the selector, 10⁹ operations", 1e-9),

@@ -119,6 +119,9 @@ def _pooled(tables: Tables) -> Tables:
 def read_run(run: Path) -> tuple[dict[str, Any], Tables]:
     """What a run is, and its records.
 
+    A budget that some image could not meet has no figure that could be compared with others': such rows are left out,
+    and listed in the plan as ``unmet``.
+
     Returns:
         (the plan from ``run.json``, the records by task, label and budget).
 
@@ -130,13 +133,18 @@ def read_run(run: Path) -> tuple[dict[str, Any], Tables]:
 
     settings = _read_settings(run / RUN)
     limit = settings["samples"]
-    tables = {}
+    tables, unmet = {}, []
     for row in settings["rows"]:
         records = [_checked(record, run / row["key"]) for record in read_folder(run / row["key"])]
         # An earlier, longer run may have left more records than this one asked for.
         within = [record for record in records if limit is None or record["index"] < limit]
-        tables[row["task"], row["label"], row["keep"]] = within
-    return settings, tables
+        least = [record["unmet"] for record in within if "unmet" in record]
+        if least:
+            about = {"task": row["task"], "selector": row["label"], "keep": row["keep"], "least": max(least)}
+            unmet.append(about | {"images": len(least), "samples": len(within)})
+        else:
+            tables[row["task"], row["label"], row["keep"]] = within
+    return settings | {"unmet": unmet}, tables
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -185,7 +193,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _checked(record: Record, folder: Path) -> Record:
     """The record, if it has all that a report reads of it, each with the type that it was written with."""
-    wanted = ["tokens", "full_tokens"]
+    wanted = ["full_tokens"] if "unmet" in record else ["tokens", "full_tokens"]
     # A run without answers has neither.
     if "answer" in record:
         wanted += ["question", "agrees"]

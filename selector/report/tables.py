@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selector.report.columns import (
+    AVERAGED,
     KEEP,
     POOLED,
     SAMPLES,
@@ -169,6 +170,8 @@ def notes(summary: Summary) -> list[str]:
     how = {"original": "those of the whole prompt, with gaps", "contiguous": "counted anew, without gaps"}
     lines = legend(summary)
     lines += scored(summary)
+    if any(row["last_tokens"] is not None for row in summary["rows"]):
+        lines.append(AVERAGED)
     lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
 
     for each in summary["correlations"]:
@@ -193,6 +196,12 @@ def notes(summary: Summary) -> list[str]:
             lines.append(f"{task}: {done(summary, task)}, {rest}. n says how many each row has.")
     for task, names in summary["unreadable"].items():
         lines.append(f"{task}: {len(names)} images cannot be read and are left out: {', '.join(names)}")
+
+    for each in summary.get("unmet", []):
+        lines.append(
+            f"{each['task']}: {each['selector']} cannot meet keep={each['keep']} on {each['images']} of "
+            f"{each['samples']} images; all could meet {each['least']}. The row is left out."
+        )
 
     saturated = sum(row["saturated"] for row in summary["rows"])
     if saturated:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from families import EOS, FAMILIES, PAD
-from small_runs import TOKENS, found
+from small_runs import TOKENS, assert_alike, found
 
 from selector import Budget, Norm, Random, SVDPrune, available_selectors, load_selector, records
 from selector.errors import UsageError
@@ -26,21 +26,7 @@ from selector.report.summary import summarize
 from selector.report.tables import markdown
 from selector.tasks import load_task
 
-TIMES = {"encode_ms", "selection_ms", "prefill_ms", "decode_ms", "batch"}
 SELECTORS = {"random": Random(), "svd": SVDPrune(energy=0.5), "norm": Norm()}
-
-
-def assert_alike(single, batched):
-    """The same rows of the same samples: texts, counts and masks equal, other figures but for the last bits."""
-    assert single.keys() == batched.keys()
-    for name, one in single.items():
-        other = batched[name]
-        assert one.keys() - TIMES == other.keys() - TIMES
-        for field in one.keys() - TIMES:
-            if isinstance(one[field], float):
-                assert other[field] == pytest.approx(one[field], rel=1e-3, abs=1e-5), (name, field)
-            else:
-                assert other[field] == one[field], (name, field)
 
 
 class Words:
@@ -216,9 +202,8 @@ def test_sizes_out_of_range(run, wrong):
 
 
 # Every method that needs no checkpoint.
-COMPOSED = {"gumbel", "image-transformer", "merge", "mix"}
-BEFORE = {name for name, cls in available_selectors().items() if cls.acts == "before"}
-NAMES = sorted(BEFORE - COMPOSED | {"mix:a=norm,b=lofi"})
+WHOLE = {"gumbel", "image-transformer", "inside", "merge", "mix", "stages"}  # these need a checkpoint, or parts
+NAMES = sorted({*available_selectors()} - WHOLE | {"mix:a=norm,b=lofi", "lofi:layer=1"})
 
 
 def scored(names):
