@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from selector.errors import UsageError
 from selector.measure.protocol import Protocol
-from selector.shipped import places
+from selector.shipped import candidates
 
 # Defaults by the names of the flags. Flags themselves have none in the parser, so that what was given can be told from
 # what was not.
@@ -221,7 +221,7 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
     """
     import yaml  # here, since most calls read none
 
-    path = next((place for place in places(name) if place.is_file()), None)
+    path = next((path for path in candidates(name) if path.is_file()), None)
     if path is None:
         raise UsageError(f"config must be a YAML file, there is no {name!r}")
 

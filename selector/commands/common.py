@@ -1,4 +1,4 @@
-"""What several commands share: checked settings, loaded models and selectors, samples for want of an image."""
+"""What several commands share: checked settings, loaded models and selectors, samples where no image is given."""
 
 from __future__ import annotations
 
@@ -121,6 +121,9 @@ def name_unreadable(tasks: list[Task]) -> None:
 
 def sample_limit(value: Any) -> int | None:
     """The number of samples per task from a setting, a number or "all"; None for all.
+
+    Raises:
+        UsageError: anything else.
 
     Example:
         >>> sample_limit("8"), sample_limit("all")

@@ -19,7 +19,7 @@ from selector.measure.harness import BLIND, FULL
 from selector.measure.identity import identity
 from selector.pruning import Positions
 from selector.registry import load_selector
-from selector.shipped import places
+from selector.shipped import candidates
 
 RESERVED = (FULL, BLIND)
 _NAMED = re.compile(r"([\w][\w.+-]*)=(.+)")
@@ -29,7 +29,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def find_folder(name: str) -> Path | None:
     """The folder of that name, seen from the current one, else among those that ship with the package; None if none."""
-    for path in places(name):
+    for path in candidates(name):
         try:
             if name and path.is_dir():
                 return path

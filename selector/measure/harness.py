@@ -27,11 +27,12 @@ from torch import Tensor
 
 from selector.base import RankSelector, ScoreSelector, TokenSelector
 from selector.budget import Budget
+from selector.devices import synchronize
 from selector.errors import UsageError
 from selector.measure.answering import Answer, answer, forced, prepare, without_image
 from selector.measure.batches import Reading, read
 from selector.measure.consistency import Spectrum, spectrum, spectrum_shift
-from selector.measure.cost import Spent, synchronize, threads
+from selector.measure.cost import Spent, threads
 from selector.measure.evidence import Canvas, evidence, model_canvas, unplaced
 from selector.measure.flops import cache_bytes, counted_flops, flop_counter, language_flops, tower_flops
 from selector.measure.protocol import Protocol

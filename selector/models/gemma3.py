@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._towers import attention_of, check_needs, completed, encoder_output, overheard, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
+from selector.models._towers import check_needs, completed, encoder_output
 from selector.tokens import VisualTokens
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._towers import attention_of, check_needs, completed, encoder_output, overheard, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
+from selector.models._towers import check_needs, completed, encoder_output
 from selector.tokens import VisualTokens
 
 

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selector.record import METRICS, RIGHT_FROM
+from selector.record import FIELDS, METRICS, RIGHT_FROM
 
 Figures = dict[str, Any]
 Summary = dict[str, Any]
 MARK = "†"
 LEGEND = f"{MARK} sees the question: what is kept of an image differs per question."
+
+OF_A_METRIC = ("f1", "paired")
+"""Figures of a row that are no field of its records: a metric gives them over all samples together."""
 
 SHARED = "‡"
 """Marks times that are a batch's, divided by its rows."""
@@ -98,7 +101,13 @@ def timed(header: str, summary: Summary) -> str:
 
 
 def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) -> Column:
-    """A figure without an interval, times `scale`: bytes as GB, for example."""
+    """A figure without an interval, times `scale`: bytes as GB, for example.
+
+    Raises:
+        KeyError: a figure that no row ever has: its column would be left out without a word.
+    """
+    if field not in FIELDS and field not in OF_A_METRIC:
+        raise KeyError(field)
 
     def value(row: Figures) -> Any:
         return None if row.get(field) is None else scale * row[field]

@@ -40,7 +40,7 @@ Tables = dict[tuple[str, str, str | None], list[Record]]
 SHARES = {"accuracy": "correct", "agreement": "agrees"}
 """Name of a share in tables, and the field of a record whose share it is."""
 SHIFTS = ("ipr_shift", "rank_shift", "energy_shift")
-REPORT_HTML, REPORT_MD, RESULTS = "report.html", "report.md", "results.json"
+REPORT_HTML, RESULTS = "report.html", "results.json"
 
 
 def summarize(run: Path) -> dict[str, Any]:

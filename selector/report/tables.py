@@ -97,15 +97,19 @@ def markdown(runs: Mapping[str, Summary]) -> str:
             lines += [f"## {POOLED}", "", *_markdown_table(summary, POOLED, main_columns(summary)), ""]
         lines += [f"- {plain(note)}" for note in notes(summary)] + [""]
 
-    # Every column is explained once, whichever run and table has it.
-    meanings: dict[str, str] = {}
+    terms = "; ".join(f"*{plain(header)}*: {note}" for header, note in meanings(runs).items())
+    return "\n".join([*lines, f"Columns: {terms}."])
+
+
+def meanings(runs: Mapping[str, Summary]) -> dict[str, str]:
+    """What each column means, by its header; every column once, whichever run and table has it."""
+    notes_of: dict[str, str] = {}
     for summary in runs.values():
         # A table has the metric of its task in a header; all tasks together may have several.
         each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
         for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
-            meanings.setdefault(column.header, column.note)
-    terms = "; ".join(f"*{plain(header)}*: {note}" for header, note in meanings.items())
-    return "\n".join([*lines, f"Columns: {terms}."])
+            notes_of.setdefault(column.header, column.note)
+    return notes_of
 
 
 def _markdown_table(summary: Summary, task: str, columns: Sequence[Column]) -> list[str]:
@@ -241,8 +245,8 @@ def spent_line(seconds: Mapping[str, float]) -> list[str]:
 def footnotes(summary: Summary, run: Path) -> str:
     """Below the tables of the terminal: what their columns mean, the notes, and where the records are."""
     columns = [c for c in main_columns(summary) if c not in (KEEP, SELECTOR, SAMPLES)]
-    meanings = "; ".join(f"{column.header}: {column.note}" for column in columns)
-    return "\n".join([meanings, *notes(summary), f"Records: {run}"])
+    terms = "; ".join(f"{column.header}: {column.note}" for column in columns)
+    return "\n".join([terms, *notes(summary), f"Records: {run}"])
 
 
 def tables_of(summary: Summary) -> list[str]:

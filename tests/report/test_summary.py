@@ -11,7 +11,7 @@ from rich.console import Console
 from selector import records
 from selector.errors import UsageError
 from selector.records import FLIPS
-from selector.report import excerpt
+from selector.report import columns, excerpt
 from selector.report.columns import LEGEND, main_columns
 from selector.report.statistics import bootstrap_mean
 from selector.report.summary import summarize, write_report
@@ -445,3 +445,9 @@ def test_a_metric_that_nobody_knows_is_refused(run):
     records.write_json(run / "run.json", settings)
     with pytest.raises(UsageError, match="'bleu' as metric of task 'toy'"):
         summarize(run)
+
+
+def test_a_column_of_a_figure_that_no_row_has_is_an_error():
+    """A misspelt name would be a column of nothing, which tables leave out."""
+    with pytest.raises(KeyError, match="prefil_ms"):
+        columns._plain("prefill ms", "prefil_ms", 1, "prompt to first token")

@@ -113,8 +113,11 @@ def changed_answers(shown: Mapping[str, Any], most: int = 8) -> str:
 
 
 def _by_interest(rows: Rows) -> list[str]:
-    """Samples, the most telling first: by how much selectors disagree in being right (where that is known), then in
-    keeping the unpruned model's answer, then by how many answers changed."""
+    """Samples, the most telling first.
+
+    By how much selectors disagree in being right (where that is known), then in keeping the unpruned model's answer,
+    then by how many answers changed.
+    """
     order = list(dict.fromkeys(sample for records in rows.values() for sample in records))
 
     def interest(sample: str) -> tuple[int, int, int]:
