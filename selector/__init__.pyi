@@ -27,6 +27,7 @@ from selector.methods.lrcp import LRCP as LRCP
 from selector.methods.merge import Merge as Merge
 from selector.methods.mix import Mix as Mix
 from selector.methods.norm import Norm as Norm
+from selector.methods.pact import PACT as PACT
 from selector.methods.pivoted_qr import PivotedQR as PivotedQR
 from selector.methods.prumerge import PruMerge as PruMerge
 from selector.methods.prumerge_plus import PruMergePlus as PruMergePlus
@@ -43,8 +44,8 @@ from selector.methods.visionzip import VisionZip as VisionZip
 from selector.methods.vispruner import VisPruner as VisPruner
 from selector.methods.vscan import VScan as VScan
 from selector.methods.vtw import VTW as VTW
-from selector.plug import prune_inputs as prune_inputs
 from selector.plug import select_tokens as select_tokens
+from selector.pruning import prune_inputs as prune_inputs
 from selector.registry import available_selectors as available_selectors
 from selector.registry import load_selector as load_selector
 from selector.tokens import VisualTokens as VisualTokens

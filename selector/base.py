@@ -29,7 +29,8 @@ from selector.merging import Selection
 from selector.tokens import VisualTokens
 
 QUESTION_FIELDS = frozenset(
-    {"question", "text", "text_attention", "own_text_attention", "rater_attention", "word_normed", "word_keys"}
+    {"question", "text", "text_attention", "own_text_attention", "rater_attention", "rater_attention_plus"}
+    | {"word_normed", "word_keys"}
 )
 """Fields of `VisualTokens` that come from the user's question."""
 

@@ -38,6 +38,7 @@ MACHINE: dict[str, Any] = {
     "dtype": "auto",
     "device_map": None,
     "attention": None,
+    "quantization": None,
     "threads": None,
 }
 COMMON: dict[str, Any] = MACHINE | {
@@ -59,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "suffix": None,
         "system": None,
         "workers": 0,
+        "rank_timeout": 120,
         **asdict(Protocol()),
         "batch_size": None,  # depends on the size of the model
     },
@@ -113,6 +115,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "keep": (int, float, str),
     "shares": (int, float, str),
     "tolerance": (int, float),
+    "rank_timeout": (int, float),
+    "device_map": (str, dict),
     "samples": object,  # an int or "all", which is checked where it is read
     **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers"), int),
     **dict.fromkeys(("tiles", "prefill_layers"), int),
@@ -394,6 +398,9 @@ def _compare(parser: _Parser) -> None:
         metavar="I/N",
         help="take every N-th sample, from the I-th (0/2 and 1/2 share a run; under torchrun: its rank)",
     )
+    parser.setting(
+        "rank_timeout", "seconds without a sign of life after which another rank of torchrun counts as dead", "S"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget the records of this comparison and start over")
 
 
@@ -482,7 +489,8 @@ def _machine(parser: _Parser) -> None:
     parser.setting("model", "checkpoint folder or hub name of a LLaVA-NeXT", "NAME")
     parser.setting("device", "cpu, cuda, ...")
     parser.setting("dtype", "auto (as stored), float32, bfloat16, float16")
-    parser.setting("device_map", "spread a large model, e.g. auto (needs accelerate)", "MAP")
+    parser.setting("device_map", "spread a large model: auto, or modules and devices as JSON", "MAP")
+    parser.setting("quantization", "int8, int4 or nf4 weights, packed as they are loaded", "NAME")
     parser.setting("attention", "attn_implementation of the model, e.g. eager", "NAME")
     parser.setting("threads", "CPU threads of torch (default: 1 for a small model; for its batches, torch's own)", "N")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

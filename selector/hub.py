@@ -9,6 +9,8 @@ none may be left over, and nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +26,10 @@ from selector.files import atomic, write_json, write_text
 
 HARMLESS = 2**30
 """Bytes that a config may ask for whatever its weight file holds; more than that must be in the file."""
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD, TRAINING = "config.json", "model.safetensors", "README.md", "training.yaml"
+_PICTURE = re.compile(r"""!\[[^\]]*\]\(\s*([^)\s]+)|<img[^>]*?\ssrc=["']([^"']+)""")
+_LOADED = re.compile(r"""(TokenSelector\.from_pretrained\()(["'])[^"']*\2""")
+"""The line of a card that loads its selector."""
 Loaded = TypeVar("Loaded", bound="Checkpoint")
 
 
@@ -58,9 +63,11 @@ class Checkpoint(nn.Module):
         return save(self, folder, card=card, metadata=metadata)
 
     @classmethod
-    def from_pretrained(cls: type[Loaded], name_or_path: str | Path, allow: Iterable[str] = ()) -> Loaded:
+    def from_pretrained(
+        cls: type[Loaded], name_or_path: str | Path, allow: Iterable[str] = (), revision: str | None = None
+    ) -> Loaded:
         """The selector that a folder (or a hub repository) holds, weights strict. See `load`."""
-        loaded = load(name_or_path, allow=allow)
+        loaded = load(name_or_path, allow=allow, revision=revision)
         if not isinstance(loaded, cls):
             raise TypeError(f"{name_or_path} holds a {type(loaded).__name__}, not a {cls.__name__}")
         return loaded
@@ -100,18 +107,19 @@ def save(
     return folder
 
 
-def load(name_or_path: str | Path, allow: Iterable[str] = ()) -> Checkpoint:
+def load(name_or_path: str | Path, allow: Iterable[str] = (), revision: str | None = None) -> Checkpoint:
     """The selector in a folder, or in a hub repository when no such folder exists; in evaluation mode.
 
     Args:
         name_or_path: a folder, or owner/name of a hub repository.
         allow: packages beside ``selector`` whose classes the config may name.
+        revision: a commit, branch or tag of the hub repository; by default its main branch.
 
     Raises:
-        FileNotFoundError: a file of the checkpoint is missing.
-        ValueError: a class from elsewhere, wrong arguments, or weights that do not fit exactly.
+        FileNotFoundError: no such repository or revision, or a file of the checkpoint is missing.
+        ValueError: a class from elsewhere, wrong arguments, weights that do not fit exactly, or a revision of a folder.
     """
-    folder = _folder(name_or_path)
+    folder = _folder(name_or_path, revision)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no selector checkpoint: {name} is missing")
@@ -168,9 +176,9 @@ def _check_size(make: Callable[[], Checkpoint], folder: Path) -> None:
         raise ValueError(f"{folder / CONFIG} asks for {wanted:,} bytes of weights, {WEIGHTS} holds {there:,}")
 
 
-def about(name_or_path: str | Path) -> tuple[dict[str, Any], str | None]:
+def about(name_or_path: str | Path, revision: str | None = None) -> tuple[dict[str, Any], str | None]:
     """(metadata, card) of a checkpoint that `load` takes, to save them again with it."""
-    folder = _folder(name_or_path)
+    folder = _folder(name_or_path, revision)
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("metadata", {}), text
@@ -182,42 +190,108 @@ def push(
     private: bool = False,
     card: str | None = None,
     metadata: dict[str, Any] | None = None,
+    folder: str | Path | None = None,
+    branch: str | None = None,
+    message: str | None = None,
 ) -> str:
     """Uploads a checkpoint to the Hugging Face hub (needs a login).
 
     Args:
         repo_id: owner/name; a name alone is one of the user who is logged in. Made where it is not there.
         private: of a new repository.
-        card, metadata: see `save`.
+        card, metadata: see `save`; by default those of `folder`. In the card that is uploaded, the line that loads the
+            selector names the repository.
+        folder: a checkpoint of this selector, such as `selector-train export` writes: its card, its metadata, the
+            pictures that the card shows and ``training.yaml`` go along.
+        branch: of the repository, made where it is not there; by default its main branch.
+        message: of the commit.
 
     Returns:
         The address of the commit.
+
+    Raises:
+        ValueError: a folder of another selector, a card whose metadata the hub would refuse, or a picture in it that is
+            not in the folder; nothing is uploaded then.
     """
     # Slow to import, and only the hub needs it.
     from huggingface_hub import HfApi
 
+    # What is wrong here is refused before a repository is made.
+    if folder is not None:
+        _check_same(selector, Path(folder))
+        there = about(folder)
+        metadata, card = metadata or there[0], card or there[1]
+    card = card or _default_card(selector)
+    files = _beside(card, None if folder is None else Path(folder))
+
     api = HfApi()
     full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        save(selector, folder, card=card, metadata=metadata)
-        return str(api.upload_folder(repo_id=full_name, folder_path=folder))
+    if branch is not None:
+        api.create_branch(full_name, branch=branch, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        save(selector, place, card=_LOADED.sub(rf'\g<1>"{full_name}"', card), metadata=metadata)
+        for file in files:
+            shutil.copyfile(file, Path(place) / file.name)
+        commit = api.upload_folder(repo_id=full_name, folder_path=place, revision=branch, commit_message=message)
+        return str(commit)
 
 
-def _folder(name_or_path: str | Path) -> Path:
+def _check_same(selector: Checkpoint, folder: Path) -> None:
+    """Refuses the folder of another selector: its card would describe weights that are not uploaded."""
+    if not folder.is_dir():
+        raise ValueError(f"folder must be a checkpoint of the selector, there is no folder {str(folder)!r}")
+    there = load(folder)
+    own, state = selector.state_dict(), there.state_dict()
+    alike = schema.describe(there) == schema.describe(selector) and own.keys() == state.keys()
+    if not alike or not all(torch.equal(tensor.cpu(), state[name]) for name, tensor in own.items()):
+        raise ValueError(f"folder must be a checkpoint of the selector, {folder} holds another one")
+
+
+def _beside(card: str, folder: Path | None) -> list[Path]:
+    """The files that a card needs beside it; its metadata is checked as the hub checks it.
+
+    Raises:
+        ValueError: metadata that the hub would refuse, or a picture that is not in the folder.
+    """
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    if card.startswith("---"):
+        try:
+            ModelCard(card)
+        except (YAMLError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"card must begin with metadata that the hub can read: {error!r}") from error
+
+    named = dict.fromkeys(one or other for one, other in _PICTURE.findall(card))
+    files = []
+    for name in (name for name in named if not re.match(r"(?i)https?:|data:", name)):
+        # Only from the folder itself: a card may come from anywhere, and must not fetch other files of the machine.
+        if folder is None or Path(name).name != name or not (folder / name).is_file():
+            where = "no folder is given" if folder is None else f"there is no such file in {folder}"
+            raise ValueError(f"card must show pictures that are uploaded with it, it shows {name!r}, and {where}")
+        files.append(folder / name)
+    training = [folder / TRAINING] if folder is not None and (folder / TRAINING).is_file() else []
+    return files + training
+
+
+def _folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """A folder that is there wins over a hub repository of the same name."""
     folder = Path(name_or_path)
-    return folder if folder.is_dir() else _download(name_or_path)
+    if folder.is_dir() and revision is not None:
+        raise ValueError(f"revision must be of a hub repository, {str(folder)!r} is a folder, got {revision!r}")
+    return folder if folder.is_dir() else _download(name_or_path, revision)
 
 
-def _download(name: str | Path) -> Path:
+def _download(name: str | Path, revision: str | None) -> Path:
     """The three files of a hub repository, in the hub's cache; no other file of it is fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS, CARD]))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[CONFIG, WEIGHTS, CARD]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"no folder {str(name)!r}, and the hub gave none: {error}") from error
+        at = f" at revision {revision!r}" if revision is not None else ""
+        raise FileNotFoundError(f"no folder {str(name)!r}, and the hub gave none{at}: {error}") from error
 
 
 def _default_card(selector: Checkpoint) -> str:

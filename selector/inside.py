@@ -45,7 +45,7 @@ from torch import Tensor
 
 from selector.base import Stage
 from selector.columns import Columns
-from selector.layer_view import OVERHEARD, READERS, LayerView, Passed
+from selector.layer_view import EMBEDDED, OVERHEARD, READERS, LayerView, Passed
 from selector.merging import Selection
 from selector.plan import Plan
 from selector.stages import Counts
@@ -230,7 +230,7 @@ class _Run:
 
     def _prefill(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         whole = dict(kwargs)
-        if number == 0 and "rater_attention" in self.needs:
+        if number == 0 and self.needs & EMBEDDED:
             self.embedded = hidden.detach()
         if number in self.stages:
             hidden = self._stage(number, layer, hidden, whole)

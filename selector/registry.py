@@ -10,6 +10,7 @@ A file under ``selector/methods`` is its own registration: ``svd_prune.py`` defi
     mix:a=svd-prune,b=(norm:largest=false)      a selector made of others; parentheses around arguments of their own
     checkpoints/my-selector                     a checkpoint folder
     hf:owner/name                               a checkpoint on the Hugging Face hub
+    hf:owner/name@revision                      the same at a commit, branch or tag
     {class_path: ..., init_args: {...}}         the schema of LightningCLI and of config.json
 """
 
@@ -72,9 +73,10 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         return TokenSelector.from_pretrained(spec, allow=allow)
     name, _, arguments = spec.partition(":")
     if name == "hf":
-        if not arguments:
-            raise ValueError("selector 'hf:' must go on with owner/name of the Hugging Face hub")
-        return TokenSelector.from_pretrained(arguments, allow=allow)
+        repository, at, revision = arguments.partition("@")
+        if not repository or (at and not revision):
+            raise ValueError(f"selector {spec!r} must go on with owner/name, or owner/name@revision, of the hub")
+        return TokenSelector.from_pretrained(repository, allow=allow, revision=revision or None)
     if name and Path(name).is_dir() and name not in _names():
         given = _arguments(spec, arguments)
         if set(given) - WRAPPERS:

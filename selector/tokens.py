@@ -24,7 +24,7 @@ PAD = -2
 """Slot past the end of a shorter image of the batch."""
 INSIDE = frozenset(
     {"hidden", "normed", "text_attention", "own_text_attention", "rater_attention", "layer_keys", "word_normed"}
-    | {"word_keys"}
+    | {"word_keys", "rater_attention_plus", "mean_query_attention", "own_keys"}
 )
 """Fields of `VisualTokens` that only a stage inside the language model can fill, see `selector.inside`."""
 
@@ -58,7 +58,15 @@ class VisualTokens:
         rater_attention: ``[T, N]`` as `text_attention`, the mean over the text tokens behind the image that are most
             like it: M, the mean over its visual tokens of the softmax over the text of their inner products, all as
             embedded, is above the mean of M (SparseVLM, arXiv 2410.04417).
+        rater_attention_plus: ``[T, N]`` as `rater_attention`, each head's attention divided by what a query and a key
+            of ones would score there under rotation (their inner product over √c, c channels per head), so that it no
+            longer falls with distance; then the mean over the 14 of 32 heads that pay the image most, or that share of
+            another number of heads (SparseVLM+).
+        mean_query_attention: ``[T, N]`` inside it: what the mean query of the prompt up to the image's last token pays
+            each visual token, by the weights of this stage's layer, without rotation, mean over heads, softmax over
+            that part of the prompt (PACT, arXiv 2504.08966).
         layer_keys: ``[T, N, g]`` rotated keys of the layer before this stage, all key heads side by side.
+        own_keys: ``[T, N, g]`` the same of the layer of this stage itself, by its own weights, before it runs.
         word_normed, word_keys: ``[I, Q, h]`` and ``[I, Q, g]``, as `normed` and `layer_keys`, of the text tokens behind
             each image; rows of zeros behind the last one.
         layers: `cls_attention`, `received_attention` and `keys` of any attention layer of the vision tower, by names
@@ -90,7 +98,10 @@ class VisualTokens:
     text_attention: Float[Tensor, "T N"] | None = None
     own_text_attention: Float[Tensor, "T N"] | None = None
     rater_attention: Float[Tensor, "T N"] | None = None
+    rater_attention_plus: Float[Tensor, "T N"] | None = None
+    mean_query_attention: Float[Tensor, "T N"] | None = None
     layer_keys: Float[Tensor, "T N g"] | None = None
+    own_keys: Float[Tensor, "T N g"] | None = None
     word_normed: Float[Tensor, "I Q2 h"] | None = None
     word_keys: Float[Tensor, "I Q2 g"] | None = None
     layers: Mapping[str, Tensor] = field(default_factory=dict)

@@ -22,7 +22,12 @@ MODULES = [
 LONGEST = 6
 """Lines of a selector's example, with what it prints: what a reader takes in at a glance."""
 WITHOUT_EXAMPLE = {
-    "selector": {"selector/errors.py:RankingError": "raised at the end of a training"},
+    "selector": {
+        "selector/errors.py:RankingError": "raised at the end of a training",
+        "selector/lmms/model.py:MeasuredTokens": "needs lmms-eval",
+        "selector/lmms/model.py:SelectorSimple": "needs lmms-eval",
+        "selector/lmms/model.py:SelectorChat": "needs lmms-eval",
+    },
     "training": {},
 }
 """Per folder, the public classes that cannot be shown in an example, each with the reason."""

@@ -75,7 +75,7 @@ class Hub:
         (self.root / name).mkdir(parents=True, exist_ok=True)
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
 
-    def upload_folder(self, *, repo_id, folder_path):
+    def upload_folder(self, *, repo_id, folder_path, revision=None, commit_message=None):
         assert repo_id in self.created, "the hub knows a repository by its full name"
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
         return f"https://huggingface.co/{repo_id}/commit/1"

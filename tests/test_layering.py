@@ -14,7 +14,7 @@ APPLICATION = [f"selector.{name}" for name in ("tasks", "measure", "report", "sh
 TRAINING_ONLY = ["pytorch_lightning", "lightning", "timm", "wandb", "tensorboard", "jsonargparse"]
 FORBIDDEN = {
     "selector": ["training", *TRAINING_ONLY],
-    "selector/methods": ["selector.models", "selector.plug", "transformers", *APPLICATION],
+    "selector/methods": ["selector.models", "selector.plug", "selector.pruning", "transformers", *APPLICATION],
     "selector/models": ["selector.methods", "selector.registry", *APPLICATION],
     "selector/tasks": ["selector.methods", "selector.models", "selector.measure", "selector.report", "torch"],
     # The seam of a comparison is the record file: what measures writes it, what reports reads it.

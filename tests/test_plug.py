@@ -289,6 +289,7 @@ def test_every_shipped_method_runs_on_a_model_as_it_is_loaded(ragged):
             "hiprune": "hiprune:layer=1",
             "dart-inside": "dart-inside:count=after",
             "fastv": "fastv:count=after",
+            "pact": "pact:count=after",
             "pyramid-drop": "pyramid-drop:count=after",
             "sparse-vlm": "sparse-vlm:count=after",
             "vscan": "vscan:layer=0,count=after",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from selector.report.statistics import wilson
 
@@ -152,6 +153,43 @@ def test_the_upside_down_table_is_the_committed_data():
     for label, name in names.items():
         cells = [sweep_cell(data, name, keep, "documents") for keep in ("0.5", "0.25", "64")]
         assert f"| {label} | {' | '.join(cells)} |" in page
+
+
+def test_the_tables_of_training_speed_are_the_committed_data():
+    from training.bench import ratio_table, ratios, table
+
+    page = (ROOT / "training/README.md").read_text()
+    data = json.loads((ROOT / "configs/bench/training.json").read_text())
+    assert table(data["rows"]) in page
+    assert ratio_table(data["ratios"]) in page
+    assert data["ratios"] == ratios(data["rows"])
+    machine = data["machine"]
+    assert f"{machine['cpu']}, {machine['cores']} cores, {', '.join(machine['instructions'])}" in page
+
+
+def test_the_estimates_of_training_follow_from_their_formulas():
+    """Images per second, hours and terabytes of 558,000 images at a third of an A100's peak."""
+    page = " ".join((ROOT / "training/README.md").read_text().split())
+    images, tiles, rate = 558_000, 4, 312e12 / 3
+    tower = 24 * (24 * 1024**2 + 4 * 577 * 1024) * 577
+
+    # Selector and reconstructor: 3 layers of 8 W^2 weights and their linear layers, forward and backward.
+    width = yaml.safe_load((ROOT / "configs/train/llava-next.yaml").read_text())["model"]["width"]
+    weights = (3 * 8 * width**2 + 1024 * width) + (3 * 8 * width**2 + 2 * 1024 * width)
+    trained = (6 * weights + 2 * 3 * 3 * 4 * 576 * width) * 576
+    assert f"= {tower / 1e12:.2f} Tflop per tile" in page
+    assert f"**{rate / (tiles * tower):.0f} images per second and GPU**" in page
+    assert f"add {100 * trained / tower:.0f}%" in page
+
+    def hours(operations: float) -> float:
+        return images * operations / rate / 3600
+
+    size = images * tiles * 576 * 1024 * 2
+    assert f"| {hours(tiles * tower):.1f} h, {size / 1e12:.1f} TB" in page
+    cached = f"{size / 2e9 / 3600:.1f} h where the disk reads 2 GB/s; {hours(tiles * trained):.1f} h of it computing"
+    assert f"| an epoch | {hours(tiles * (tower + trained)):.1f} h | {cached} |" in page
+    assert f"{hours(77e12):.0f} h per epoch of 558,000 images on one A100, or {hours(77e12) / 8:.0f} h on eight" in page
+    assert f"so {round(hours(6 * 40e12), -1):.0f} h for six questions" in page
 
 
 def test_the_claims_are_the_committed_data():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from plugged import PROMPT, batch, generate
 
-from selector import SVDPrune, plug, select_tokens
+from selector import SVDPrune, pruning, select_tokens
 
 FIELDS = ("features", "projected", "cls_attention", "keys")
 
@@ -24,7 +24,7 @@ def test_the_tokens_of_the_whole_image_are_gone_before_the_prefill(tiny_model, m
     model, processor = tiny_model()
     inputs = batch(processor, [make_image(64, 64, 3)], [PROMPT])
     held: list[weakref.ref] = []
-    encode = plug.encode
+    encode = pruning.encode
 
     def noting(*args):
         # Storages, since a view of a tensor keeps all of it. torch keeps their objects for as long as the memory lives.
@@ -38,7 +38,7 @@ def test_the_tokens_of_the_whole_image_are_gone_before_the_prefill(tiny_model, m
     handle = model.base_model.language_model.register_forward_pre_hook(
         lambda *_: left.append(sum(reference() is not None for reference in held))
     )
-    monkeypatch.setattr(plug, "encode", noting)
+    monkeypatch.setattr(pruning, "encode", noting)
     try:
         with select_tokens(model, Reading(rank=2), keep=9) as log, torch.no_grad():
             call(model, inputs)
@@ -56,7 +56,7 @@ def test_the_tokens_of_the_whole_image_are_gone_before_the_prefill(tiny_model, m
 
 def test_an_outline_answers_what_slots_answer(tiny_model, make_image):
     model, processor = tiny_model()
-    encoded = plug.encode(model, batch(processor, [make_image(40, 70, 3)], [PROMPT]), FIELDS)
+    encoded = pruning.encode(model, batch(processor, [make_image(40, 70, 3)], [PROMPT]), FIELDS)
     tokens, outline = encoded.tokens, encoded.tokens.outline()
     for name in ("lengths", "valid", "rows", "base", "is_patch"):
         assert torch.equal(getattr(outline, name), getattr(tokens, name)), name

@@ -10,9 +10,10 @@ import torch
 from selector import VisualTokens
 
 N, D = 16, 12
-TABLES = ("features", "projected", "keys", "hidden", "normed", "layer_keys")
+TABLES = ("features", "projected", "keys", "hidden", "normed", "layer_keys", "own_keys")
 WORDS = ("word_normed", "word_keys")
 SCORES = ("cls_attention", "received_attention", "text", "text_attention", "own_text_attention", "rater_attention")
+SCORES += ("rater_attention_plus", "mean_query_attention")
 LAYERS = ("cls_attention@0", "received_attention@0", "received_attention@1", "received_attention@9")
 JOINT = ("joint_cls_attention@-1", "joint_received_attention@-1")
 
@@ -49,7 +50,10 @@ def anyres(seed: int = 0, images: int = 2, dtype: torch.dtype = torch.float32, d
         text_attention=draw().mul(2).softmax(1).to(dtype),
         own_text_attention=draw().mul(2).softmax(1).to(dtype),
         rater_attention=draw().mul(2).softmax(1).to(dtype),
+        rater_attention_plus=draw().to(dtype),
+        mean_query_attention=draw().mul(2).softmax(1).to(dtype),
         layer_keys=draw(8).to(dtype),
+        own_keys=draw(8).to(dtype),
         question=torch.randn(images, 5, dim + 2, generator=generator).to(dtype),
         question_mask=torch.arange(5)[None] < torch.arange(3, 3 + images).clamp(max=5)[:, None],
         layers={name: draw().mul(2).softmax(1).to(dtype) for name in (*LAYERS, *JOINT)}
@@ -79,7 +83,10 @@ def single(features: torch.Tensor, seed: int = 0) -> VisualTokens:
         text_attention=cls.flip(1),
         own_text_attention=received.flip(1),
         rater_attention=text.flip(1),
+        rater_attention_plus=cls.roll(1, 1),
+        mean_query_attention=received.roll(1, 1),
         layer_keys=features,
+        own_keys=features,
         layers=dict(zip((*LAYERS, *JOINT), layers, strict=True)) | {"joint_keys@-1": features},
     )
 

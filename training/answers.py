@@ -117,7 +117,8 @@ class Answers(Objective):
         """KL(teacher || student) of every branch in nats, averaged over the tokens of its answer."""
         language, taught, encoded = step.asked()
         noise = step.generator if self.gate == "noise" else None
-        student = language.answer_log_probs(encoded, taught.conversation, branches, gates=gates, noise=noise)
+        with step.timed("student", step.patches):
+            student = language.answer_log_probs(encoded, taught.conversation, branches, gates=gates, noise=noise)
         truths = [taught.log_probs[index] for index in branches]
         return [(truth.exp() * (truth - logs)).sum(-1).mean() for truth, logs in zip(truths, student, strict=True)]
 

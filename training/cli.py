@@ -17,6 +17,8 @@ from selector.shipped import places
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
 
+    from training.module import SelectorModule
+
 HELP = """\
 Train a visual-token selector on the frozen features of a vision encoder.
 
@@ -26,6 +28,7 @@ commands
   validate   compare the rankings on the validation images: --config ... --ckpt_path best.ckpt of a run
   test       the same on the test images
   export     write a checkpoint as a selector folder: selector-train export CKPT FOLDER
+  bench      what caches, precisions, compilation and processes gain on this machine: selector-train bench --help
 
 examples
   selector-train fit --config configs/train/tiny.yaml                          generated pages, no folder needed
@@ -36,6 +39,7 @@ examples
                                                                                 never stopped, in a new version_N
   selector-train fit --config configs/train/llava-next.yaml --data.images PHOTOS --data.cache_dir CACHE
   selector-train export runs/train/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector
+  selector-train export runs/train/tiny/version_0/checkpoints/best.ckpt checkpoints/my-selector --results runs/compare
 
 encode once instead of at every step
   --data.cache_features true    features in memory, for small sets
@@ -48,7 +52,7 @@ flags of Lightning, all of them: --trainer.devices 4 --trainer.strategy ddp --tr
 
 SELECTOR_TRACEBACK=1 shows where an error comes from.
 """
-COMMANDS = ("fit", "validate", "test", "export")
+COMMANDS = ("fit", "validate", "test", "export", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,9 +73,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     try:
-        # Not a command of Lightning's: it has no configuration, and no trainer to build.
+        # Not commands of Lightning's: they have no configuration, and no trainer to build.
         if arguments[0] == "export":
             return _export(arguments[1:])
+        if arguments[0] == "bench":
+            from training import bench
+
+            return bench.main(arguments[1:])
         run(arguments)
     except (ValueError, OSError) as error:  # ours are ValueErrors, and Lightning's about settings too
         if os.environ.get("SELECTOR_TRACEBACK"):
@@ -92,12 +100,19 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("folder", help="where to, such as checkpoints/my-selector")
     parser.add_argument("--command", help="how the run was started, for the card")
     parser.add_argument("--accuracy", help="a Markdown file for the end of the card: results on tasks")
+    parser.add_argument(
+        "--results", metavar="RUN", help="folder of a `selector compare` with this selector: fills the card's results"
+    )
+    parser.add_argument("--pictures", nargs="+", default=[], metavar="FILE", help="images to show at the card's end")
     options = parser.parse_args(arguments)
 
     # Only now: torch takes seconds to import, a wrong flag should not.
     from training.export import export
 
-    print(export(options.checkpoint, options.folder, options.command, options.accuracy))
+    written = export(
+        options.checkpoint, options.folder, options.command, options.accuracy, options.results, options.pictures
+    )
+    print(written)
     return 0
 
 
@@ -114,12 +129,21 @@ def run(arguments: list[str]) -> LightningCLI:
         ValueError: settings that break a rule, with the rule.
         RankingError: the trained ranking is worse than random choices.
     """
-    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+    import yaml
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from training import answers  # noqa: F401 (objectives can be named in YAML once their classes are known)
     from training.checkpoints import BestCheckpoint, LastCheckpoint
     from training.data import ImageModule
     from training.module import SelectorModule
+    from training.throughput import Throughput
+    from training.tracking import log_config
+
+    class LogConfig(SaveConfigCallback):
+        """Lightning's ``config.yaml``, and the same for the loggers."""
+
+        def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            log_config(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
     class SelectorCLI(LightningCLI):
         """Adds the run's name, the wandb switch, default loggers and checkpoints."""
@@ -139,6 +163,10 @@ def run(arguments: list[str]) -> LightningCLI:
                 kwargs["default_root_dir"] = settings["root"]
             if settings["trainer"].get("logger") in (None, True):
                 kwargs["logger"] = _loggers(settings["root"], settings["name"], settings["wandb"])
+            if settings["trainer"].get("profiler") is None:
+                kwargs["profiler"] = Throughput()
+            if settings["wandb"] != "off":
+                kwargs["callbacks"] = _with_pictures(settings["trainer"].get("callbacks"), self.model)
             return super().instantiate_trainer(**kwargs)
 
     # Warnings about what is done here on purpose.
@@ -151,6 +179,7 @@ def run(arguments: list[str]) -> LightningCLI:
         SelectorModule,
         ImageModule,
         args=_with_configs(arguments),
+        save_config_callback=LogConfig,
         seed_everything_default=0,
         trainer_defaults={"callbacks": [BestCheckpoint(), LastCheckpoint()], "log_every_n_steps": 10},
         parser_kwargs={"prog": "selector-train"},
@@ -173,6 +202,16 @@ def _with_configs(arguments: list[str]) -> list[str]:
         if name and not here.is_file() and shipped.is_file():
             resolved[place] = f"{flag}={shipped}" if sign else str(shipped)
     return resolved
+
+
+def _with_pictures(callbacks: Any, module: SelectorModule) -> list[Any]:
+    """The user's callbacks, and pictures of kept tokens where the encoder is a LLaVA-NeXT's and they have none."""
+    from training.encoders import LlavaNextEncoder, LlavaNextModel
+    from training.pictures import KeptPictures
+
+    own = callbacks if isinstance(callbacks, list) else [each for each in [callbacks] if each is not None]
+    drawn = any(isinstance(each, KeptPictures) for each in own)
+    return own if drawn or not isinstance(module.encoder, LlavaNextEncoder | LlavaNextModel) else [*own, KeptPictures()]
 
 
 def _loggers(root: str, name: str, wandb: str) -> list[Any]:

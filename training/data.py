@@ -43,6 +43,9 @@ MIXED = ("documents", "scenes", "charts")
 KINDS = (*MIXED, "receipts")
 """Generated pages, and windows of real receipts (they need the environment variable SELECTOR_DATA)."""
 
+VAL_IMAGES = 500
+"""Held-out images of a folder that a validation compares the rankings on, unless another number is given."""
+
 Turns = tuple[tuple[str, str | None], ...]
 """Questions and answers; None: not known."""
 
@@ -51,11 +54,13 @@ class ImageModule(LightningDataModule):
     """Training, validation and test images of a selector.
 
     Args:
-        images: folder of images, searched recursively; None generates pages instead.
+        images: folder of images, or of ``.tar`` shards of images as webdataset writes them, searched recursively; None
+            generates pages instead.
         val_share: share of the folder's images, in (0, 1), held out for validation and for `test`.
         train_images: how many of the folder's other images to train on at most, evenly from the folders that hold them
             and always the same; None takes all.
-        val_images: the same for the held-out images in validation; `test` takes all of them.
+        val_images: the same for the held-out images in validation, of which a share of a large folder would take hours;
+            None takes all, as `test` does.
         skip_unreadable: leave out files that cannot be decoded and report how many, instead of stopping at the first;
             costs one pass over the folder.
         generated: what to draw without a folder: ``documents``, ``scenes``, ``charts`` or ``receipts`` (windows of real
@@ -84,7 +89,7 @@ class ImageModule(LightningDataModule):
         images: str | None = None,
         val_share: float = 0.1,
         train_images: int | None = None,
-        val_images: int | None = None,
+        val_images: int | None = VAL_IMAGES,
         skip_unreadable: bool = False,
         generated: str = "mixed",
         generated_train: int = 1200,
@@ -119,7 +124,7 @@ class ImageModule(LightningDataModule):
         ):
             if number is not None and number < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {number}")
-        if images is None and (train_images or val_images):
+        if images is None and (train_images or val_images not in (None, VAL_IMAGES)):
             raise ValueError("data.images must be a folder where data.train_images or data.val_images is given")
 
         self.images, self.val_share, self.skip_unreadable = images, val_share, skip_unreadable

@@ -1,6 +1,7 @@
 """Features of an image set, encoded once and kept in a folder, for sets that do not fit into memory.
 
-    DIR/KEY.lock                   held by the process that encodes or checks; the others wait for it
+    DIR/KEY.lock                   held by the process that plans or checks; the others wait for it
+    DIR/KEY/00000.lock             held by the process that encodes this shard; the others go on to the next one
     DIR/KEY/index.json             what was encoded, how, and the size and SHA-256 of every shard
     DIR/KEY/00000.safetensors ...  the features ``[T, N, D]`` of consecutive images, by the images' numbers
 
@@ -9,7 +10,8 @@ images (names and contents, or generator, seed and what it draws) and the stored
 image has another key, so nothing stale is read; the folders of old keys can be deleted by hand.
 
 A shard is written to a temporary file and renamed, and is entered in the index after that: an interrupted build resumes
-with the first shard that is missing. Rows are memory-mapped, so ranks and workers of a machine share one copy of them.
+with the first shard that is missing. Processes that build the same cache, such as the ranks of a training with a GPU
+each, share its shards out. Rows are memory-mapped, so ranks and workers of a machine share one copy of them.
 
 Shapes: T tiles of an image, N patches, D encoder width.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.progress import Progress
 from safetensors import safe_open
@@ -45,6 +47,8 @@ StoredType = Literal["bfloat16", "float32"]
 VERSION = 1
 SHARD_BYTES = 128 * 2**20
 """Size of a shard, and so about what is lost when a build is interrupted."""
+BATCH_TILES = 64
+"""Tiles that an accelerator encodes at once; the few of one image would leave it idle. A CPU takes image by image."""
 SAMPLED = 64
 """Images whose tiles are counted to estimate the size; all of them in smaller sets."""
 
@@ -96,6 +100,7 @@ def disk_cache(
     device: torch.device | None = None,
     workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    batch_tiles: int | None = None,
     verify: bool = True,
 ) -> DiskCache:
     """The cache of these images and this encoder below `root`; what is missing is encoded now.
@@ -103,12 +108,14 @@ def disk_cache(
     Args:
         root: folder of all caches, made if missing.
         tiles: the images' pixel tiles, one row ``[T, 3, H, W]`` per image.
-        encoder: what encodes them, one image at a time.
+        encoder: what encodes them, in its own precision.
         images: plain values that identify the images' contents; part of the key.
         dtype: type of the stored features.
         device: device to encode on; None stays where the encoder is.
         workers: processes that load the images to encode.
         shard_bytes: approximate size of a shard.
+        batch_tiles: encode images together until they have this many tiles; None: `BATCH_TILES` on an accelerator, one
+            image at a time on a CPU.
         verify: read the existing shards and compare their checksums (one process per machine is enough).
 
     Returns:
@@ -122,12 +129,13 @@ def disk_cache(
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-        # Whoever comes second waits, then finds everything encoded.
+        # Whoever comes second waits, and then finds a plan.
         with _lock(folder):
             build = _Build(folder, identity, tiles, encoder, getattr(torch, dtype))
             if verify:
                 build.check()
-            build.finish(device, workers, shard_bytes)
+            build.plan(shard_bytes)
+        build.finish(device, workers, batch_tiles)
     return DiskCache(folder, build.index)
 
 
@@ -141,7 +149,7 @@ def shard_name(number: int) -> str:
 
 
 class _Build:
-    """A cache that may be empty, begun or complete; used under its lock.
+    """A cache that may be empty, begun or complete; planned and checked under its lock.
 
     Attributes:
         index: the contents of ``index.json``; empty before the shards are planned.
@@ -191,8 +199,8 @@ class _Build:
                 "delete the folder to have it encoded again"
             )
 
-    def finish(self, device: torch.device | None, workers: int, shard_bytes: int) -> None:
-        """Encodes what is missing."""
+    def plan(self, shard_bytes: int) -> None:
+        """Decides how many images a shard holds, for all processes, and says how much is to be encoded."""
         if self.index and not self.missing():
             rank_zero_info(f"feature cache {self.folder}: all {self.images} images are there")
             return
@@ -204,14 +212,37 @@ class _Build:
             shards = [None] * -(-self.images // per_shard)  # rounded up
             self.index = {"images": self.images, "images_per_shard": per_shard, "shards": shards}
             self.index["identity"] = self.identity
-        missing = self.missing()
-        self._announce(each, counted, missing)
+        self._announce(each, counted, self.missing())
+        self._write_index()
+
+    def finish(self, device: torch.device | None, workers: int, batch_tiles: int | None) -> None:
+        """Encodes what is missing, together with any other process that does so."""
+        if not self.missing():
+            return
 
         if device is not None:
             self.encoder.to(device)
         device = next(self.encoder.parameters()).device
-        for number in _track(missing, f"encoding {self.images} images"):
-            self._encode(number, device, workers)
+        batch = batch_tiles or (1 if device.type == "cpu" else BATCH_TILES)
+
+        # First the shards that no other process is at, then those that the others had: one may have been killed.
+        for wait in (False, True):
+            for number in _track(self.missing(), f"encoding {self.images} images"):
+                with _shard_lock(self.folder, number, wait) as ours:
+                    if ours and self._still_missing(number):
+                        self._encode(number, device, workers, batch)
+            self._read_again()
+
+    def _still_missing(self, number: int) -> bool:
+        """Whether nobody has encoded a shard since the index was read."""
+        self._read_again()
+        return number in self.missing()
+
+    def _read_again(self) -> None:
+        self.index = _read_index(self.folder / "index.json", self.identity, self.images)
+
+    def _write_index(self) -> None:
+        _write(self.folder / "index.json", json.dumps(self.index, indent=1).encode())
 
     def _bytes_of_an_image(self) -> tuple[float, str]:
         """Mean size in bytes, and its factors as text, from the number of tiles of some images."""
@@ -236,7 +267,7 @@ class _Build:
                 "room, choose another folder, or leave data.cache_dir out to encode on the fly"
             )
 
-    def _encode(self, number: int, device: torch.device, workers: int) -> None:
+    def _encode(self, number: int, device: torch.device, workers: int, batch_tiles: int) -> None:
         start = number * self.index["images_per_shard"]
         chosen = range(start, min(start + self.index["images_per_shard"], self.images))
 
@@ -245,13 +276,29 @@ class _Build:
         loader = DataLoader(
             Subset(self.tiles, chosen), batch_size=None, num_workers=workers, generator=torch.Generator()
         )
-        rows = (self.encoder(pixels.to(device)).float().cpu() for pixels in loader)
-        content = save({str(index): row.to(self.dtype).contiguous() for index, row in zip(chosen, rows, strict=True)})
+        rows = self._rows(loader, device, batch_tiles)
+        content = save({str(index): row for index, row in zip(chosen, rows, strict=True)})
 
-        # The shard first: the index must never name one that is not on the disk.
+        # The shard first: the index must never name one that is not on the disk. Others enter theirs meanwhile.
         _write(self.folder / shard_name(number), content)
-        self.index["shards"][number] = {"bytes": len(content), "sha256": _digest(content)}
-        _write(self.folder / "index.json", json.dumps(self.index, indent=1).encode())
+        with _lock(self.folder):
+            self._read_again()
+            self.index["shards"][number] = {"bytes": len(content), "sha256": _digest(content)}
+            self._write_index()
+
+    def _rows(self, loader: Iterable[Tensor], device: torch.device, batch_tiles: int) -> Iterator[Tensor]:
+        """The features of each image as they are stored, encoded together until they have `batch_tiles` tiles."""
+        waiting: list[Tensor] = []
+        for number, pixels in enumerate(loader, start=1):
+            waiting.append(pixels)
+            if sum(map(len, waiting)) < batch_tiles and number < len(loader):  # pyright: ignore[reportArgumentType]
+                continue
+
+            features = self.encoder(torch.cat(waiting).to(device)).to(self.dtype).cpu()
+            for row in features.split([len(each) for each in waiting]):
+                # A view would take the whole batch to the disk; encoders may give features whose channels come first.
+                yield row.clone(memory_format=torch.contiguous_format)
+            waiting = []
 
 
 def encoder_identity(encoder: VisionEncoder) -> dict[str, Any]:
@@ -345,10 +392,30 @@ def _lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def _shard_lock(folder: Path, number: int, wait: bool) -> Iterator[bool]:
+    """Whether this process has the shard to itself; without `wait` it says no where another process has it."""
+    path = folder / f"{number:05d}.lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+
+    # Whoever has waited for a file that is deleted here finds the shard encoded, and does nothing.
+    try:
+        yield True
+        path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
 def _track(numbers: Sequence[int], what: str) -> Iterator[int]:
     """Yields the numbers of shards, and shows progress on standard error: standard output is for results."""
     console = Console(stderr=True)
-    with Progress(console=console, disable=not numbers) as progress:
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    with Progress(console=console, disable=not numbers or not first) as progress:
         yield from cast("Iterator[int]", progress.track(numbers, description=what))
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -32,16 +32,22 @@ from training.conversations import Conversation, Converse
 
 Preprocess = Callable[[Image.Image], Tensor]
 """An RGB image to its pixel tiles ``[T, 3, H, W]``; picklable, so that loader workers can run it."""
+Precision = Literal["float32", "bfloat16", "float16"]
+"""Type of a frozen encoder's weights, and so of its arithmetic."""
 
 
 class VisionEncoder(nn.Module, ABC):
     """A frozen encoder: always in evaluation mode, never in a checkpoint, never with gradients.
+
+    It computes in a precision of its own, which the trainer's does not change: features are the same whether they are
+    encoded on the fly or read from a cache. `fingerprint` and cache tell precisions apart.
 
     Attributes:
         preprocess: image to pixel tiles.
         grid: (h, w), rows and columns of patches in a tile.
         dim: D, width of the features.
         name: its name in a model card.
+        dtype: type of its weights.
 
     A new kind of encoder needs its preprocessing, a name, and `encode`; grid and width are measured.
 
@@ -63,9 +69,16 @@ class VisionEncoder(nn.Module, ABC):
     grid: tuple[int, int]
     dim: int
     name: str
+    dtype: Precision = "float32"
 
-    def _freeze(self) -> None:
+    def _freeze(self, dtype: Precision = "float32") -> None:
         """Call at the end of a constructor: freezes the weights and measures grid and width on one blank image."""
+        if dtype not in get_args(Precision):
+            raise ValueError(f"dtype must be one of {get_args(Precision)}, got {dtype!r}")
+
+        # A plain attribute: part of the key under which features are cached, see `encoder_identity`.
+        self.dtype = dtype
+        self.to(getattr(torch, dtype))
         self.requires_grad_(False)
         super().train(False)
 
@@ -75,12 +88,18 @@ class VisionEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
-        """Patch features ``[T, N, D]`` of pixel tiles ``[T, 3, H, W]``; sets `grid`."""
+        """Patch features ``[T, N, D]`` of tiles ``[T, 3, H, W]``, both in the type of the weights; sets `grid`."""
 
-    @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
-        """`encode` without gradients."""
-        return self.encode(pixels)
+        """`encode` in inference mode and in the encoder's own precision; the features are float32."""
+        # Without autocast, which would cast all frozen weights again in every step: it remembers casts only of weights
+        # that are trained.
+        with torch.inference_mode(), torch.autocast(pixels.device.type, enabled=False):
+            features = self.encode(pixels.to(getattr(torch, self.dtype)))
+
+        # A copy made out here is a normal tensor. The backward pass of what reads the features has to keep them, which
+        # is an error with tensors of inference mode.
+        return features.to(torch.float32, copy=True)
 
     def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
         """The features ``[T, N, d]`` as a language model sees them.
@@ -137,6 +156,7 @@ class LlavaNextEncoder(VisionEncoder):
     Args:
         path: folder (or hub name) of the LLaVA-NeXT, with its processor.
         backend: backend of the image processor; "pil" gives the same pixels everywhere.
+        dtype: type of the frozen weights; the selector itself stays in float32.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -149,25 +169,15 @@ class LlavaNextEncoder(VisionEncoder):
     (torch.Size([3, 3, 96, 96]), torch.Size([3, 144, 160]), torch.Size([3, 144, 192]))
     """
 
-    def __init__(self, path: str, backend: str = "pil"):
+    def __init__(self, path: str, backend: str = "pil", dtype: Precision = "float32"):
         super().__init__()
-        from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
+        from transformers import AutoProcessor
 
-        path = _find(path, "path")
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type != "llava_next":
-            raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {config.model_type!r}")
+        path = find_model(path, "path")
+        model, report = without_language_layers(path)
+        config = model.config
         if not isinstance(config.vision_feature_layer, int):
             raise ValueError(f"vision_feature_layer must be one layer, {path!r} has {config.vision_feature_layer}")
-
-        # A language model of no layers: a 7B model's tower fits where its language model does not.
-        config.text_config.num_hidden_layers = 0
-        if getattr(config.text_config, "layer_types", None):
-            config.text_config.layer_types = []
-        with _quiet():
-            options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-            loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(path, **options)
-            model, report = loaded
 
         # transformers fills missing weights with random ones and only warns.
         missing = [name for name in report["missing_keys"] if "vision_tower" in name]
@@ -184,7 +194,7 @@ class LlavaNextEncoder(VisionEncoder):
         self.prefix = 1 if config.vision_feature_select_strategy == "default" else 0
         self.patch = config.vision_config.patch_size
         self.preprocess = ProcessorTiles(AutoProcessor.from_pretrained(path, backend=backend).image_processor)
-        self._freeze()
+        self._freeze(dtype)
 
     def fingerprint(self) -> str:
         """A hash of the tower alone: the features depend on nothing else."""
@@ -196,10 +206,9 @@ class LlavaNextEncoder(VisionEncoder):
         self.grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
         return hidden
 
-    @torch.no_grad()
     def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
-        """The features through the multimodal projector."""
-        return self.projector(features)
+        """The features through the multimodal projector, in float32."""
+        return _projected(self.projector, features, self.dtype)
 
 
 class LlavaNextModel(VisionEncoder):
@@ -227,13 +236,13 @@ class LlavaNextModel(VisionEncoder):
         self,
         path: str,
         backend: str = "pil",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Precision = "float32",
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
         from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
 
-        path = _find(path, "path")
+        path = find_model(path, "path")
         if (kind := AutoConfig.from_pretrained(path).model_type) != "llava_next":
             raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {kind!r}")
         with _quiet():
@@ -244,7 +253,7 @@ class LlavaNextModel(VisionEncoder):
         config = self.model.config
 
         # Plain attributes are part of the key under which features are cached, see `encoder_identity`.
-        self.path, self.backend, self.dtype = path, backend, dtype
+        self.path, self.backend = path, backend
         self.gradient_checkpointing = gradient_checkpointing
         self.name = f"{Path(path).name}, layer {config.vision_feature_layer}"
         self.layer, self.patch = config.vision_feature_layer, config.vision_config.patch_size
@@ -255,7 +264,7 @@ class LlavaNextModel(VisionEncoder):
         # Not the reentrant kind: it has no gradient where a layer's input has none, and gates come in by the mask.
         if gradient_checkpointing:
             self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._freeze()
+        self._freeze(dtype)
 
     def fingerprint(self) -> str:
         """A hash of the whole model, the same that the records of a comparison name."""
@@ -267,16 +276,14 @@ class LlavaNextModel(VisionEncoder):
         return self.model.get_input_embeddings().weight.shape[1]
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
-        """As of `LlavaNextEncoder`, in the type of the weights."""
-        tower = self.model.model.vision_tower
-        hidden = tower(pixels.to(self.model.dtype), output_hidden_states=True).hidden_states[self.layer]
+        """As of `LlavaNextEncoder`."""
+        hidden = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[self.layer]
         self.grid = (pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
         return hidden[:, self.prefix :]
 
-    @torch.no_grad()
     def project(self, features: Float[Tensor, "T N D"]) -> Float[Tensor, "T N d"]:
         """The features through the multimodal projector, in float32."""
-        return self.model.model.multi_modal_projector(features.to(self.model.dtype)).float()
+        return _projected(self.model.model.multi_modal_projector, features, self.dtype)
 
     @torch.no_grad()
     def encoded(self, conversation: Conversation, needs: frozenset[str]) -> Encoded:
@@ -286,6 +293,7 @@ class LlavaNextModel(VisionEncoder):
             conversation: on the model's device.
             needs: what the selector reads, see `TokenSelector.needs`; the question is left to the caller.
         """
+        # Not inference mode: the student's backward pass keeps these tokens, where their gates mix them with noise.
         encoded = encode(self.model, {**conversation.pixels, "input_ids": None}, needs - {"question"})
         assert encoded is not None  # for the type checker: there are pixels
         return encoded
@@ -298,6 +306,7 @@ class TransformersEncoder(VisionEncoder):
         path: folder (or hub name) with config, weights and image processor.
         layer: entry of ``hidden_states``; None takes the last hidden state, after the model's final norm if it has one.
         backend: backend of the image processor; "pil" gives the same pixels everywhere.
+        dtype: type of the frozen weights; the selector itself stays in float32.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -311,11 +320,11 @@ class TransformersEncoder(VisionEncoder):
     ((4, 4), torch.Size([1, 16, 8]))
     """
 
-    def __init__(self, path: str, layer: int | None = None, backend: str = "pil"):
+    def __init__(self, path: str, layer: int | None = None, backend: str = "pil", dtype: Precision = "float32"):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModel
 
-        path = _find(path, "path")
+        path = find_model(path, "path")
         with _quiet():
             model = AutoModel.from_pretrained(path, dtype=torch.float32)
             self.preprocess = ProcessorTiles(AutoImageProcessor.from_pretrained(path, backend=backend))
@@ -326,7 +335,7 @@ class TransformersEncoder(VisionEncoder):
         self.model = getattr(model, "vision_model", model)
         config = getattr(model.config, "vision_config", model.config)
         self.patch = config.patch_size
-        self._freeze()
+        self._freeze(dtype)
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
         """The hidden states of the chosen layer."""
@@ -345,6 +354,7 @@ class TimmEncoder(VisionEncoder):
         layer: block whose output is taken; negative counts from the end.
         norm: apply the model's final norm; None does so for the last block only.
         image_size: side of the input in pixels; None takes the model's own.
+        dtype: type of the frozen weights; the selector itself stays in float32.
 
     Raises:
         ValueError: timm does not know the name.
@@ -355,7 +365,13 @@ class TimmEncoder(VisionEncoder):
     """
 
     def __init__(
-        self, name: str, pretrained: bool, layer: int = -1, norm: bool | None = None, image_size: int | None = None
+        self,
+        name: str,
+        pretrained: bool,
+        layer: int = -1,
+        norm: bool | None = None,
+        image_size: int | None = None,
+        dtype: Precision = "float32",
     ):
         super().__init__()
         import timm
@@ -379,7 +395,7 @@ class TimmEncoder(VisionEncoder):
         data |= {"crop_pct": 1.0, "crop_mode": "squash"}
         transform: Any = create_transform(**data, is_training=False)
         self.preprocess = TransformTiles(transform)
-        self._freeze()
+        self._freeze(dtype)
 
     def encode(self, pixels: Float[Tensor, "T 3 H W"]) -> Float[Tensor, "T N D"]:
         """The feature map of the chosen block, as a row of patches."""
@@ -428,6 +444,36 @@ class TransformTiles:
         return self.transform(image)[None]
 
 
+def without_language_layers(path: str) -> tuple[Any, dict[str, Any]]:
+    """A LLaVA-NeXT whose language model has no layers, on the CPU, and transformers' report on its weights.
+
+    A 7B model's tower and embeddings fit where its language model does not.
+
+    Raises:
+        ValueError: the folder holds another kind of model.
+    """
+    from transformers import AutoConfig, LlavaNextForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "llava_next":
+        raise ValueError(f"path must hold a LLaVA-NeXT, got {path!r} of type {config.model_type!r}")
+
+    config.text_config.num_hidden_layers = 0
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = []
+    with _quiet():
+        options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(path, **options)
+    return loaded
+
+
+def _projected(projector: nn.Module, features: Float[Tensor, "T N D"], dtype: Precision) -> Float[Tensor, "T N d"]:
+    """Features through a frozen projector, in its own precision as in `VisionEncoder.forward`."""
+    with torch.inference_mode(), torch.autocast(features.device.type, enabled=False):
+        projected = projector(features.to(getattr(torch, dtype)))
+    return projected.to(torch.float32, copy=True)
+
+
 class _quiet:
     """Silences the loading report of transformers: layers left out on purpose are listed there as unexpected."""
 
@@ -446,7 +492,7 @@ class _quiet:
             logging.enable_progress_bar()
 
 
-def _find(path: str, argument: str) -> str:
+def find_model(path: str, argument: str) -> str:
     """A model folder below the current folder, else one that ships with the package, else a hub name.
 
     A path that looks local must exist; otherwise it would be taken for a hub name and fail obscurely.

@@ -9,11 +9,14 @@ from __future__ import annotations
 import pickle
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from selector.errors import UsageError
 from selector.files import atomic
 
 PREFIX = "selector."
@@ -24,8 +27,17 @@ _RULES = {
 }
 
 
+CHART = "results.png"
+"""The picture that an export with results draws."""
+
+
 def export(
-    checkpoint: str | Path, folder: str | Path, command: str | None = None, accuracy: str | Path | None = None
+    checkpoint: str | Path,
+    folder: str | Path,
+    command: str | None = None,
+    accuracy: str | Path | None = None,
+    results: str | Path | None = None,
+    pictures: Sequence[str | Path] = (),
 ) -> Path:
     """Writes the selector of a checkpoint to a folder that `TokenSelector.from_pretrained` loads.
 
@@ -34,14 +46,19 @@ def export(
         folder: the selector folder; files of an earlier export are replaced.
         command: the command that trained the selector, for the card.
         accuracy: a Markdown file for the end of the card: the selector's results on tasks.
+        results: the folder of a finished `selector compare` in which this very selector took part: the card gets its
+            results as a table, as a picture and as the metadata ``model-index`` of the hub.
+        pictures: image files that are copied beside the card and shown at its end, such as one of `selector show`.
 
     Returns:
         The folder.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: not a checkpoint of this package, or tensors missing, left over or misshapen.
+        FileNotFoundError: no such checkpoint, or no such picture.
+        ValueError: not a checkpoint of this package, tensors missing, left over or misshapen, or results of another
+            selector or of an unfinished run.
     """
+    from selector.measure.identity import identity
     from selector.methods.gumbel import GumbelSelector
     from selector.methods.image_transformer import ImageTransformer
 
@@ -76,11 +93,46 @@ def export(
     if accuracy is not None:
         card += f"\n## On tasks\n\n{Path(accuracy).read_text().strip()}\n"
 
+    # Pictures come first: a card never shows what is not there.
+    if results is not None:
+        card = _with_results(card, Path(results), identity(selector), Path(folder))
+    card += _copied([Path(picture) for picture in pictures], Path(folder))
     written = selector.save_pretrained(folder, card=card, metadata=metadata)
     if config is not None:
         with atomic(written / "training.yaml") as partial:
             shutil.copyfile(config, partial)
     return written
+
+
+def _with_results(card: str, run: Path, described: dict[str, Any], folder: Path) -> str:
+    """The card with a run's results of the selector as a section and as metadata; draws their picture."""
+    from selector.report.results import about_run, draw, model_index, results_of, results_table
+
+    summary, label = results_of(run, described)
+    draw(summary, label, folder / CHART)
+
+    # Inside the metadata at the head, which the first line after it closes.
+    index = {"model-index": model_index(summary, label, folder.name)}
+    head, closing, body = card.partition("\n---\n")
+    head += "\n" + yaml.safe_dump(index, sort_keys=False, allow_unicode=True).rstrip()
+    shown = f"![Score against visual tokens]({CHART})"
+    return f"{head}{closing}{body}\n## Results\n\n{about_run(summary)}\n\n{results_table(summary, label)}\n\n{shown}\n"
+
+
+def _copied(pictures: list[Path], folder: Path) -> str:
+    """Copies pictures beside the card; returns the lines that show them."""
+    if missing := [path for path in pictures if not path.is_file()]:
+        raise FileNotFoundError(f"pictures must be image files, there is no {str(missing[0])!r}")
+    names = [path.name for path in pictures]
+    if CHART in names or len(set(names)) < len(names) or any(" " in name or ")" in name for name in names):
+        raise UsageError(f"pictures must have names of their own without spaces, other than {CHART}, got {names}")
+
+    for path in pictures:
+        # One may be there already, from an earlier export.
+        if path.resolve() != (folder / path.name).resolve():
+            with atomic(folder / path.name) as partial:
+                shutil.copyfile(path, partial)
+    return "".join(f"\n![{path.stem.replace('-', ' ')}]({path.name})\n" for path in pictures)
 
 
 def model_card(init_args: dict[str, Any], about: dict[str, Any], command: str | None, has_yaml: bool, name: str) -> str:

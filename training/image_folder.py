@@ -2,11 +2,17 @@
 
 A folder is split by a hash of each file's name, so that the split does not change when files are added or moved; a task
 `folder:PATH?held_out=SHARE` asks about the images that a `val_share` of at least SHARE kept from training.
+
+Millions of small files are slow to list and to copy, so they often come in ``.tar`` shards (webdataset's). Here a shard
+is a folder, and the images in it have paths: ``shards/00012.tar/12034.jpg``. Its headers are read once per process,
+and every image where it lies: order, split, sampling and resumption are those of a folder; a stream would lose them.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -16,15 +22,16 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
 from selector.errors import UnreadableImage
-from selector.images import open_image
+from selector.images import decode_image, open_image
 from selector.tasks.folder import ANNOTATIONS, answer_of, read_annotations, split_place
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ATTRIBUTION = "ATTRIBUTION.txt"
+SHARD = ".tar"
 
 
 class ImageFile:
-    """One image of a folder, opened in the workers and not before.
+    """One image of a folder or of a shard, opened in the workers and not before.
 
     Args:
         path: the file, opened as everywhere: see `selector.images`.
@@ -39,7 +46,8 @@ class ImageFile:
 
     def __call__(self) -> Image.Image:
         try:
-            return open_image(self.path)
+            shard = shard_of(self.path)
+            return open_image(self.path) if shard is None else decode_image(read_member(self.path), str(self.path))
         except UnreadableImage as error:
             raise UnreadableImage(
                 f"{error}; remove it or pass --data.skip_unreadable true to leave such files out"
@@ -47,7 +55,7 @@ class ImageFile:
 
 
 def list_images(folder: str | Path, skip_unreadable: bool = False) -> list[Path]:
-    """Image files below a folder, sorted.
+    """Image files below a folder, those in shards included, sorted.
 
     Args:
         folder: searched recursively.
@@ -62,15 +70,62 @@ def list_images(folder: str | Path, skip_unreadable: bool = False) -> list[Path]
         raise FileNotFoundError(f"data.images must be a folder of images, got {str(folder)!r}, which is no folder")
 
     # Sorted, since the system's order differs between machines, and indices are seeded.
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    files = [path for path in root.rglob("*") if path.is_file()]
+    paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    paths += [shard / name for shard in files if shard.suffix == SHARD for name in members(shard)]
+    paths.sort()
     if skip_unreadable:
         readable = [path for path in paths if _is_readable(path)]
         rank_zero_info(f"data.skip_unreadable: left out {len(paths) - len(readable)} of {len(paths)} files of {root}")
         paths = readable
 
     if not paths:
-        raise ValueError(f"data.images must hold images ({' '.join(EXTENSIONS)}), found none below {str(folder)!r}")
+        raise ValueError(
+            f"data.images must hold images ({' '.join(EXTENSIONS)}, or {SHARD} files of them), found none below "
+            f"{str(folder)!r}"
+        )
     return paths
+
+
+@functools.cache
+def members(shard: Path) -> dict[str, tuple[int, int]]:
+    """Where the images of a shard lie: (first byte, number of bytes) by name.
+
+    Raises:
+        UnreadableImage: it is compressed, cut off, or no tar file; or it has two images of one name.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    try:
+        # Not compressed: within a compressed file there is no way to the middle.
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if not member.isreg() or Path(member.name).suffix.lower() not in EXTENSIONS:
+                    continue
+                if member.name in places:
+                    raise UnreadableImage(f"shard {shard} holds two images of the name {member.name}")
+                places[member.name] = member.offset_data, member.size
+    except (OSError, tarfile.TarError) as error:
+        raise UnreadableImage(f"shard {shard} cannot be read as an uncompressed tar file ({error})") from error
+    return places
+
+
+def shard_of(path: Path) -> Path | None:
+    """The shard that an image lies in; None for a file of its own.
+
+    >>> print(shard_of(Path("photos/1.jpg")))
+    None
+    """
+    return next((folder for folder in path.parents if folder.suffix == SHARD and folder.is_file()), None)
+
+
+def read_member(path: Path) -> bytes:
+    """The content of an image in a shard."""
+    shard = shard_of(path)
+    assert shard is not None  # for the type checker: asked before
+    start, count = members(shard)[path.relative_to(shard).as_posix()]
+    with shard.open("rb") as file:
+        file.seek(start)
+        return file.read(count)
 
 
 def split_by_hash(paths: Sequence[Path], val_share: float) -> tuple[list[Path], list[Path]]:
@@ -135,8 +190,13 @@ def digest_files(root: str | Path, names: Sequence[str]) -> str:
     """A hash of the names and contents of these files, in this order; `names` are relative to `root`."""
     digest = hashlib.sha256()
     for name in names:
-        with (Path(root) / name).open("rb") as file:
-            digest.update(f"{len(name)}:{name}".encode() + hashlib.file_digest(file, "sha256").digest())
+        path = Path(root) / name
+        if shard_of(path) is not None:
+            content = hashlib.sha256(read_member(path)).digest()
+        else:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+        digest.update(f"{len(name)}:{name}".encode() + content)
     return digest.hexdigest()[:16]
 
 
@@ -192,6 +252,9 @@ def credits(root: str | Path, paths: Sequence[Path]) -> str:
 
 def _annotated(folder: Path) -> Path | None:
     """The folder whose annotations are about the images in `folder`: itself, or the parent of an ``images/`` folder."""
+    # Beside a shard lie the annotations of what is in it.
+    shard = shard_of(folder / "any")
+    folder = shard.parent if shard is not None else folder
     places = (folder, *([folder.parent] if folder.name == "images" else []))
     return next((place for place in places if (place / ANNOTATIONS).is_file()), None)
 

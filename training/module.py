@@ -11,7 +11,7 @@ Shapes: B tiles, N patches per tile, C channels of the table that the selector r
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ from training.language import FrozenLanguageModel
 from training.objectives import Objective, Paper, SampledBudget, Step
 from training.schedules import rate_factor
 from training.teacher import AnswersFrom, Teacher
+from training.throughput import Throughput, Timed, timed_by, untimed
 
 Architecture = Literal["gumbel", "image-transformer"]
 Batch = Tensor | list[Conversation]
@@ -68,6 +69,8 @@ class SelectorModule(LightningModule):
         answers_dir: folder in which the model's answers are kept for later runs; None keeps them in memory.
         questions: most questions per image and step; more are sampled.
         allow_worse_than_random: end without an error even if the deterministic ranking loses to random choices.
+        compile: compile the layers of selector and reconstructor with ``torch.compile``; the first steps then take a
+            minute or so (and a C++ compiler, on a CPU). What it gains: `training/README.md`.
         seed: seed of all noise.
 
     Raises:
@@ -107,6 +110,7 @@ class SelectorModule(LightningModule):
         answers_dir: str | None = None,
         questions: int = 6,
         allow_worse_than_random: bool = False,
+        compile: bool = False,
         seed: int = 0,
     ):
         super().__init__()
@@ -135,6 +139,9 @@ class SelectorModule(LightningModule):
         if any(objective.reconstructs for objective in self.objectives):
             self.reconstructor = Reconstructor(dim, encoder.num_patches, width, layers, heads, mlp_ratio)
             self.comparison = RankingComparison(kept_shares)
+
+        if compile:
+            _compile(self.selector, self.reconstructor)
 
         # A teacher only where an objective asks: it needs the whole vision-language model.
         self.teacher: Teacher | None = None
@@ -186,6 +193,10 @@ class SelectorModule(LightningModule):
         # By batch, not by step: batches whose gradients are accumulated draw noise of their own.
         generator = self._generator(self.trainer.fit_loop.epoch_loop.total_batch_idx)
         progress = self.global_step / self._total_steps()
+        profiler = cast("Any", self.trainer).profiler  # Lightning's annotations lack it
+        if isinstance(profiler, Throughput):
+            profiler.batch(self._patches(batch))
+
         losses, logs = [], []
         for step in self._steps(batch, progress, generator):
             for objective in self.objectives:
@@ -207,24 +218,37 @@ class SelectorModule(LightningModule):
     def _steps(self, batch: Batch, progress: float, generator: torch.Generator) -> list[Step]:
         """What the objectives get: all tiles of a batch at once, or the images one by one with their questions."""
         if isinstance(batch, Tensor):
-            return [Step(self._tokens(batch), self.selector, progress, generator, self.reconstructor)]
+            tokens = self._tokens(batch)
+            return [Step(tokens, self.selector, progress, generator, self.reconstructor, timed=self._timed())]
 
         assert self.teacher is not None  # for the type checker: only with a teacher are there conversations
         steps = []
         for conversation in batch:
-            there = conversation.to(self.device)
-            encoded = self._encoded(there)
-            taught = self.teacher(encoded, there).sampled(self.questions, generator)
-            parts = self.reconstructor, self.teacher.language, taught, encoded
+            there, patches = conversation.to(self.device), self._patches([conversation])
+            with self._timed()("encoder", patches):
+                encoded = self._encoded(there)
+            with self._timed()("teacher", patches):
+                taught = self.teacher(encoded, there).sampled(self.questions, generator)
+            parts = self.reconstructor, self.teacher.language, taught, encoded, self._timed()
             steps.append(Step(encoded.tokens, self.selector, progress, generator, *parts))
         return steps
 
+    def _timed(self) -> Timed:
+        """Brackets the parts of a step under the trainer's profiler."""
+        return untimed if self._trainer is None else timed_by(cast("Any", self.trainer).profiler)
+
+    def _patches(self, batch: Batch) -> int:
+        """How many patches of tiles a batch holds."""
+        tiles = len(batch) if isinstance(batch, Tensor) else sum(int(c.pixels["pixel_values"].shape[1]) for c in batch)
+        return tiles * self.encoder.num_patches
+
     def _tokens(self, batch: Tensor) -> VisualTokens:
         """Visual tokens of pixels ``[B, 3, H, W]`` or cached features ``[B, N, D]``, each tile by itself."""
-        features = batch if batch.ndim == 3 else self.encoder(batch)
+        with self._timed()("encoder", self._patches(batch)):
+            features = batch if batch.ndim == 3 else self.encoder(batch)
 
-        # Caches hold features only: the projector is cheap beside the tower, and its output is wider.
-        extra = {"projected": self.encoder.project(features)} if "projected" in self.selector.needs else {}
+            # Caches hold features only: the projector is cheap beside the tower, and its output is wider.
+            extra = {"projected": self.encoder.project(features)} if "projected" in self.selector.needs else {}
         return VisualTokens.from_features(features.float(), self.encoder.grid, **extra)
 
     def _encoded(self, conversation: Conversation) -> Any:
@@ -233,15 +257,22 @@ class SelectorModule(LightningModule):
         # Beyond what the selector reads: what the leverage that validation compares it with may read.
         return self.encoder.encoded(conversation, self.selector.needs | {"features", "projected"})
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Starts the clock of `train/tokens_per_s`."""
+    def on_train_start(self) -> None:
+        """Starts the clock of a run resumed within an epoch, which begins no epoch of its own."""
+        self._began = time.monotonic()
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the clock of `train/tokens_per_s`, which runs from step to step: waiting for the loader counts."""
+        self._began = time.monotonic()
+
+    def on_validation_end(self) -> None:
+        """Starts it anew after a validation within an epoch, which is no part of a step."""
         self._began = time.monotonic()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs the speed of a step, and adds it to the run's, which the card reports."""
-        tiles = len(batch) if isinstance(batch, Tensor) else sum(int(c.pixels["pixel_values"].shape[1]) for c in batch)
-        patches = tiles * self.encoder.num_patches
-        seconds = time.monotonic() - self._began
+        """Logs the speed of a step, its loading included, and adds it to the run's, which the card reports."""
+        patches, now = self._patches(batch), time.monotonic()
+        seconds, self._began = now - self._began, now
         self.log("train/tokens_per_s", patches / seconds, prog_bar=True, batch_size=1)
         self._trained = self._trained[0] + patches, self._trained[1] + seconds
 
@@ -417,6 +448,15 @@ def _describe(objective: Objective) -> str:
     """For the card: the name, and the weight where it is not 1."""
     name = type(objective).__name__
     return name if objective.weight == 1 else f"{objective.weight:g} {name}"
+
+
+def _compile(*networks: nn.Module | None) -> None:
+    """Compiles the layers of these networks in place; names and values of their weights stay as they are."""
+    # The layers alone, which come in lists: what is around them (budgets, cells of an image) depends on the data.
+    for network in networks:
+        lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)] if network is not None else []
+        for layer in (layer for part in lists for layer in part):
+            layer.compile()
 
 
 def _encoder_is_not_loaded(module: nn.Module, keys: Any) -> None:

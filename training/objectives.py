@@ -42,6 +42,7 @@ from training.language import FrozenLanguageModel
 from training.losses import drop_error_regression, dropped_mean, paper_loss, token_error
 from training.schedules import gumbel_top_k, random_mask, sampled_keep, temperature
 from training.teacher import Taught
+from training.throughput import Timed, untimed
 
 
 class Loss(NamedTuple):
@@ -72,6 +73,7 @@ class Step:
         language: the frozen language model; None where no objective asks questions.
         taught: the questions about the image and the model's answers; None without questions.
         encoded: the image as the language model gets it; None without questions.
+        timed: brackets the parts of the step for the table of `training.throughput`.
 
     Scores and inputs are computed once, however many objectives read them.
 
@@ -89,18 +91,26 @@ class Step:
     language: FrozenLanguageModel | None = None
     taught: Taught | None = None
     encoded: Encoded | None = None
+    timed: Timed = untimed
 
     @cached_property
     def scores(self) -> Float[Tensor, "B N"]:
         """The selector's scores ``[B, N]``, in float32."""
-        return self.selector.score(self.tokens).float()
+        with self.timed("selector", self.patches):
+            return self.selector.score(self.tokens).float()
+
+    @property
+    def patches(self) -> int:
+        """Patches of all tiles of the step, in which its parts are timed."""
+        return self.tokens.features.shape[0] * self.tokens.features.shape[1]
 
     @cached_property
     def slot_scores(self) -> Float[Tensor, "R L"]:
         """Scores ``[R, L]`` of the packed slots of one image: one row, or one per question if the selector reads it."""
         if not reads_question(self.selector):
             return self.tokens.packed(self.scores, 0.0)  # newlines have no score of their own
-        return _scores_per_question(self)
+        with self.timed("selector", self.patches):
+            return _scores_per_question(self)
 
     def asked(self) -> tuple[FrozenLanguageModel, Taught, Encoded]:
         """The language model, the questions with its answers, and the encoded image.
@@ -125,7 +135,9 @@ class Step:
         """
         if self.reconstructor is None:
             raise ValueError("this objective needs a reconstructor, and the step has none")
-        return token_error(self.reconstructor(self.table, mask), self.table)
+        with self.timed("reconstructor", self.patches):
+            rebuilt = self.reconstructor(self.table, mask)
+        return token_error(rebuilt, self.table)
 
 
 def reads_question(selector: object) -> bool:
@@ -334,10 +346,12 @@ class Paper(_Reconstruction):
             raise ValueError(f"Paper draws masks from a GumbelSelector, got a {type(step.selector).__name__}")
 
         # `gumbel_softmax` draws from the global generator only: seeded for this draw, and put back afterwards.
-        device = step.scores.device
+        # Of the features: asking the scores for theirs would compute them, and a mask drawn here does not need them.
+        device = step.tokens.features.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**31, (), generator=step.generator)))
-            return step.selector.sample(step.table, self.temperature(step))[0]
+            with step.timed("selector", step.patches):
+                return step.selector.sample(step.table, self.temperature(step))[0]
 
 
 def check_range(name: str, shares: tuple[float, float]) -> None:

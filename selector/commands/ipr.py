@@ -41,7 +41,7 @@ from selector.files import output, write_text
 from selector.measure.answering import answer, answer_nll, forced, prepare
 from selector.measure.consistency import spectrum
 from selector.models import encode
-from selector.plug import Pruned, prune_inputs
+from selector.pruning import Pruned, prune_inputs
 from selector.tasks import load_task
 
 SETTINGS: dict[str, Any] = {

@@ -110,7 +110,7 @@ def answer(model: Any, processor: Any, inputs: Mapping[str, Any], max_new_tokens
     """Greedy answer to prepared (and perhaps pruned) inputs.
 
     Args:
-        inputs: of a batch of one, as `prepare` or `selector.plug.prune_inputs` gives them.
+        inputs: of a batch of one, as `prepare` or `selector.pruning.prune_inputs` gives them.
         max_new_tokens: at least 1.
 
     Raises:

@@ -24,7 +24,7 @@ from selector.inside import Memory
 from selector.measure.answering import Answer, decoded, token_rows
 from selector.measure.cost import PeakMemory, Spent
 from selector.models import adapter_of, available_adapters, model_type_of
-from selector.plug import Pruned
+from selector.pruning import Pruned
 
 SETTLED = frozenset(
     {
@@ -45,6 +45,16 @@ class Reading:
         answer: greedy; its times are the batch's, per row and per decoded token.
         forced: ``[A, V]`` logits over the target, teacher-forced; None without a target.
         visual: ``[L, d]`` hidden states of the visual tokens, for each layer asked for.
+
+    Example:
+        >>> from selector.measure.answering import prepare
+        >>> from selector.commands.loading import load_model
+        >>> model, processor = load_model("checkpoints/llava-next-tiny", "cpu")
+        >>> rows = [prepare(processor, None, question, model.device) for question in ("is it red?", "a thing?")]
+        >>> with torch.no_grad():
+        ...     readings = read(model, processor, rows, [None, None], max_new_tokens=1, spent=Spent(model.device))
+        >>> [(len(reading.answer.ids), reading.answer.batch) for reading in readings]
+        [(1, 2), (1, 2)]
     """
 
     answer: Answer
@@ -80,7 +90,7 @@ def read(
     """Greedy answers to several prompts, and their logits over given answers.
 
     Args:
-        rows: inputs of batches of one, as `selector.plug.prune_inputs` or `without_image` give them.
+        rows: inputs of batches of one, as `selector.pruning.prune_inputs` or `without_image` give them.
         targets: per row, ids of an answer to read as well.
         max_new_tokens: at least 1.
         spent: what the time is charged to.

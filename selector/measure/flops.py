@@ -5,6 +5,7 @@ With S tokens, width D, hidden width m of the MLP, query width q = heads · head
     tower, per layer    8·S·D² + 4·S²·D + 4·S·D·m           S: patches of a tile, and CLS where there is one
     tower, once         2·N·D·3·patch² (embedding) + SigLIP's pooling head, which transformers computes and drops
     projector           2·N·(D·d + d²)                       every patch of every tile, before unpadding
+    Qwen2.5-VL's tower  8·N·D² + 6·N·D·m + 4·N·C·D           per layer; C: N, or the patches of a window
     language, per layer 4·S·d·(q + k) + 4·S·C·q + 6·S·d·m    S tokens in, each over a context of C (no causal discount)
     head                2·d·V                                one position: all that generation needs
 
@@ -55,6 +56,31 @@ def tower_flops(config: Any, tiles: int) -> int | None:
         pooling = 2 * d**2 * (2 + 2 * patches) + 4 * patches * d + 4 * d * m
 
     return tiles * (embedding + layers + pooling + 2 * patches * (d * width + width**2))
+
+
+def qwen_tower_flops(config: Any, tokens: int) -> int | None:
+    """Vision tower and merger of a Qwen2.5-VL over one image, whose sides are multiples of its attention windows.
+
+    Args:
+        config: of the whole model.
+        tokens: that the image gives the language model, each of 2 x 2 patches.
+
+    Returns:
+        Operations; None for a tower of another kind.
+    """
+    vision = config.vision_config
+    if vision.model_type != "qwen2_5_vl_vision":
+        return None
+    d, m, merged = vision.hidden_size, vision.intermediate_size, vision.spatial_merge_size**2
+    patches = tokens * merged
+
+    # Most layers attend within windows; the MLP is gated, and has three matrices.
+    window, whole = (vision.window_size // vision.patch_size) ** 2, len(vision.fullatt_block_indexes)
+    contexts = whole * patches + (vision.depth - whole) * window
+    layers = vision.depth * (8 * patches * d**2 + 6 * patches * d * m) + 4 * patches * contexts * d
+    embedding = 2 * patches * d * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    wide = d * merged
+    return embedding + layers + 2 * tokens * (wide**2 + wide * vision.out_hidden_size)
 
 
 def language_flops(config: Any, tokens: int | Sequence[int], context: int | Sequence[int]) -> int | None:

@@ -37,7 +37,7 @@ from selector.measure.flops import cache_bytes, counted_flops, flop_counter, lan
 from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
 from selector.models import Encoded, encode
-from selector.plug import Pruned, prune_inputs
+from selector.pruning import Pruned, prune_inputs
 from selector.stages import UnmetBudget
 from selector.tasks import Task
 from selector.tasks.sample import Sample
@@ -67,6 +67,11 @@ class Turn:
 
     Attributes:
         unmet: of a budget that this sample cannot meet, the smallest `keep` that it could; nothing is asked then.
+
+    Example:
+        >>> blind = Turn(Row("no image"), {"input_ids": torch.tensor([[1, 5, 9]])}, pruned=None)
+        >>> blind.inputs["input_ids"].shape[1]
+        3
     """
 
     row: Row

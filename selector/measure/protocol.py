@@ -17,7 +17,7 @@ class Protocol:
         seed: from which tasks draw their samples.
         answers: False skips generation: tokens, time and evidence only.
         max_new_tokens: per answer, at least 1.
-        positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
+        positions: position ids of pruned prompts, see `selector.pruning.prune_inputs`.
         layer: of the language model, at which the spectrum of the visual tokens is taken; 0 is what enters it.
         repeats: timed runs of every piece of work, of which the median is recorded, after one untimed warm-up.
         batch_size: prompts that are answered at once; times are one sample's own with 1 only, see

@@ -32,7 +32,7 @@ from selector.measure.cost import allocated_cache_bytes, peak_bytes, processor_t
 from selector.measure.flops import cache_bytes, counted_flops, language_flops
 from selector.measure.geometry import Geometry, build, find_geometry, natural_picture, pixels, prompt
 from selector.models import Encoded, encode
-from selector.plug import prune_inputs
+from selector.pruning import prune_inputs
 from selector.registry import available_selectors, load_selector
 from selector.tokens import NEWLINE, VisualTokens
 
@@ -42,17 +42,21 @@ REFERENCE = "uniform"
 """Selects for the prefill of fewer tokens, whose time does not depend on which tokens they are."""
 
 LEARNED = {
-    "gumbel": {"width": 512, "layers": 3, "heads": 8},
-    "image-transformer": {"width": 512, "layers": 3, "heads": 8, "inputs": "projected"},
-    "image-transformer-question": {"width": 512, "layers": 3, "heads": 8, "inputs": "projected"},
+    "gumbel": {"width": 320, "layers": 3, "heads": 5},
+    "image-transformer": {"width": 256, "layers": 2, "heads": 4, "inputs": "projected"},
+    "image-transformer-question": {"width": 256, "layers": 2, "heads": 4, "inputs": "projected"},
 }
 """Learned selectors, which are built with random weights for the geometry: by label, arguments of their classes. Three
-layers are those of When Less is Enough; width and heads, which it leaves open, are those of our measurements before."""
+layers are those of When Less is Enough, which leaves width and heads open: `gumbel` has those of the recipe for
+LLaVA-NeXT (``configs/train/llava-next.yaml``); the others have the depth of the shipped ones, and pool as their classes
+do."""
 SPECS = {
     "cdpruner": ("cdpruner", "cdpruner:relevance=received_attention", "cdpruner:relevance=none"),
     "hiprune": ("hiprune", "hiprune:layer=1"),
+    "inside": ("inside:selector=norm,layer=1",),
     "merge": ("svd-prune:merge=nearest",),
     "mix": ("mix:a=svd-prune,b=norm",),
+    "stages": ("stages:before=norm,inside=fastv",),
 }
 """Specs of methods that need arguments, or others where a model cannot give what they read: the first that it can."""
 

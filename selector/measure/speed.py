@@ -24,7 +24,7 @@ from selector.measure.answering import prepare
 from selector.measure.cost import allocated_cache_bytes, seconds_of
 from selector.measure.flops import cache_bytes
 from selector.models import encode
-from selector.plug import Pruned, prune_inputs
+from selector.pruning import Pruned, prune_inputs
 
 
 @dataclass(frozen=True)

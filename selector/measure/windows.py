@@ -33,6 +33,13 @@ class Ready:
     Attributes:
         index: of the sample in its task.
         inputs: its prompt, where that was prepared ahead.
+
+    Example:
+        >>> from selector.tasks import load_task
+        >>> samples = load_task("scenes").samples(5, seed=0)
+        >>> drawn = (Ready(index, sample) for index, sample in enumerate(samples))
+        >>> [[ready.index for ready in window] for window in windows(drawn, size=2)]
+        [[0, 1], [2, 3], [4]]
     """
 
     index: int
@@ -42,7 +49,19 @@ class Ready:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A record; `measured` is None where an earlier run wrote it."""
+    """What became of a row of a sample.
+
+    Attributes:
+        record: as it stands in the file of the row.
+        measured: the sample's; None where an earlier run wrote the record.
+
+    Example:
+        >>> from selector.tasks import load_task
+        >>> sample = next(load_task("scenes").samples(1, seed=0))
+        >>> taken_up = Outcome(Ready(0, sample), Row("full"), {"id": sample.id, "tokens": 744}, measured=None)
+        >>> taken_up.measured is None  # nothing was run for it
+        True
+    """
 
     ready: Ready
     row: Row

@@ -6,6 +6,12 @@ the layer before the cut, mean over heads and raters. Of the dropped ones a part
 of m are clustered (`selector.clustering`) into a tenth as many tokens plus one, plain means of their members. Published
 counts of 576 tokens are 300, 200 and 110 for a budget of 192; 303, 110 and 36 for 128; 66, 30 and 17 for 64.
 
+"+", the authors' second version (``plus=true``), reads `VisualTokens.rater_attention_plus`: the decay of attention with
+distance is divided out, and of 32 heads the 14 with the largest sum over raters and image count; nothing is recycled,
+and tokens keep their positions. Its counts are 300, 200 and 118 for 192; 238, 108 and 60 for 128; 246, 54 and 28 for
+96; 66, 34 and 20 for 64. As in its code, the attention that is divided is that behind the softmax, and heads are
+compared after the division; where the divisor of a far token is negative, so is what it is worth.
+
 Where we depart: a recycled token stands in the place of its cluster's centre, counts in the budget and keeps the
 centre's position (the official code puts it behind the kept ones and cuts positions off); members in another view
 (base view, tiles) than their centre are gone; clusters are of the hidden states; one set of shares, that of 128, is
@@ -29,6 +35,7 @@ from selector.tokens import VisualTokens
 
 PUBLISHED_LAYERS = (3, 7, 16)
 PUBLISHED_SHARES = (303 / 576, 110 / 576, 36 / 576)
+PLUS_SHARES = (238 / 576, 108 / 576, 60 / 576)
 RECYCLED, CLUSTERED = 0.3, 10
 
 
@@ -36,30 +43,38 @@ class SparseVLM(RankSelector):
     """Inside the language model: in three steps, what the raters among the words attend to; some others recycled.
 
     Args:
-        recycle: cluster the best of the dropped tokens into a few; without it they are gone.
+        recycle: cluster the best of the dropped tokens into a few; without it they are gone. None is as published: not
+            with `plus`.
+        plus: SparseVLM+: attention without its decay with distance, of the heads that look at the image most.
         count: what a budget counts, see `selector.TokenSelector`.
 
     Example:
         >>> from selector import SparseVLM
         >>> [(stage.layer, round(stage.share, 2)) for stage in SparseVLM().stages(depth=32)]
         [(3, 0.53), (7, 0.19), (16, 0.06)]
+        >>> SparseVLM(plus=True).recycle, SparseVLM(plus=True).stages(depth=32)[2].share * 576
+        (False, 60.0)
     """
 
     acts = "inside"
+    merges = True
+    needs = frozenset({"rater_attention", "hidden"})
     paper = "arXiv 2410.04417"
     cost = "3 (raters · S C + (0.3 N)² C)"
 
-    def __init__(self, recycle: bool = True, count: Count = "average"):
+    def __init__(self, recycle: bool | None = None, plus: bool = False, count: Count = "average"):
         super().__init__()
         check_count(count)
-        self.recycle = recycle
+        self.recycle, self.plus = not plus if recycle is None else recycle, plus
         self.count: Count = count
-        self.merges = recycle
-        self.needs = frozenset({"rater_attention", "hidden"} if recycle else {"rater_attention"})
+        self.merges = self.recycle
+        self.paid = "rater_attention_plus" if plus else "rater_attention"
+        self.needs = frozenset({self.paid, "hidden"} if self.recycle else {self.paid})
 
     def stages(self, depth: int) -> list[Stage]:
         """The published three, as deep in this model."""
-        return steps_at([scaled_layer(layer, depth) for layer in PUBLISHED_LAYERS], PUBLISHED_SHARES, self)
+        shares = PLUS_SHARES if self.plus else PUBLISHED_SHARES
+        return steps_at([scaled_layer(layer, depth) for layer in PUBLISHED_LAYERS], shares, self)
 
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
         """What the raters pay; with `recycle` the kept ones, then the centres of clusters, then the rest."""
@@ -82,7 +97,7 @@ class SparseVLM(RankSelector):
     def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Int[Tensor, "I L"]]:
         """The ranking, and the packed slot of the centre that each packed patch belongs to (-1: none)."""
         groups = Groups.of(tokens, budget.scope)
-        paid = groups.gather(tokens.read("rater_attention", self)).float()
+        paid = groups.gather(tokens.read(self.paid, self)).float()
         rank, into = ranks(paid, groups.mask), torch.full_like(tokens.slots, -1)
         if not self.recycle:
             return groups.scatter(-rank.float(), tokens), into

@@ -3,8 +3,8 @@
 A grid of more tiles than ``vision_aspect_ratio`` allows (``anyres_max_9``: nine) is shrunk bilinearly after the
 projector. There `slots` is approximate: a packed token is then a mixture of up to four encoder tokens, and it is traced
 to the nearest of them, whose features stand for it; `projected` is the mixture itself, as the language model sees it.
-`Encoded.approximate` and `selector.plug.Pruned.approximate` say when. Encoder tokens that are nearest to none count as
-unpadded away.
+`Encoded.approximate` and `selector.pruning.Pruned.approximate` say when. Encoder tokens that are nearest to none count
+as unpadded away.
 """
 
 from __future__ import annotations

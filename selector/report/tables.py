@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +30,8 @@ from selector.report.columns import (
 )
 from selector.report.findings import sentences
 
+MOST_NAMES = 6
+"""Rows that a line names at most."""
 EXPENDABLE = ("ANLS", "vs full", "w→r", "r→w", "n", "ΔNLL", "select ms", "prefill ms", "same %", "evidence % (base)")
 """Columns that a narrow terminal does without, in the order in which they go; the report has them all."""
 
@@ -131,19 +134,35 @@ def plain(text: str) -> str:
 
 
 def done(summary: Summary, task: str) -> str:
-    """How much of a task is done, such as "shard 0/4: 2 of 8 samples"; nothing for a whole task."""
-    if task == POOLED:  # its tasks say so one by one
-        return ""
-    total = summary["tasks"][task].get("samples")
-    counts = [row["samples"] for row in summary["rows"] if row["task"] == task]
-    missing = len(summary["unreadable"].get(task, []))  # without records, and not for want of time
+    """How much of a task is done, such as "partial: 2 of 8 samples"; nothing for a whole task."""
+    lacks = summary.get("unfinished", {}).get(task)  # the pooled table is none of its tasks, which say so one by one
+    return f"partial: {_span(lacks)}" if lacks else ""
 
-    # Runs of an older version do not say how many samples a task has.
-    if total is None or not counts or min(counts) + missing >= total:
-        return ""
-    least, most = min(counts), max(counts)
-    shard = f"shard {summary['shard']}: " if summary.get("shard") else ""
-    return f"{shard}{least if least == most else f'{least} to {most}'} of {total} samples"
+
+def _span(lacks: Mapping[str, Any]) -> str:
+    least, most = lacks["done"]
+    return f"{least if least == most else f'{least} to {most}'} of {lacks['of']} samples"
+
+
+def missing(task: str, lacks: Mapping[str, Any]) -> str:
+    """One line on what an unfinished task lacks: shards, and the rows with the fewest samples.
+
+    Example:
+        >>> lacks = {"done": [1, 4], "of": 8, "shards": [["0/2", 3, 4], ["1/2", 4, 4]], "fewest": [["a", "9", 1]]}
+        >>> missing("toy", lacks)
+        'toy is partial: 1 to 4 of 8 samples. Shard 0/2 lacks 3 of 4, shard 1/2 all 4. Fewest: a at 9.'
+    """
+    parts = [f"shard {name} lacks {f'all {of}' if n == of else f'{n} of {of}'}" for name, n, of in lacks["shards"] if n]
+    # The verb once.
+    text = ", ".join([*parts[:1], *(part.replace(" lacks", "") for part in parts[1:])])
+    lines = [f"{task} is partial: {_span(lacks)}", *([text[0].upper() + text[1:]] if text else [])]
+
+    least, most = lacks["done"]
+    if least < most:
+        names = [label + (f" at {keep}" if keep else "") for label, keep, _ in lacks["fewest"]]
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        lines.append(f"Fewest: {', '.join(names[:MOST_NAMES])}{more}")
+    return ". ".join(lines) + "."
 
 
 def settings_line(summary: Summary) -> str:
@@ -151,12 +170,14 @@ def settings_line(summary: Summary) -> str:
     where = summary["environment"]
     # Without the machine and its threads, times mean nothing.
     number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples per task"
-    number = f"shard {summary['shard']} of {number}" if summary.get("shard") else number
+    if summary.get("shards", 1) > 1:
+        number += f" in {summary['shards']} shards"
     threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
+    weights = f"{where['dtype']}, weights by {where['quantization']}" if "quantization" in where else where["dtype"]
     if where.get("batch_threads", where["threads"]) != where["threads"]:
         threads += f" ({where['batch_threads']} for batches)"
     return (
-        f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {where['dtype']}; "
+        f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {weights}; "
         f"torch {where['torch']}, transformers {where['transformers']}"
     )
 
@@ -186,10 +207,7 @@ def notes(summary: Summary) -> list[str]:
             "real by chance; * marks those that stay below 5% after Holm's correction."
         )
     lines += spent_line(summary.get("spent", {}))
-    for task in summary["tasks"]:
-        if done(summary, task):
-            rest = "the others are for other shards" if summary.get("shard") else "the others are not done"
-            lines.append(f"{task}: {done(summary, task)}, {rest}. n says how many each row has.")
+    lines += [missing(task, lacks) for task, lacks in summary.get("unfinished", {}).items()]
     for task, names in summary["unreadable"].items():
         lines.append(f"{task}: {len(names)} images cannot be read and are left out: {', '.join(names)}")
 

@@ -16,7 +16,7 @@ from selector.measure.answering import answer, prepare
 from selector.measure.evidence import evidence, model_canvas
 from selector.measure.metrics import exact_match
 from selector.models import encode
-from selector.plug import Positions, prune_inputs
+from selector.pruning import Positions, prune_inputs
 from selector.show import picture
 from selector.tasks.sample import Sample
 
@@ -66,7 +66,7 @@ def strips(
         selectors: by the name above their panel.
         sample: image, and perhaps a question to ask, its answer, and boxes to outline.
         max_new_tokens: per answer.
-        positions: position ids of pruned prompts, see `selector.plug.prune_inputs`.
+        positions: position ids of pruned prompts, see `selector.pruning.prune_inputs`.
         scores: one more strip, without words, of heat maps of the selectors' scores at the first budget.
 
     Returns:

@@ -7,6 +7,7 @@ layer on; without hooks of ours, and by 4-D masks of its own.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from contextlib import contextmanager
 
@@ -725,3 +726,75 @@ def test_words_are_read_behind_each_image():
         torch.testing.assert_close(read["normed"][image, : len(behind)], states[row, behind])
         torch.testing.assert_close(read["keys"][image, : len(behind)], keys[row, behind])
         assert not read["keys"][image, len(behind) :].any()
+
+
+@pytest.mark.parametrize(("left", "nested"), [(True, False), (True, True), (False, True)])
+def test_readers_of_pact_and_sparse_vlm_plus_see_what_is_still_there(left, nested):
+    """In a padded batch, also behind another stage; against an eager pass with masked keys, head by head."""
+    family = FAMILIES[0]
+    model, inputs = family.model, family.batch(ragged(family), left)
+    names, read, kept = ("rater_attention_plus", "mean_query_attention", "own_keys"), {}, []
+
+    class Reads(FastV):
+        needs = frozenset(names)
+
+        def stages(self, depth):
+            return [Stage(1, 0.5, FastV()), Stage(LAYER, 0.25, self)][not nested :]
+
+        def score(self, tokens):
+            read.update({name: tokens.read(name, self) for name in names})
+            kept.append(tokens.valid.clone())
+            return read["mean_query_attention"]
+
+    with torch.no_grad():
+        with select_tokens(model, Reads(count="after"), keep=4):
+            model(**inputs)
+        visual = inputs["input_ids"] == family.placeholder
+        gone_by_then = visual.clone()
+        gone_by_then[visual] = ~kept[0].flatten()
+        model.set_attn_implementation("eager")
+        with masked_from(model, 1, gone_by_then):
+            plain = model(**inputs, output_attentions=True, output_hidden_states=True, use_cache=True)
+        model.set_attn_implementation("sdpa")
+    assert kept[0].sum(1).tolist() == [8 if nested else 16] * 3
+
+    attention = decoder_of(model).layers[LAYER].self_attn
+    width, there = attention.head_dim, inputs["attention_mask"].bool() & ~gone_by_then
+    entering = decoder_of(model).layers[LAYER].input_layernorm(plain.hidden_states[LAYER]).double().detach()
+    turns = [10000.0 ** (-2 * i / width) for i in range(width // 2)]
+    for image, (row, before) in enumerate([(0, 0), (1, 0), (1, 16)]):  # images of 16 visual tokens each
+        every = visual[row].nonzero()[before : before + 16, 0]
+        own = [c for c in every.tolist() if there[row, c]]
+        mine = kept[0][image]
+
+        # The keys as the cache would hold them.
+        keys = plain.past_key_values.layers[LAYER].keys[row].transpose(0, 1).flatten(1)
+        torch.testing.assert_close(read["own_keys"][image, mine], keys[own], rtol=1e-4, atol=1e-4)
+
+        # The mean query of all up to the image's end, its softmax over them, without positions.
+        prefix = [c for c in range(int(every[-1]) + 1) if there[row, c]]
+        want = torch.zeros(len(prefix), dtype=torch.float64)
+        for head in range(4):
+            part = slice(head * width, (head + 1) * width)
+            group = slice(head // 2 * width, (head // 2 + 1) * width)
+            query = torch.stack([attention.q_proj.weight[part].double() @ entering[row, c] for c in prefix]).mean(0)
+            own_keys = [attention.k_proj.weight[group].double() @ entering[row, c] for c in prefix]
+            want += torch.stack([query @ key / width**0.5 for key in own_keys]).softmax(0) / 4
+        want = want[[prefix.index(c) for c in own]].detach()
+        got = read["mean_query_attention"][image, mine].double()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+        assert want.std() > 1e-3 * want.mean()
+
+        # Attention over the inner product of ones under rotation; two of four heads.
+        states = plain.hidden_states[0][row]
+        text = [c for c in range(int(every[-1]) + 1, visual.shape[1]) if there[row, c] and not visual[row, c]]
+        alike = (states[every] @ states[text].T).softmax(-1).mean(0)
+        raters = [c for c, one in zip(text, alike.tolist(), strict=True) if one > float(alike.mean())]
+        divided = torch.zeros(4, len(raters), len(own), dtype=torch.float64)
+        for i, rater in enumerate(raters):
+            for j, column in enumerate(own):
+                ones = sum(2 * math.cos((rater - column) * turn) for turn in turns) / width**0.5
+                divided[:, i, j] = plain.attentions[LAYER - 1][row, :, rater, column].double() / ones
+        most = sorted(range(4), key=lambda h: -float(divided[h].sum()))[:2]
+        got = read["rater_attention_plus"][image, mine].double()
+        torch.testing.assert_close(got, divided[most].mean((0, 1)).detach(), rtol=1e-3, atol=1e-5)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from visual_tokens import anyres
 
-from selector import Budget, DARTInside, SparseVLM, VisualTokens, VScan
-from selector.clustering import density_peaks
+from selector import PACT, Budget, DARTInside, SparseVLM, VisualTokens, VScan
+from selector.clustering import bounded_peaks, density_peaks, smallest_cutoff
+from selector.grid import places
+from selector.layer_view import priority_heads
 from selector.methods.sparse_vlm import recycling
 
 
@@ -171,3 +176,158 @@ def test_dart_takes_what_each_pivot_is_least_like(seed, keep, pivots):
             free = sorted((n for n in range(30) if n not in want), key=lambda n: float(rows[n] @ pivot))
             want += free[: each + (number < more)]
         assert kept[i].nonzero().flatten().tolist() == sorted(want[:keep])
+
+
+def peaks_within(apart: list[list[float]], cutoff: float) -> list[int]:
+    """DBDPC one by one: rows come by falling density."""
+    centres: list[int] = []
+    for i in range(len(apart)):
+        if all(apart[i][c] > cutoff for c in centres):
+            centres.append(i)
+    return centres
+
+
+def crossing(apart: list[list[float]], number: int) -> float:
+    """The smallest cutoff with at most so many centres, by bisection down to 2^-21."""
+    low, high = 0.0, 2.0
+    if len(peaks_within(apart, low)) <= number:
+        return low
+    for _ in range(22):
+        middle = (low + high) / 2
+        if len(peaks_within(apart, middle)) <= number:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 30), cutoff=st.floats(0, 2), data=st.data())
+def test_bounded_peaks_are_those_of_the_rule(seed, n, cutoff, data):
+    """Every row within the cutoff of a centre, no two centres of each other; and the cutoff where a number is met."""
+    rows = np.random.default_rng(seed).normal(size=(n, 4))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    apart = np.clip(1 - rows @ rows.T, 0, 2)
+    np.fill_diagonal(apart, 0)
+    centres = bounded_peaks(torch.from_numpy(apart), cutoff).nonzero().flatten().tolist()
+    assert centres == peaks_within(apart.tolist(), cutoff)
+    assert all(min(apart[i][c] for c in centres) <= cutoff for i in range(n))
+    assert all(apart[i][j] > cutoff for i in centres for j in centres if i != j)
+
+    number = data.draw(st.integers(1, n))
+    found = smallest_cutoff(torch.from_numpy(apart), number)
+    assert found == crossing(apart.tolist(), number)
+    assert len(peaks_within(apart.tolist(), found)) <= number
+    assert found == 0 or len(peaks_within(apart.tolist(), found - 2.0**-21)) > number
+
+
+def test_a_number_of_clusters_is_checked():
+    with pytest.raises(ValueError, match="clusters must be >= 1, got 0"):
+        smallest_cutoff(torch.zeros(2, 2), 0)
+
+
+def drawn_for_pact(seed: int, kind: str) -> VisualTokens:
+    """Two images of 40 tokens; keys in clusters, or each at a right angle to all others."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(2, 6, 8, generator=generator)[:, torch.randint(6, (40,), generator=generator)]
+    keys = keys + 0.4 * torch.randn(2, 40, 8, generator=generator)
+    if kind == "apart":
+        keys = torch.stack([torch.eye(40), 3 * torch.eye(40)])
+    return VisualTokens.from_features(
+        torch.zeros(2, 40, 1),
+        mean_query_attention=torch.rand(2, 40, generator=generator).double(),
+        hidden=torch.randn(2, 40, 6, generator=generator).double(),
+        own_keys=keys.double(),
+    )
+
+
+def pact_by_hand(tokens: VisualTokens, i: int, keep: int, important: float, rejoin: float) -> dict[int, list[int]]:
+    """The members of each centre, the centre first."""
+    worth = [float(tokens.mean_query_attention[i, n] * tokens.hidden[i, n].norm()) for n in range(40)]
+    ranked = sorted(range(40), key=lambda n: -worth[n])
+    chosen = sorted(ranked[: max(int(40 * important), keep)])
+    rows = (tokens.own_keys[i] / tokens.own_keys[i].norm(dim=1, keepdim=True)).tolist()
+
+    def distance(a, b):
+        cosine = sum(x * y for x, y in zip(rows[a], rows[b], strict=True))
+        return 0.0 if a == b else max(0.0, 1 - round(cosine * 2**32) / 2**32)
+
+    density = {a: round(sum(math.exp(-((distance(a, b) / 2) ** 2)) for b in chosen), 9) for a in chosen}
+    chosen.sort(key=lambda a: (-density[a], a))
+    apart = [[distance(a, b) for b in chosen] for a in chosen]
+    cutoff = crossing(apart, keep)
+    centres = [chosen[c] for c in peaks_within(apart, cutoff)]
+    while len(centres) < keep:
+        left = [a for a in chosen if a not in centres]
+        centres.append(max(left, key=lambda a: min(distance(a, c) for c in centres)))
+    members = {c: [c] for c in centres}
+    for n in range(40):
+        if n not in centres:
+            nearest = min(sorted(centres), key=lambda c: distance(n, c))
+            if distance(n, nearest) <= rejoin * cutoff:
+                members[nearest].append(n)
+    return members
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    keep=st.integers(1, 39),
+    important=st.sampled_from([0.55, 0.3, 1.0]),
+    rejoin=st.sampled_from([1.5, 0.0, 1.0]),
+    kind=st.sampled_from(["clusters", "clusters", "apart"]),
+)
+def test_pact_merges_into_the_centres_of_dense_clusters(seed, keep, important, rejoin, kind):
+    """Whatever the budget, exactly so many clusters; their centres are the plain means of their members."""
+    tokens = drawn_for_pact(seed, kind)
+    generator = torch.Generator().manual_seed(seed)
+    states = [torch.randn(40, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    chosen = PACT(important=important, rejoin=rejoin).select(tokens, Budget(keep))
+    assert chosen.flow is not None
+    merged = chosen.flow.apply(states)
+    for i in range(2):
+        members = pact_by_hand(tokens, i, keep, important, rejoin)
+        assert chosen.keep[i].nonzero().flatten().tolist() == sorted(members)
+        for centre, own in members.items():
+            torch.testing.assert_close(merged[i][centre], states[i][own].mean(0), rtol=1e-6, atol=1e-6)
+
+
+def test_pact_clusters_across_the_views_of_an_image_and_merges_within_them():
+    tokens = anyres(4)
+    chosen = PACT(important=1.0).select(tokens, Budget(6))
+    view = places(tokens, "image").view.flatten()
+    assert chosen.flow is not None
+    assert len(chosen.flow.source) > len(chosen.flow.target.unique())
+    assert torch.equal(view[chosen.flow.source], view[chosen.flow.target])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"important": 0.0}, r"important must be in \(0, 1\], got 0.0"),
+        ({"rejoin": -1.0}, r"rejoin must be >= 0 and finite, got -1.0"),
+        ({"rejoin": float("inf")}, "rejoin must be >= 0 and finite, got inf"),
+        ({"layer": 0}, "layer must be an int >= 1"),
+    ],
+)
+def test_pact_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PACT(**arguments)
+
+
+@given(size=st.integers(1, 60), keep=st.integers(1, 60), seed=st.integers(0, 1000))
+def test_sparse_vlm_plus_is_a_ranking_with_counts_of_its_own(size, keep, seed):
+    """Nothing is recycled, unless it is asked for."""
+    paid = torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
+    tokens = VisualTokens.from_features(torch.zeros(1, size, 1), rater_attention_plus=paid)
+    selector = SparseVLM(plus=True)
+    chosen = selector.select(tokens, Budget(keep))
+    want = sorted(range(size), key=lambda n: -float(paid[0, n]))[:keep]
+    assert chosen.keep[0].nonzero().flatten().tolist() == sorted(want)
+    assert chosen.flow is None
+    assert [(stage.layer, round(576 * stage.share)) for stage in selector.stages(32)] == [(3, 238), (7, 108), (16, 60)]
+    assert (selector.merges, SparseVLM(plus=True, recycle=True).merges, SparseVLM().merges) == (False, True, True)
+
+
+def test_priority_heads_are_fourteen_of_thirty_two():
+    assert [priority_heads(heads) for heads in (1, 2, 4, 8, 14, 28, 32, 40)] == [1, 1, 2, 4, 6, 12, 14, 18]

@@ -21,7 +21,7 @@ from selector.measure.cost import PHASES, Spent
 from selector.measure.protocol import Protocol
 from selector.measure.run import compare
 from selector.models import encode
-from selector.plug import prune_inputs
+from selector.pruning import prune_inputs
 from selector.report.summary import summarize
 from selector.report.tables import markdown
 from selector.tasks import load_task

@@ -11,7 +11,7 @@ from selector import Budget, GumbelSelector, Random, SVDPrune
 from selector.measure.answering import prepare
 from selector.measure.flops import cache_bytes, counted_flops, language_flops, tower_flops
 from selector.models import encode
-from selector.plug import prune_inputs
+from selector.pruning import prune_inputs
 
 MODELS = [("clip", "llama", "sdpa"), ("siglip", "mistral", "eager"), ("clip", "qwen2", "sdpa")]
 

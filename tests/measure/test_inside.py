@@ -17,7 +17,7 @@ from selector.measure.consistency import spectrum
 from selector.measure.cost import Spent, allocated_cache_bytes
 from selector.measure.flops import cache_bytes, flop_counter, language_flops
 from selector.models import encode
-from selector.plug import prune_inputs
+from selector.pruning import prune_inputs
 from selector.report.summary import summarize
 from selector.report.tables import markdown, notes
 

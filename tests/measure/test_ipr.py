@@ -30,7 +30,7 @@ from selector.measure.answering import forced, prepare
 from selector.measure.harness import Harness, Row
 from selector.measure.protocol import Protocol
 from selector.models import encode
-from selector.plug import prune_inputs
+from selector.pruning import prune_inputs
 from selector.report.statistics import spearman
 from selector.tasks import load_task
 

@@ -20,7 +20,7 @@ from selector.measure.protocol import Protocol
 from selector.measure.scores import vqa
 from selector.measure.settings import row_settings
 from selector.models import encode
-from selector.plug import Pruned, prune_inputs
+from selector.pruning import Pruned, prune_inputs
 from selector.report.standings import distil
 from selector.report.summary import summarize
 from selector.tasks import Task

@@ -159,9 +159,11 @@ def test_a_tower_without_cls_gives_the_attention_that_is_received(other):
     assert {"vispruner:attention=received", "cls-attention:attention=received", "hired:attention=received"} <= {*labels}
     assert "vispruner" not in labels
 
-    # SCOPE weighs by the attention from CLS and takes no other.
-    assert {row["selector"] for row in result["skipped"]} <= {"scope"}
-    assert all("cls_attention" in row["reason"] for row in result["skipped"])
+    # SCOPE weighs by the attention from CLS and takes no other; and no language model is there to act inside of.
+    reasons = {row["selector"]: row["reason"] for row in result["skipped"]}
+    assert "cls_attention" in reasons.pop("scope", "cls_attention")
+    assert "fastv" in reasons
+    assert all("acts inside the language model" in reason for reason in reasons.values()), reasons
     assert len(labels) + len(result["skipped"]) == len(known_selectors())
 
 

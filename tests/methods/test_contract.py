@@ -85,6 +85,8 @@ VARIANTS = SPECS | {
         "mix:a=(svd-prune:rank=2),b=divprune,weight=0.25,merge=nearest",
         "lofi:rank=3,layer=2,count=after",
         "ridge-leverage:layer=1",
+        "pact:important=1.0,rejoin=0.5",
+        "sparse-vlm:plus=true",
         "norm:merge=nearest,layer=1",
     )
 }

@@ -242,7 +242,7 @@ def test_every_selector_runs_or_is_refused_by_name(family):
         "hiprune": "hiprune:layer=1",
     }
     specs |= dict.fromkeys(
-        ("dart-inside", "fastv", "pyramid-drop", "sparse-vlm", "vscan", "vtw", "inside", "stages"), "norm"
+        ("dart-inside", "fastv", "pact", "pyramid-drop", "sparse-vlm", "vscan", "vtw", "inside", "stages"), "norm"
     )  # tests/inside has them
     chosen = [load_selector(specs.get(name, name)) for name, cls in available_selectors().items() if not cls.learned]
     chosen += [load_selector(f"{name}:attention=received") for name in ("visionzip", "prumerge", "cls-attention")]

@@ -303,7 +303,7 @@ def test_help_and_unknown_commands(capsys):
     assert main(["--help"]) == 0
     assert "selector-train export" in capsys.readouterr().out
     assert main(["train"]) == 2
-    assert "command must be one of fit, validate, test, export, got 'train'" in capsys.readouterr().err
+    assert "command must be one of fit, validate, test, export, bench, got 'train'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ import torch
 from PIL import Image
 
 from training.data import ImageModule, TileDataset
-from training.image_folder import ImageFile, credits, even_sample, list_images, split_by_hash
+from training.image_folder import (
+    ImageFile,
+    credits,
+    digest_files,
+    even_sample,
+    list_images,
+    members,
+    questions_of,
+    read_member,
+    split_by_hash,
+)
 
 
 @pytest.fixture
@@ -115,6 +126,16 @@ def test_train_and_validation_images_are_sampled_within_their_side_of_the_split(
     assert len(ImageModule(str(folder), val_share=0.5)._split("val")) == len(held_out)
 
 
+def test_a_validation_takes_a_number_of_images_not_a_share():
+    data = ImageModule("photos", val_share=0.5)
+    data._paths = [Path("photos") / f"{index}.jpg" for index in range(2000)]
+    held_out = data._split("test")
+    assert 900 < len(held_out) < 1100
+    assert data._split("val") == even_sample(held_out, 500)
+    data.val_images = None
+    assert data._split("val") == held_out
+
+
 def test_images_are_credited_as_their_annotations_say(tmp_path):
     (tmp_path / "scans" / "images").mkdir(parents=True)
     (tmp_path / "photos").mkdir()
@@ -130,6 +151,81 @@ def test_images_are_credited_as_their_annotations_say(tmp_path):
     assert "- 2.png, CC BY 4.0: A. Photographer" in text
     assert text.count("> Scans: by someone.") == 1
     assert "Photographer" not in credits(tmp_path, scans[:2])
+
+
+@pytest.fixture
+def shards(folder, tmp_path_factory):
+    """The images of `folder` in two tar files, with sidecars as webdataset has them; (root, name -> content)."""
+    root, contents = tmp_path_factory.mktemp("shards"), {}
+    for number, part in enumerate((list_images(folder)[:7], list_images(folder)[7:])):
+        with tarfile.open(root / f"{number:05d}.tar", "w") as archive:
+            for path in part:
+                name = f"deep/{path.name}" if number else path.name
+                contents[f"{number:05d}.tar/{name}"] = path.read_bytes()
+                archive.add(path, name)
+                archive.add(folder / "notes.txt", Path(name).with_suffix(".txt").as_posix())
+    return root, contents
+
+
+def test_images_in_shards_are_those_of_the_folder_in_order_split_and_content(shards, folder):
+    root, contents = shards
+    paths = list_images(root)
+    assert [path.relative_to(root).as_posix() for path in paths] == sorted(contents)
+    assert {path.name: path.read_bytes() for path in list_images(folder)} == {
+        path.name: read_member(path) for path in paths
+    }
+    for path in paths:
+        alone = next(file for file in list_images(folder) if file.name == path.name)
+        assert ImageFile(path)().tobytes() == ImageFile(alone)().tobytes()
+    sides = [{path.name for path in split_by_hash(list_images(where), 0.4)[1]} for where in (root, folder)]
+    assert sides[0] == sides[1]
+    assert ImageModule(str(root), val_share=0.4).describe().endswith(f"more held out, {len(sides[0])} of them for "
+                                                                     "validation)")  # fmt: skip
+
+
+def test_a_changed_image_in_a_shard_changes_the_digest(shards, folder):
+    root, contents = shards
+    before = digest_files(root, sorted(contents))
+    path = list_images(root)[3]
+    start, size = members(root / "00000.tar")[path.name]
+    whole = bytearray((root / "00000.tar").read_bytes())
+    whole[start + size - 1] ^= 1
+    (root / "00000.tar").write_bytes(whole)
+    assert digest_files(root, sorted(contents)) != before
+
+
+def test_annotations_beside_a_shard_are_about_its_images(shards):
+    root, _ = shards
+    first, *_, last = list_images(root)
+    rows = [{"image": path.name, "qa": [{"q": "what?", "a": path.stem}], "source": "Tar"} for path in (first, last)]
+    (root / "annotations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = questions_of(list_images(root))
+    assert {path: turns for path, turns in asked.items() if turns} == {
+        first: (("what?", first.stem),),
+        last: (("what?", last.stem),),
+    }
+    assert "| Tar | not named | 2 |" in credits(root, [first, last])
+
+
+def test_a_shard_that_cannot_be_read_is_named(shards, tmp_path):
+    root, _ = shards
+    with tarfile.open(root / "zipped.tar", "w:gz") as archive:
+        archive.add(root / "00000.tar", "a.png")
+    with pytest.raises(ValueError, match=r"shard .*zipped\.tar cannot be read as an uncompressed tar file"):
+        list_images(root)
+    (root / "zipped.tar").unlink()
+    with tarfile.open(root / "twice.tar", "w") as archive:
+        for _ in range(2):
+            archive.add(root / "00000.tar", "a.png")
+    with pytest.raises(ValueError, match=r"shard .*twice\.tar holds two images of the name a\.png"):
+        list_images(root)
+
+
+def test_a_folder_that_is_called_like_a_shard_is_a_folder(tmp_path):
+    (tmp_path / "unpacked.tar").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "unpacked.tar" / "a.png")
+    (path,) = list_images(tmp_path)
+    assert ImageFile(path)().size == (8, 8)
 
 
 def test_images_without_annotations_have_no_credits(folder):

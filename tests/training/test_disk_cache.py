@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -238,7 +239,56 @@ def test_two_processes_at_once_build_it_once(tmp_path, encoder):
     found = [counts.get(timeout=120) for _ in processes]
     for process in processes:
         process.join()
-    assert sorted(found) == [(True, 0), (True, len(SIZES))]
+    assert [equal for equal, _ in found] == [True, True]
+    assert sum(calls for _, calls in found) == len(SIZES)  # each image by one of them
+
+
+def test_a_second_process_takes_the_shards_that_the_first_is_not_at(build, tiles, encoder, encoded, monkeypatch):
+    """The first, a thread here, is held up in shard 0 until the second has encoded the others."""
+    held, done, plain, errors = threading.Event(), threading.Event(), module._Build._encode, []
+
+    def slowly(self, number, *more):
+        if threading.current_thread() is first:
+            held.set()
+            assert done.wait(60)
+        plain(self, number, *more)
+        if threading.current_thread() is not first and not [n for n in self.missing() if n]:
+            done.set()
+
+    def run():
+        try:
+            build("float32")
+        except BaseException as error:
+            errors.append(error)
+
+    monkeypatch.setattr(module._Build, "_encode", slowly)
+    first = threading.Thread(target=run)
+    first.start()
+    assert held.wait(60)
+    cache = build("float32")  # waits for shard 0 at its end
+    first.join(60)
+    assert not errors
+    assert done.is_set()
+    assert len(encoded) == len(tiles)
+    for index in range(len(tiles)):
+        torch.testing.assert_close(cache[index], encoder(tiles[index]), rtol=0, atol=0)
+    assert not list(cache.folder.glob("*.lock"))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_images_encoded_together_keep_their_rows(build, tiles, encoder, encoded, batch):
+    cache = build("float32", batch_tiles=batch, shard_bytes=10**9)
+    counts, waiting = [], 0
+    for number in range(len(tiles)):
+        waiting += len(tiles[number])
+        if waiting >= batch or number == len(tiles) - 1:
+            counts, waiting = [*counts, waiting], 0
+    assert encoded == counts
+    assert len(counts) == {1: len(tiles), 1000: 1}.get(batch, len(counts))
+    size = sum(tiles[index].shape[0] for index in range(len(tiles))) * encoder.num_patches * encoder.dim * 4
+    assert sum(path.stat().st_size for path in shards(cache)) < size + 4000
+    for index in range(len(tiles)):
+        torch.testing.assert_close(cache[index], encoder(tiles[index]), rtol=1e-5, atol=1e-5)
 
 
 def test_workers_and_pickles_read_the_same_rows(build, tiles):

@@ -105,3 +105,57 @@ def test_a_model_of_another_type_is_named(tmp_path, tiny_model):
     model.model.vision_tower.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"path must hold a LLaVA-NeXT, got .* of type 'clip_vision_model'"):
         LlavaNextEncoder(str(tmp_path))
+
+
+TYPES = ("float32", "bfloat16")
+
+
+def encoder_of(kind, tmp_path, tiny_model, dtype):
+    """One of each family, with the same weights whenever it is built."""
+    if kind == "timm":
+        torch.manual_seed(0)
+        return TimmEncoder("test_vit", pretrained=False, dtype=dtype)
+    model, processor = tiny_model()
+    whole = kind == "llava"
+    (model if whole else model.model.vision_tower).save_pretrained(tmp_path)
+    (processor if whole else processor.image_processor).save_pretrained(tmp_path)
+    return LlavaNextEncoder(str(tmp_path), dtype=dtype) if whole else TransformersEncoder(str(tmp_path), dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["llava", "transformers", "timm"])
+def test_a_lower_precision_changes_the_features_by_its_rounding_alone(tmp_path, tiny_model, make_image, kind):
+    full, low = (encoder_of(kind, tmp_path, tiny_model, dtype) for dtype in TYPES)
+    pixels = full.preprocess(make_image(40, 90))
+    expected, features = full(pixels), low(pixels)
+    assert {weight.dtype for weight in low.parameters()} == {torch.bfloat16}
+    assert features.dtype == torch.float32
+    error = float((features - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.02  # bfloat16 has 8 bits, and it was really used
+    assert low.fingerprint() != full.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_precision_of_the_trainer_does_not_reach_the_encoder(tmp_path, tiny_model, make_image, dtype):
+    encoder = encoder_of("llava", tmp_path, tiny_model, dtype)
+    pixels = encoder.preprocess(make_image(40, 90))
+    features, projected = encoder(pixels), encoder.project(encoder(pixels))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(encoder(pixels), features, rtol=0, atol=0)
+        torch.testing.assert_close(encoder.project(features), projected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_reads_the_features_is_trained_although_they_come_from_inference_mode(
+    tmp_path, tiny_model, make_image, dtype
+):
+    encoder = encoder_of("llava", tmp_path, tiny_model, dtype)
+    modes, plain = [], encoder.encode
+    encoder.encode = lambda pixels: modes.append(torch.is_inference_mode_enabled()) or plain(pixels)
+    features = encoder(encoder.preprocess(make_image(40, 90)))
+    projected = encoder.project(features)
+    assert modes == [True]
+    for read in (features, projected):
+        assert not read.is_inference()
+        reader = nn.Linear(read.shape[-1], 1)
+        reader(read).sum().backward()  # its gradient is the input that it keeps
+        torch.testing.assert_close(reader.weight.grad[0], read.sum((0, 1)), rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.profilers import PassThroughProfiler
 from torch import Tensor
 
 from selector.budget import Budget
@@ -65,7 +66,7 @@ class Trainer:
     """What a trainer is asked for when statistics are taken: its batches, and sums over its one process."""
 
     def __init__(self, batches):
-        self.batches = batches
+        self.batches, self.profiler = batches, PassThroughProfiler()
         self.datamodule = self.strategy = self
 
     def train_dataloader(self):
