@@ -122,7 +122,11 @@ def compare(
 
     # Every row of every task has a file of records, whose key is made of all that they depend on: a changed setting is
     # another file, and what is unchanged is not measured again.
-    leaving = {label: _last_layer(model, label, each) for label, each in selectors.items() if each.acts == "inside"}
+    leaving = {
+        label: {"leaves_at": _last_layer(model, label, each), "count": each.count}
+        for label, each in selectors.items()
+        if each.acts == "inside"
+    }
     rows = [Row(FULL)] + ([Row(BLIND)] if protocol.answers else [])
     rows += [_row(label, selector, budget) for budget in budgets for label, selector in selectors.items()]
     common = common_settings(model, processor) | asdict(protocol)
@@ -169,7 +173,7 @@ def compare(
                 "label": row.label,
                 "keep": written(row.budget),
                 "sees_question": row.selector is not None and row.selector.sees_question,
-                **({"leaves_at": leaving[row.label], "count": row.selector.count} if row.label in leaving else {}),
+                **leaving.get(row.label, {}),
                 "key": file.key,
             }
             for task in tasks
@@ -181,7 +185,9 @@ def compare(
     _write_plan(out, plan)
 
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values())) - INSIDE
-    harness = Harness(model, processor, needs, protocol, batch_threads, sorted(set(leaving.values())))
+    harness = Harness(
+        model, processor, needs, protocol, batch_threads, [each["leaves_at"] for each in leaving.values()]
+    )
 
     # A function of its own, so that mistakes are raised by `compare` and not by the first step.
     def steps() -> Iterator[Step]:

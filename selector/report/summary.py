@@ -336,17 +336,19 @@ def _difference(records: Sequence[Record], against: Sequence[Record]) -> dict[st
 
 
 def _correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rank correlation of the size of each spectral shift with agreement: over all pruned rows, then per task."""
+    """Rank correlation of the size of each spectral shift with agreement: over the rows of selectors that act before
+    the language model, then per task."""
     results = []
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     # None stands for all tasks together; with a single task both would be the same.
     for task in (None, *(tasks if len(tasks) > 1 else [])):
         for shift in SHIFTS:
-            # References select nothing, and are no points.
+            # References select nothing, and are no points; where tokens leave inside, the shift is of another layer.
             points = [
                 (abs(r[shift]), r["agreement"])
                 for r in rows
                 if r["keep"] and task in (None, r["task"]) and None not in (r[shift], r["agreement"])
+                if r["last_tokens"] is None
             ]
             rank = spearman([x for x, _ in points], [y for _, y in points])
             interval = None if rank is None else spearman_interval(rank, len(points))

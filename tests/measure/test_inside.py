@@ -180,6 +180,16 @@ def test_a_resumed_run_does_not_try_again(run):
     assert not any(step.new for step in run({"fastv": FastV()}, ("0.25",), samples=2))
 
 
+def test_spectra_of_several_layers_are_not_correlated_together(run):
+    run({"fastv": FastV(), "norm": Norm()}, ("0.5", "0.7"), samples=2, baseline=None)
+    summary = summarize(run.folder)
+    assert {row["selector"] for row in summary["rows"] if row["ipr_shift"] is not None and row["keep"]} == {
+        "fastv",
+        "norm",
+    }
+    assert {each["points"] for each in summary["correlations"]} == {2}
+
+
 @pytest.mark.parametrize(
     ("spec", "keep", "message"),
     [
