@@ -11,12 +11,17 @@ from __future__ import annotations
 import argparse
 import ast
 import doctest
+import io
+import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
 LONG = 15
 """Lines of a function's body from which on it should have a blank line or a comment."""
+
+DIRECTIVES = ("# noqa", "# type:", "# pyright:")
+"""Beginnings of comments that speak to a tool."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
@@ -26,6 +31,23 @@ def body_lines(function: Function, lines: Sequence[str]) -> list[str]:
     """The lines of a function's body, without its docstring."""
     body = function.body[1:] if ast.get_docstring(function) else function.body
     return list(lines[body[0].lineno - 1 : function.end_lineno]) if body else []
+
+
+def comments_and_code(source: str) -> tuple[int, int]:
+    """Comments, and lines of code: neither docstrings nor directives to a linter or type checker count."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    comments = [each.string for each in tokens if each.type == tokenize.COMMENT]
+
+    # A docstring is a statement of its own: what stands before it is a new line or an indentation.
+    layout = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER}
+    code: set[int] = set()
+    before = tokenize.NEWLINE
+    for each in tokens:
+        alone = each.type == tokenize.STRING and before in layout
+        if each.type not in layout and not alone:
+            code.update(range(each.start[0], each.end[0] + 1))
+        before = each.type
+    return sum(not comment.startswith(DIRECTIVES) for comment in comments), len(code)
 
 
 def is_wall(function: Function, lines: Sequence[str]) -> bool:
@@ -85,8 +107,9 @@ def measure(folder: Path) -> dict[str, str]:
         if argument.arg not in ("self", "cls")
     ]
 
-    code = [line for text in texts.values() for line in text if line.strip() and not line.strip().startswith("#")]
-    comments = sum("# " in line for text in texts.values() for line in text)
+    comments, code = map(
+        sum, zip(*(comments_and_code(path.read_text(encoding="utf-8")) for path in paths), strict=True)
+    )
     sizes = [len(text) for text in texts.values() if text]
     lengths = [node.end_lineno - node.lineno + 1 for node, _ in functions if node.end_lineno]
     blank = sum(not line.strip() for body in long for line in body)
@@ -99,7 +122,7 @@ def measure(folder: Path) -> dict[str, str]:
         "docstring, public top level": _share(top),
         "docstring, public methods": _share(methods),
         "runnable example, public classes": _share(examples),
-        "comments per 100 lines of code": f"{100 * comments / len(code):.1f}",
+        "comments per 100 lines of code": f"{100 * comments / code:.1f}",
         f"blank lines in functions of {LONG} lines and more": f"{100 * blank / max(1, sum(map(len, long))):.0f}%",
         "such functions with neither blank line nor comment": f"{walls} of {len(long)}",
     }

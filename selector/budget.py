@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from selector.numerics import inverse_permutation
 from selector.tokens import NEWLINE, PAD, VisualTokens
 
 Scope = Literal["image", "tile"]
@@ -215,12 +216,9 @@ def _prefix(
     With `count_rows` the first patch of a row also pays for the row's newline; when a single token is left for such a
     patch, the patch comes without it. So the total is exact.
     """
-    # The rank of each patch, as the inverse of the sorting order.
     patch, row = tokens.is_patch, tokens.rows
     order = tokens.packed(scores, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
+    rank = inverse_permutation(order)
 
     # What the ranking costs up to each patch, read back in packed order: a patch stays while that fits.
     cost = patch.long()
@@ -246,9 +244,7 @@ def _rank_within_tiles(scores: Float[Tensor, "T N"], tokens: VisualTokens) -> Fl
     """Scores whose image-wide order gives every tile its share: minus the rank in the tile, relative to its size."""
     # Ranks at half steps: whatever prefix is taken, two tiles differ by less than one patch from their shares.
     valid = tokens.valid
-    order = scores.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
-    number = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, number)
+    rank = inverse_permutation(scores.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True))
     return -(rank + 0.5) / valid.sum(1, keepdim=True).clamp(min=1)
 
 

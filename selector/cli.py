@@ -1,4 +1,4 @@
-"""The command line: ``selector compare | show | bench | calibrate | stability | list | report``.
+"""The command line: ``selector compare | show | demo | bench | calibrate | stability | list | report``.
 
 Only the parser lives here, so that ``selector --help`` answers at once; the commands are in `selector.commands` and are
 imported when one runs. Settings come from three places, of which the later wins: the defaults below, a YAML file
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from selector.errors import UsageError
 from selector.measure.protocol import Protocol
-from selector.shipped import places
+from selector.shipped import candidates
 
 # Defaults by the names of the flags. Flags themselves have none in the parser, so that what was given can be told from
 # what was not.
@@ -38,6 +38,7 @@ MACHINE: dict[str, Any] = {
     "dtype": "auto",
     "device_map": None,
     "attention": None,
+    "quantization": None,
     "threads": None,
 }
 COMMON: dict[str, Any] = MACHINE | {
@@ -59,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "suffix": None,
         "system": None,
         "workers": 0,
+        "rank_timeout": 120,
         **asdict(Protocol()),
         "batch_size": None,  # depends on the size of the model
     },
@@ -70,6 +72,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_new_tokens": Protocol.max_new_tokens,
         "scores": False,
     },
+    "demo": COMMON | {"keep": [0.25], "port": 7860, "share": False, "max_new_tokens": Protocol.max_new_tokens},
     "bench": COMMON
     | {
         "keep": [0.25],
@@ -113,10 +116,12 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "keep": (int, float, str),
     "shares": (int, float, str),
     "tolerance": (int, float),
+    "rank_timeout": (int, float),
+    "device_map": (str, dict),
     "samples": object,  # an int or "all", which is checked where it is read
-    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers"), int),
+    **dict.fromkeys(("seed", "threads", "max_new_tokens", "layer", "repeats", "batch_size", "workers", "port"), int),
     **dict.fromkeys(("tiles", "prefill_layers"), int),
-    **dict.fromkeys(("answers", "skip_unreadable", "scores"), bool),
+    **dict.fromkeys(("answers", "skip_unreadable", "scores", "share"), bool),
 }
 """Types that a value of a YAML file (of a list: each of its items) may have; a text where nothing is stated. Flags
 follow them, see `_Parser.setting`."""
@@ -128,6 +133,7 @@ examples:
   selector compare --selectors checkpoints/my-selector svd-prune random --tasks folder:DATA --no-answers
   selector compare --config configs/compare/llava-next-7b.yaml
   selector show photo.jpg --selectors svd-prune lofi --keep 0.25 --out picture.png
+  selector demo --selectors checkpoints/selector-llava-next-tiny lofi random
   selector list
 
 A selector is a name (selector list), a name with arguments (svd-prune:energy=0.5,center=false), a checkpoint folder,
@@ -215,7 +221,7 @@ def _read_config(name: str, command: str) -> dict[str, Any]:
     """
     import yaml  # here, since most calls read none
 
-    path = next((place for place in places(name) if place.is_file()), None)
+    path = next((path for path in candidates(name) if path.is_file()), None)
     if path is None:
         raise UsageError(f"config must be a YAML file, there is no {name!r}")
 
@@ -322,6 +328,7 @@ def _parser() -> argparse.ArgumentParser:
         add("compare", "accuracy, consistency, evidence, tokens and time of every selector at every budget", EXAMPLES)
     )
     _show(add("show", "a PNG of what each selector keeps of an image"))
+    _demo(add("demo", "a page to drop an image on: what each selector keeps and answers (needs gradio)"))
     _bench(add("bench", "selection time against the model's, on a checkpoint or at a published model's sizes", BENCH))
     _calibrate(add("calibrate", "find the thresholds of --keep auto:SHARE, stored in a checkpoint", CALIBRATE))
     _stability(add("stability", "whether a changed image, or another training, keeps the same places", STABILITY))
@@ -394,6 +401,9 @@ def _compare(parser: _Parser) -> None:
         metavar="I/N",
         help="take every N-th sample, from the I-th (0/2 and 1/2 share a run; under torchrun: its rank)",
     )
+    parser.setting(
+        "rank_timeout", "seconds without a sign of life after which another rank of torchrun counts as dead", "S"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget the records of this comparison and start over")
 
 
@@ -405,6 +415,13 @@ def _show(parser: _Parser) -> None:
     parser.setting("out", "the picture", "PNG")
     parser.setting("scores", "below, the scores of each selector as a heat map")
     parser.setting("question", "also ask this of every image, and show the answers", "TEXT")
+    parser.setting("max_new_tokens", "tokens of an answer at most", "N")
+
+
+def _demo(parser: _Parser) -> None:
+    _shared(parser)
+    parser.setting("port", "of the page, 0 for one that is free", "PORT")
+    parser.setting("share", "open the page to the internet too, through a tunnel of gradio's (default: no)")
     parser.setting("max_new_tokens", "tokens of an answer at most", "N")
 
 
@@ -482,7 +499,8 @@ def _machine(parser: _Parser) -> None:
     parser.setting("model", "checkpoint folder or hub name of a LLaVA-NeXT", "NAME")
     parser.setting("device", "cpu, cuda, ...")
     parser.setting("dtype", "auto (as stored), float32, bfloat16, float16")
-    parser.setting("device_map", "spread a large model, e.g. auto (needs accelerate)", "MAP")
+    parser.setting("device_map", "spread a large model: auto, or modules and devices as JSON", "MAP")
+    parser.setting("quantization", "int8, int4 or nf4 weights, packed as they are loaded", "NAME")
     parser.setting("attention", "attn_implementation of the model, e.g. eager", "NAME")
     parser.setting("threads", "CPU threads of torch (default: 1 for a small model; for its batches, torch's own)", "N")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selector.budget import Scope
+from selector.numerics import inverse_permutation
 from selector.tokens import VisualTokens
 
 
@@ -97,10 +98,7 @@ def even_order(tokens: VisualTokens) -> Float[Tensor, "I L"]:
     bits = max(1, int(torch.maximum(y, x).max()).bit_length())
     key = (view << (2 * bits)) | bayer(y.clamp(min=0), x.clamp(min=0), bits)
     key = key.masked_fill(view < 0, torch.iinfo(torch.long).max)
-    order = key.argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
+    rank = inverse_permutation(key.argsort(dim=1, stable=True))
 
     # Midpoints (k + 0.5) / size: a view with twice the patches has two of them for each of the other's.
     first, size = per_view(rank, view, tokens, "amin"), sizes(view, tokens)
@@ -150,7 +148,7 @@ def cells(where: Places, tokens: VisualTokens, count: Int[Tensor, "T"], rows: In
         count: cells of each view, 0 for a view without any.
         rows: bands of each view, see `bands`.
     """
-    view, y, x, height, width = extents(where, tokens)
+    view, y, x, height, width = view_extents(where, tokens)
     total, band_count = count[view], rows[view].clamp(min=1)
     band, band_mid = _part(y, height[view], band_count)
 
@@ -164,7 +162,7 @@ def cells(where: Places, tokens: VisualTokens, count: Int[Tensor, "T"], rows: In
     return Cells(cell.masked_fill(~used, -1), used & band_mid & column_mid)
 
 
-def extents(
+def view_extents(
     where: Places, tokens: VisualTokens
 ) -> tuple[Int[Tensor, "I L"], Int[Tensor, "I L"], Int[Tensor, "I L"], Int[Tensor, "T"], Int[Tensor, "T"]]:
     """(view, row and column counted from the view's first, height and width of the views)."""

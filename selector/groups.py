@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selector.budget import Budget, Scope
+from selector.numerics import inverse_permutation
 from selector.tokens import VisualTokens
 
 
@@ -92,11 +93,7 @@ class Groups:
 
 def ranks(scores: Float[Tensor, "G M"], mask: Bool[Tensor, "G M"]) -> Int[Tensor, "G M"]:
     """Rank of every member, 0 for the highest score, ties by packed order; padding comes last."""
-    order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
-
-    # The inverse of a permutation by a scatter, where a second argsort would sort again.
-    rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, rank)
+    return inverse_permutation(scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True))
 
 
 def interleave(

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from selector.base import Stage
 from selector.columns import Columns
+from selector.devices import synchronize
 from selector.layer_view import EMBEDDED, OVERHEARD, READERS, LayerView, Passed
 from selector.merging import Selection
 from selector.plan import Plan
@@ -296,7 +297,7 @@ class _Run:
         if all(count >= own for count, own in zip(counts, kept.sum(1).tolist(), strict=True)):
             return hidden  # nothing leaves here
 
-        _synchronize(hidden.device)
+        synchronize(hidden.device)
         start = time.perf_counter()
         with torch.no_grad(), plan.around():
             passed = Passed(self.heard, whole["position_embeddings"], self.embedded, self.decoder.norm)
@@ -321,7 +322,7 @@ class _Run:
         for own, count in zip(plan.layers, keep.sum(1).tolist(), strict=True):
             own[number:] = [count] * (self.depth - number)
 
-        _synchronize(hidden.device)
+        synchronize(hidden.device)
         plan.seconds += time.perf_counter() - start
         return hidden
 
@@ -385,9 +386,3 @@ def _refuse_window(config: Any, length: int) -> None:
             f"sliding_window={window} is reached by a sequence of {length} tokens: windows count columns, and do not "
             "fit once tokens have left inside the language model; prune before it, or use shorter prompts"
         )
-
-
-def _synchronize(device: torch.device) -> None:
-    """Waits for a GPU to finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

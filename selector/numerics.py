@@ -96,6 +96,17 @@ def take(rows: Float[Tensor, "G M *C"], pick: Int[Tensor, "G"]) -> Float[Tensor,
     return rows[torch.arange(len(pick), device=pick.device), pick]
 
 
+def inverse_permutation(order: Int[Tensor, "*G M"]) -> Int[Tensor, "*G M"]:
+    """The position of each entry in every row of `order`; of a sorting order, the ranks.
+
+    >>> inverse_permutation(torch.tensor([[2, 0, 1]])).tolist()
+    [[1, 2, 0]]
+    """
+    # By a scatter: a second argsort would sort again.
+    position = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, position)
+
+
 def extents(mask: Bool[Tensor, "G M"]) -> list[int]:
     """Length of each group up to its last member: what lies behind it is padding."""
     # Of member numbers from 1: members may have gaps, so counting them would cut the last ones off.

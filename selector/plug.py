@@ -45,7 +45,7 @@ class SelectionLog:
 
     Example:
         >>> log = SelectionLog()
-        >>> for kept, full in ((64, 320), (16, 80)):  # two calls, an image each
+        >>> for kept, full in ((64, 320), (16, 80)):  # two calls, one image each
         ...     _ = log.add(Pruned({}, measured=[kept], full=[full]))
         >>> log.measured, sum(log.measured) / sum(log.full)
         ([64, 16], 0.2)

@@ -21,6 +21,7 @@ from torch import Tensor
 from selector.base import Stage, TokenSelector
 from selector.budget import Budget
 from selector.columns import compact
+from selector.devices import synchronize
 from selector.inside import Memory, acting, decoder_of
 from selector.merging import Selection
 from selector.models import Adapter, Encoded, Relevance, adapter_of, encode, has_visuals, model_type_of
@@ -326,14 +327,14 @@ def _select(
 
     # A GPU works on after its calls have returned: both ends of what is timed wait for it.
     device = encoded.tokens.features.device
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     with torch.no_grad():
         chosen: Selection = selector.select(encoded.tokens, budget)
     if chosen.flow is not None:
         tables = [chosen.flow.apply(table) for table in tables]
 
-    _synchronize(device)
+    synchronize(device)
     return chosen.keep, tables, time.perf_counter() - start
 
 
@@ -403,9 +404,3 @@ def _pad_id(model: Any) -> int:
     """What fills up shorter rows; masked, so that any id does where the model names none."""
     pad = model.generation_config.pad_token_id
     return 0 if pad is None else pad
-
-
-def _synchronize(device: torch.device) -> None:
-    """Waits for a GPU to finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -90,8 +90,8 @@ def load_selector(spec: str | Path | Mapping[str, Any] | TokenSelector, allow: I
         if "/" in spec:
             raise ValueError(f"no selector checkpoint at {spec!r}: the folder does not exist")
         close = difflib.get_close_matches(name, _names(), n=3, cutoff=0.4)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ValueError(f"unknown selector {name!r}: not one of {', '.join(_names())}, nor a checkpoint folder{hint}")
+        hint = f" (did you mean {', '.join(close)}?)" if close else ""  # in front: the list is long, and may be cut off
+        raise ValueError(f"unknown selector {name!r}{hint}: not one of {', '.join(_names())}, nor a checkpoint folder")
 
     cls = _class_of(name)
     _refuse_untrained(cls, name)
@@ -113,7 +113,7 @@ def _built(spec: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:
 def _refuse_untrained(cls: type[TokenSelector], name: str) -> None:
     """Raises a ValueError for a learned class: only a checkpoint has its weights."""
     if cls.learned:
-        raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, it means nothing untrained")
+        raise ValueError(f"selector {name!r} is learned: name a checkpoint folder, since it needs trained weights")
 
 
 def _construct(cls: type[TokenSelector], arguments: Mapping[str, Any], allow: Iterable[str]) -> TokenSelector:

@@ -89,10 +89,10 @@ def ridge_leverage_scores(
     return scores if features.dtype == torch.float64 else scores.float()
 
 
-def _inverse_factor(gram: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"]) -> Float[Tensor, "*B M M"]:
+def _inverse_factor(table: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"]) -> Float[Tensor, "*B M M"]:
     """L⁻¹ in float64, of G + λI = L Lᵀ: the inverse of the sum is its transpose times itself."""
-    identity = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
-    lower = torch.linalg.cholesky(gram.double() + ridge[..., None, None] * identity)
+    identity = torch.eye(table.shape[-1], dtype=torch.float64, device=table.device)
+    lower = torch.linalg.cholesky(table.double() + ridge[..., None, None] * identity)
     return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
 
 

@@ -87,7 +87,11 @@ def build(
 
 
 def imported(path: str, root: type[Built], allow: Iterable[str] = ()) -> type[Built]:
-    """The class of a class_path; see `build`."""
+    """The class of a class_path; the arguments are those of `build`.
+
+    Raises:
+        ValueError: a class that is unknown, not allowed or no `root`.
+    """
     # A class that is already defined runs no code by being named, wherever it is from (a notebook's is in __main__).
     for known in _subclasses(root):
         if class_path(known) == path:

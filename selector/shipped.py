@@ -10,6 +10,6 @@ INSTALLED = PACKAGE / "shipped"
 ROOT = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
 
 
-def places(name: str) -> tuple[Path, Path]:
+def candidates(name: str) -> tuple[Path, Path]:
     """Where a file or folder of that name may be: relative to the current folder, or else among what ships."""
     return Path(name), ROOT / name

@@ -290,7 +290,18 @@ def _shares(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B R"]:
 def prepare(
     features: Float[Tensor, "*B N D"], center: bool, normalize_rows: bool, mask: Bool[Tensor, "*B N"] | None
 ) -> tuple[Float[Tensor, "*B N D"], Bool[Tensor, "*B N"]]:
-    """(the matrices as they are decomposed, which of their rows exist)."""
+    """The matrices as they are decomposed: in the type of the computation, centred and scaled as asked for.
+
+    Args:
+        features: ``[*B, N, D]``, any float type.
+        center, normalize_rows, mask: as in `leverage_scores`.
+
+    Returns:
+        The matrices, zero in rows that do not exist, and ``[*B, N]`` which rows exist.
+
+    Raises:
+        ValueError: NaN or infinity in a row that exists.
+    """
     present = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device) if mask is None else mask
 
     # Uncentred, the square of a strong mean would swallow the rest of a float32 Gram matrix.
@@ -348,6 +359,9 @@ def _subspace(
     matrix: Float[Tensor, "*B N D"], rank: int, seed: int, extra: int = 32, iterations: int = 8
 ) -> tuple[Float[Tensor, "*B N R"], Float[Tensor, "*B R"]]:
     """Leading left singular vectors and squared values by a fixed number of iterations (Halko et al., Alg. 4.4).
+
+    ``torch.svd_lowrank`` does the same, but draws from the global generator, on the device of the matrix: the scores
+    would depend on what was drawn before, and on the device.
 
     Args:
         extra: width of the sketch beyond the rank, which makes the leading directions converge faster.

@@ -54,6 +54,13 @@ class UnmetBudget(ValueError):
     Args:
         message: names method, budget and image.
         least: the smallest `keep`, in tokens, that this image could meet.
+
+    Example:
+        >>> try:  # two of four layers see all 100 tokens
+        ...     planned_counts("fastv", 100, 16, 4, [Stage(2, 1.0, None)], "average")
+        ... except UnmetBudget as error:
+        ...     error.least
+        51
     """
 
     def __init__(self, message: str, least: int):

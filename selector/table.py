@@ -7,6 +7,7 @@ Shapes: T tiles, N patches per tile, C channels of the table, W width of what re
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -23,6 +24,27 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "projected": ("projected",),
     "both": ("features", "projected"),
 }
+
+
+def check_sizes(least: int, **sizes: int) -> None:
+    """Refuses constructor arguments below `least`.
+
+    Raises:
+        ValueError: names the first such argument.
+    """
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"{name} must be >= {least}, got {size}")
+
+
+def check_mlp_ratio(mlp_ratio: float, width: int) -> None:
+    """Refuses a ratio that gives the MLP of a layer of this width no channel, or endlessly many.
+
+    Raises:
+        ValueError: names the ratio; NaN is refused too.
+    """
+    if not 1 <= width * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio must give at least 1 channel of {width} and be finite, got {mlp_ratio}")
 
 
 class TableSelector(ScoreSelector):

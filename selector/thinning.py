@@ -186,9 +186,9 @@ def _contends(rough: Float[Tensor, "B T"], best: Float[Tensor, "B"]) -> Bool[Ten
 
 def _tied(cosines: Float[Tensor, "G E"]) -> Bool[Tensor, "G E"]:
     """Those that have another one within `DOUBT`."""
-    ordered, place = cosines.sort(dim=1, descending=True)
+    ordered, order = cosines.sort(dim=1, descending=True)
     near = ordered[:, :-1] - ordered[:, 1:] <= DOUBT  # not so of two infinities, whose difference is NaN
     tied = torch.zeros_like(ordered, dtype=torch.bool)
     tied[:, 1:] = near
     tied[:, :-1] |= near
-    return torch.zeros_like(tied).scatter_(1, place, tied)
+    return torch.zeros_like(tied).scatter_(1, order, tied)

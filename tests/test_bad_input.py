@@ -124,6 +124,8 @@ FLAGS = [
     (("--positions", "all"), "positions"),
     *((("--device", value), "device") for value in ("abacus", "meta", "cuda:99", "cpu:x", "")),
     *((("--dtype", value), "dtype") for value in ("float7", "int8", "")),
+    *((("--device-map", value), "device_map must") for value in ("nowhere", "disk", "", "{", '{"": "x"}', "[]")),
+    *((("--quantization", value), "quantization must") for value in ("int3", "8", "")),
     *(
         (("--model", value), "model")
         for value in ("none", "", "./none", "checkpoints/none", "empty", "file", "a/b/c", "a/b")
@@ -135,6 +137,7 @@ FLAGS = [
     *((("--seed", value), "seed") for value in ("x", "1.5", "")),
     *((("--shard", value), "shard") for value in ("2/2", "1", "0/0", "-1/2", "a/b", "", "0/2/3")),
     (("--shard", "0/2", "--fresh"), "fresh"),
+    *((("--rank-timeout", value), "timeout") for value in ("0", "-1", "x", "nan", "inf", "")),
     (("--baseline", "nobody"), "baseline"),
     *((("--out", value), "out") for value in ("", "file", "file/deep")),
     *((("--config", value), "config") for value in ("none.yaml", "empty", "")),

@@ -211,11 +211,14 @@ def test_without_a_calibration():
 
 @pytest.mark.parametrize(
     "name",
-    sorted({*available_selectors()} - {"gumbel", "image-transformer", "merge", "mix", "inside", "stages", "vtw"}),
+    [
+        name
+        for name, cls in available_selectors().items()
+        if issubclass(cls, RankSelector) and not cls.learned and name != "mix"  # which is made of others
+    ],
 )
 def test_every_method_is_calibrated_or_says_why_not(name):
     selector, tokens = load_selector(name), anyres(images=6)
-    assert isinstance(selector, RankSelector)
     if isinstance(selector, ScoreSelector) or name == "tome":  # one ranking for every budget
         if name in ("lofi", "svd-prune"):
             selector.energy = 0.5

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from selector import (
     Budget,
     GumbelSelector,
+    ImageTransformer,
     Random,
     ScoreSelector,
     SVDPrune,
@@ -263,6 +264,21 @@ def test_a_config_that_cannot_be_is_named(checkpoint, changes, message):
     edit(checkpoint, **changes)
     with pytest.raises(ValueError, match=message):
         TokenSelector.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(({name: 0}, f"{name} must be >= 1, got 0") for name in ("dim", "width", "heads", "pool")),
+        *(({name: -1}, f"{name} must be >= 0, got -1") for name in ("layers", "question_layers")),
+        *(({"mlp_ratio": value}, "mlp_ratio must .* finite, got") for value in (-1.0, float("nan"), float("inf"))),
+        ({"width": 24}, "width must be a multiple of 4 \\* heads, got width 24 and 4 heads"),
+        *(({"question_dim": value, "inputs": "both"}, r"question_dim must be in 1\.\.8") for value in (0, 9)),
+    ],
+)
+def test_sizes_of_an_image_transformer_that_cannot_be_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTransformer(**{"dim": 8} | arguments)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe{}", b"[]", b"null", b"5", b'"x"'])

@@ -12,7 +12,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from selector.errors import RankingError
-from selector.shipped import places
+from selector.shipped import candidates
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
@@ -198,7 +198,7 @@ def _with_configs(arguments: list[str]) -> list[str]:
         # `--config=FILE` is one argument, `--config FILE` two.
         if not sign and place + 1 < len(arguments):
             place, name = place + 1, arguments[place + 1]
-        here, shipped = places(name)
+        here, shipped = candidates(name)
         if name and not here.is_file() and shipped.is_file():
             resolved[place] = f"{flag}={shipped}" if sign else str(shipped)
     return resolved

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,10 +19,10 @@ from selector.commands.common import choose, find_tasks, load_all, name_unreadab
 from selector.commands.printing import console
 from selector.errors import UsageError
 from selector.files import check_output, output
-from selector.measure.answering import prepare
+from selector.measure.answering import encode_image
 from selector.measure.identity import fingerprint
-from selector.measure.run import sample_count
-from selector.models import encode
+from selector.measure.run import check_part, sample_count
+from selector.records import WHOLE
 from selector.shipped import INSTALLED
 from selector.tasks import Task
 from selector.tasks.sample import Sample
@@ -47,9 +46,7 @@ def run(settings: dict[str, Any]) -> int:
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("calibrate", settings["tasks"], settings["skip_unreadable"])
     tolerance = _tolerance(settings["tolerance"])
-    for task in tasks:
-        if samples is None and task.size is None:
-            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
+    check_part(tasks, samples, WHOLE, fresh=False)
     spec = settings["selector"]
     source = _source(spec)
     out = _target(settings["out"], spec, source)
@@ -96,9 +93,9 @@ def _target(out: str | None, spec: str, source: str | None) -> Path:
     if out is None and Path(source or "").resolve().is_relative_to(INSTALLED):
         raise UsageError(f"out must name the folder to write: {spec!r} is part of the installed package")
 
-    place = Path(out or source or "")
-    check_output(place)
-    return place
+    folder = Path(out or source or "")
+    check_output(folder)
+    return folder
 
 
 def _samples(tasks: Sequence[Task], samples: int | None, seed: int) -> Iterator[Sample]:
@@ -109,11 +106,7 @@ def _samples(tasks: Sequence[Task], samples: int | None, seed: int) -> Iterator[
 def _encoded(model: Any, processor: Any, selector: RankSelector, samples: Iterable[Sample]) -> Iterator[VisualTokens]:
     """The visual tokens of every sample's image, one by one."""
     for sample in samples:
-        inputs = prepare(processor, sample.image, sample.question, model.device)
-        with torch.no_grad():
-            encoded = encode(model, inputs, selector.needs)
-        if encoded is not None:
-            yield encoded.tokens
+        yield encode_image(model, processor, sample.image, sample.question, selector.needs)[1].tokens
 
 
 def _print(calibration: Calibration, title: str, out: Path) -> None:

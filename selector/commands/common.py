@@ -1,4 +1,4 @@
-"""What several commands share: checked settings, loaded models and selectors, samples for want of an image."""
+"""What several commands share: checked settings, loaded models and selectors, samples where no image is given."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from selector.base import TokenSelector
 from selector.commands import loading
+from selector.commands.large import check_quantization, parse_device_map, spread_options
 from selector.errors import MissingData, UsageError
 from selector.tasks import Task, load_task
 from selector.tasks.sample import Sample
@@ -24,7 +25,8 @@ def choose(settings: dict[str, Any]) -> dict[str, TokenSelector]:
     """Loads the selectors, and checks whatever else can be checked without the model.
 
     Args:
-        settings: ``threads``, ``device``, ``model``, ``dtype``, ``selectors`` and ``allow`` of a command.
+        settings: ``threads``, ``device``, ``model``, ``dtype``, ``device_map``, ``quantization``, ``selectors`` and
+            ``allow`` of a command.
 
     Returns:
         Selectors by label.
@@ -36,6 +38,8 @@ def choose(settings: dict[str, Any]) -> dict[str, TokenSelector]:
         raise UsageError(f"threads must be in 1..{MOST_THREADS}, got {settings['threads']}")
     device = loading.find_device(settings["device"])
     loading.choose_model(settings["model"], settings["dtype"])
+    spread_options(parse_device_map(settings["device_map"]))
+    check_quantization(settings["quantization"], device, settings["dtype"])
     return loading.load_selectors(settings["selectors"], device, settings["allow"])
 
 
@@ -45,7 +49,8 @@ def load_all(
     """Loads the model, moves the selectors to it, and sets the threads of torch.
 
     Args:
-        settings: ``threads``, ``model``, ``device``, ``dtype``, ``device_map`` and ``attention`` of a command.
+        settings: ``threads``, ``model``, ``device``, ``dtype``, ``device_map``, ``attention`` and ``quantization`` of a
+            command.
         selectors: as `choose` returns them.
 
     Returns:
@@ -58,9 +63,8 @@ def load_all(
 
     threads = settings["threads"]
     transformers.logging.disable_progress_bar()
-    model, processor = loading.load_model(
-        settings["model"], settings["device"], settings["dtype"], settings["device_map"], settings["attention"]
-    )
+    names = ("model", "device", "dtype", "device_map", "attention", "quantization")
+    model, processor = loading.load_model(*(settings[name] for name in names))
 
     # The default depends on the size of the model.
     if threads is None and sum(weight.numel() for weight in model.parameters()) < SMALL:
@@ -75,13 +79,14 @@ def pages(seed: int) -> list[Sample]:
     return [next(load_task(name).samples(1, seed)) for name in ("documents", "scenes")]
 
 
-def find_tasks(command: str, specs: list[str], skip_unreadable: bool) -> list[Task]:
+def find_tasks(command: str, specs: list[str], skip_unreadable: bool, quiet: bool = False) -> list[Task]:
     """Loads the tasks whose data is there, and names the others on standard error.
 
     Args:
         command: named in the message.
         specs: names of tasks, or ``folder:PATH``.
         skip_unreadable: leave out images that cannot be read, instead of an error.
+        quiet: name nothing.
 
     Raises:
         UsageError: a task twice, no task, or none whose data is there.
@@ -99,7 +104,8 @@ def find_tasks(command: str, specs: list[str], skip_unreadable: bool) -> list[Ta
             tasks.append(load_task(spec, skip_unreadable))
         except MissingData as error:
             missing.append(str(error))
-            print(f"selector {command}: {spec} is left out: {error}", file=sys.stderr)
+            if not quiet:
+                print(f"selector {command}: {spec} is left out: {error}", file=sys.stderr)
     if not tasks:
         raise UsageError(f"tasks must hold one whose data is there: {'; '.join(missing)}")
     return tasks
@@ -115,6 +121,9 @@ def name_unreadable(tasks: list[Task]) -> None:
 
 def sample_limit(value: Any) -> int | None:
     """The number of samples per task from a setting, a number or "all"; None for all.
+
+    Raises:
+        UsageError: anything else.
 
     Example:
         >>> sample_limit("8"), sample_limit("all")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from selector.commands.common import (
     sample_limit,
     whole,
 )
+from selector.commands.large import place_of
 from selector.commands.printing import print_report
+from selector.commands.ranks import RankLost, Ranks
 from selector.errors import UsageError
 from selector.files import check_output
 from selector.measure.batches import refusal
@@ -42,6 +44,8 @@ BATCH = 32
 def run(settings: dict[str, Any]) -> int:
     """Runs a comparison, or what is left of it, and prints the tables of what is done.
 
+    Under torchrun every process takes its part, and that of rank 0 prints and writes the report when all are done.
+
     Args:
         settings: by the names of ``DEFAULTS["compare"]`` in `selector.cli`; ``given`` lists those not left to the
             defaults, and ``shard`` and ``fresh`` may be among them.
@@ -50,56 +54,77 @@ def run(settings: dict[str, Any]) -> int:
         The exit code: 0, or 130 where the user interrupted the run.
 
     Raises:
-        UsageError: a setting out of its range, or a sample that cannot be measured.
+        UsageError: a setting out of its range, a sample that cannot be measured, or another rank that is lost.
     """
     # Mistakes in the settings are errors before a model is loaded.
     samples = sample_limit(settings["samples"])
     budgets = loading.parse_budgets(settings["keep"], settings["scope"], settings["newlines"])
-    tasks = _asked(settings, find_tasks("compare", settings["tasks"], settings["skip_unreadable"]))
-    protocol = _protocol(settings)
     shard = _shard(settings.get("shard"))
+    # A shard that a flag asks for waits for nobody: its others may run tomorrow.
+    team = shard if settings.get("shard") is None else WHOLE
+    tasks = find_tasks("compare", settings["tasks"], settings["skip_unreadable"], quiet=team[0] > 0)
+    tasks = _asked(settings, tasks)
+    protocol = _protocol(settings)
     check_part(tasks, samples, shard, settings.get("fresh", False))
     if not settings["out"]:
         raise UsageError("out must be the name of a folder, got ''")
-    check_output(Path(settings["out"]))
+    out = Path(settings["out"])
+    check_output(out)
     selectors = choose(settings)
     baseline = _baseline(settings, selectors)
-    # A stray RANK in the environment would otherwise make a partial run in silence.
-    if shard != WHOLE and settings.get("shard") is None:
-        _announce(shard)
 
-    # Batches of a small model are worth the threads that single prompts are not: those that torch would use by itself.
-    threads = torch.get_num_threads() if settings["threads"] is None else None
-    model, processor, selectors = load_all(settings, selectors)
-    protocol = _batched(protocol, model, settings["batch_size"])
+    with Ranks(out, team, _timeout(settings["rank_timeout"])) as ranks:
+        # A stray RANK in the environment would otherwise make a partial run in silence.
+        if team != WHOLE and ranks.leads:
+            _announce(shard)
 
-    # Lazy: nothing is measured until the steps are taken one by one.
-    steps = compare(
-        model,
-        processor,
-        selectors,
-        budgets,
-        tasks,
-        Path(settings["out"]),
-        protocol=protocol,
-        samples=samples,
-        shard=shard,
-        baseline=baseline,
-        fresh=settings.get("fresh", False),
-        model_name=str(settings["model"]),
-        workers=_workers(settings["workers"]),
-        batch_threads=threads if protocol.batch_size > 1 else None,
-    )
+        # Batches of a small model are worth the threads that single prompts are not: those that torch would use itself.
+        threads = torch.get_num_threads() if settings["threads"] is None else None
+        model, processor, selectors = load_all(settings, selectors)
+        protocol = _batched(protocol, model, settings["batch_size"], quiet=not ranks.leads)
 
-    # A record per sample and row; the unpruned model and, with answers, the blind one are rows too.
-    rows = len(selectors) * len(budgets) + 1 + int(settings["answers"])
-    sizes = {task.name: len(range(*shard_range(shard, sample_count(task, samples)))) * rows for task in tasks}
-    interrupted = _watch(steps, tasks, sizes)
+        # Lazy: nothing is measured until the steps are taken one by one.
+        steps = compare(
+            model,
+            processor,
+            selectors,
+            budgets,
+            tasks,
+            out,
+            protocol=protocol,
+            samples=samples,
+            shard=shard,
+            baseline=baseline,
+            fresh=settings.get("fresh", False),
+            model_name=str(settings["model"]),
+            workers=_workers(settings["workers"]),
+            batch_threads=threads if protocol.batch_size > 1 else None,
+        )
 
-    start = time.perf_counter()
-    print_report([Path(settings["out"])])
-    add_time(Path(settings["out"]), shard, {"report": time.perf_counter() - start})
-    if interrupted:
+        # A record per sample and row; the unpruned model and, with answers, the blind one are rows too. Rank 0 shows
+        # how far all ranks are.
+        rows = len(selectors) * len(budgets) + 1 + int(settings["answers"])
+        shown = shard if team == WHOLE else WHOLE
+        sizes = {task.name: len(range(*shard_range(shown, sample_count(task, samples)))) * rows for task in tasks}
+        return _report(out, shard, ranks, lambda: _watch(steps, tasks, sizes, ranks))
+
+
+def _report(out: Path, shard: Shard, ranks: Ranks, watch: Callable[[], bool]) -> int:
+    """Drives the run, and prints the tables of what is done whatever became of the other ranks; the exit code."""
+    lost: RankLost | None = None
+    interrupted = False
+    try:
+        interrupted = watch()
+    except RankLost as error:
+        lost = error
+
+    if ranks.leads:
+        start = time.perf_counter()
+        print_report([out])
+        add_time(out, shard, {"report": time.perf_counter() - start})
+    if lost is not None:
+        raise UsageError(f"{lost}; the same command goes on from what is done") from lost
+    if interrupted and ranks.leads:
         print("interrupted: the table shows what is done; the same command goes on from here", file=sys.stderr)
     return 130 if interrupted else 0
 
@@ -119,21 +144,26 @@ def _protocol(settings: dict[str, Any]) -> Protocol:
     )
 
 
-def _batched(protocol: Protocol, model: Any, size: int | None) -> Protocol:
+def _batched(protocol: Protocol, model: Any, size: int | None, quiet: bool) -> Protocol:
     """The protocol with a batch size: that of the command line, or one by the model's size; 1 where it must be."""
     if size is None:
         size = BATCH if sum(weight.numel() for weight in model.parameters()) < SMALL else 1
     reason = refusal(model) if size > 1 else None
-    if reason is not None:
+    if reason is not None and not quiet:
         print(f"selector compare: one prompt at a time instead of {size} at once, since {reason}", file=sys.stderr)
-        size = 1
-    return replace(protocol, batch_size=size)
+    return replace(protocol, batch_size=size if reason is None else 1)
 
 
 def _workers(value: Any) -> int:
     if whole("workers", value) < 0:
         raise UsageError(f"workers must be >= 0, got {value}")
     return value
+
+
+def _timeout(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise UsageError(f"rank_timeout must be a number of seconds above 0, got {value!r}")
+    return float(value)
 
 
 def _asked(settings: dict[str, Any], tasks: list[Task]) -> list[Task]:
@@ -160,13 +190,13 @@ def _announce(shard: Shard) -> None:
     """Names the environment variables that made this process take a part, since no flag asked for one."""
     print(
         f"selector compare: RANK={shard[0]} and WORLD_SIZE={shard[1]} in the environment: this process takes shard "
-        f"{shard[0]}/{shard[1]} of the samples; --shard 0/1 takes them all",
+        f"{shard[0]}/{shard[1]} of the samples and waits for the other ranks; --shard 0/1 takes them all",
         file=sys.stderr,
     )
 
 
-def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> bool:
-    """Drives the run behind progress bars, one per task; True if the user interrupted it."""
+def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int], ranks: Ranks) -> bool:
+    """Drives the run behind progress bars, one per task, until all ranks are done; True if the user interrupted it."""
     text = TextColumn("{task.description:<12} {task.fields[seen]}", markup=False)
     clock = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True, elapsed_when_finished=True))
 
@@ -174,7 +204,7 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
     right: dict[str, list[float]] = {"full": [], "pruned": []}
     shares: list[float] = []
 
-    with Progress(text, *clock, console=Console(stderr=True)) as progress:
+    with Progress(text, *clock, console=Console(stderr=True), disable=not ranks.leads) as progress:
         bars = {name: progress.add_task(name, total=size, seen="") for name, size in sizes.items()}
         current = None
         try:
@@ -192,12 +222,21 @@ def _watch(steps: Iterator[Step], tasks: list[Task], sizes: dict[str, int]) -> b
                     if step.row.selector and "tokens" in record:
                         shares.append(record["tokens"] / max(1, record["full_tokens"]))
 
-                progress.update(bars[step.task], advance=1, seen=_so_far(right, shares))
+                progress.update(bars[step.task], completed=ranks.advance(step.task), seen=_so_far(right, shares))
+
+            def others() -> None:
+                for name, bar in bars.items():
+                    progress.update(bar, completed=ranks.steps(name))
+
+            ranks.wait(others)
+            others()
         # Every finished record is on disk: an interrupted run is reported like a finished one.
         except KeyboardInterrupt:
+            ranks.stop("interrupted")
             return True
 
-    name_unreadable(tasks)
+    if ranks.leads:
+        name_unreadable(tasks)
     return False
 
 
@@ -212,7 +251,7 @@ def _so_far(right: dict[str, list[float]], shares: list[float]) -> str:
 def _shard(value: Any) -> Shard:
     """A shard such as "1/4" as numbers; without one, the rank that torchrun or accelerate gave this process, if any."""
     if value is None:
-        rank, number = loading.place_of("RANK", 0), loading.place_of("WORLD_SIZE", 1)
+        rank, number = place_of("RANK", 0), place_of("WORLD_SIZE", 1)
         if rank >= number:
             raise UsageError(
                 f"the environment variable RANK must be below WORLD_SIZE, got RANK={rank} and WORLD_SIZE={number}; "

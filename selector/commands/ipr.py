@@ -38,9 +38,8 @@ from torch import Tensor
 from selector.commands.loading import load_model, load_selectors, parse_budgets
 from selector.errors import UsageError
 from selector.files import output, write_text
-from selector.measure.answering import answer, answer_nll, forced, prepare
+from selector.measure.answering import answer, answer_nll, encode_image, forced
 from selector.measure.consistency import spectrum
-from selector.models import encode
 from selector.pruning import Pruned, prune_inputs
 from selector.tasks import load_task
 
@@ -102,7 +101,7 @@ def measure(settings: Mapping[str, Any]) -> Data:
         unpruned answer, in `NLL_UNIT` nats per token) and ``ipr`` (ΔIPR in `UNIT`, by mean and layer).
 
     Raises:
-        UsageError: a model, selector or budget that cannot be, or a sample without an image.
+        UsageError: a model, selector or budget that cannot be.
     """
     model, processor = load_model(settings["model"], "cpu")
     selectors = load_selectors(settings["selectors"], model.device)
@@ -118,11 +117,7 @@ def measure(settings: Mapping[str, Any]) -> Data:
     for task in settings["tasks"]:
         samples = load_task(task).samples(settings["questions"], settings["seed"])
         for number, sample in enumerate(samples, 1):
-            inputs = prepare(processor, sample.image, sample.question, model.device)
-            with torch.no_grad():
-                encoded = encode(model, inputs, needs)
-            if encoded is None:
-                raise UsageError(f"the samples of {task} must have an image, {sample.id} has none")
+            inputs, encoded = encode_image(model, processor, sample.image, sample.question, needs)
 
             # The unpruned model answers once; every pruned one then reads that answer, and gives one of its own.
             whole = prune_inputs(model, inputs, None, encoded=encoded)
@@ -178,6 +173,9 @@ def correlations(data: Data, consistency: str = "same", draws: int = 1000, seed:
         data: as `measure` returns it.
         consistency: ``same``, whether an answer stayed; or ``nll``, minus the ΔNLL of the unpruned answer.
         draws: of the bootstrap over the questions, seeded with `seed`; 0 gives intervals of no width.
+
+    Raises:
+        ValueError: another consistency.
     """
     if consistency not in ("same", "nll"):
         raise ValueError(f"consistency must be 'same' or 'nll', got {consistency!r}")
@@ -344,7 +342,6 @@ def figure(results: Sequence[Correlation]) -> str:
 
 def _compact(data: Data) -> str:
     """JSON with a row per line: small, and a change shows where it is."""
-    # Row by row, so that a diff shows which row changed.
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in data["rows"])
     head = json.dumps({name: value for name, value in data.items() if name != "rows"})
     return f'{head[:-1]}, "rows": [\n{rows}\n]}}\n'

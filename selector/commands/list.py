@@ -1,4 +1,4 @@
-"""`selector list`: the shipped methods, and the checkpoints within reach; as the README's table with ``--markdown``."""
+"""`selector list`: the shipped methods, and the checkpoints within reach; as Markdown with ``--markdown``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 
 def markdown() -> str:
-    """The methods as a Markdown table, which the README shows."""
+    """The methods as a Markdown table, which ``selector/methods/README.md`` shows."""
     lines = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
     for name, *rest in rows():
         lines.append(f"| `{name}` | " + " | ".join(rest) + " |")

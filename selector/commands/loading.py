@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,13 @@ import torch
 from selector import calibration
 from selector.base import TokenSelector
 from selector.budget import Budget, Newlines, Scope
+from selector.commands.large import check_quantization, own_gpus, parse_device_map, quantization_options, spread_options
 from selector.errors import UsageError
 from selector.measure.harness import BLIND, FULL
 from selector.measure.identity import identity
 from selector.pruning import Positions
 from selector.registry import load_selector
-from selector.shipped import places
+from selector.shipped import candidates
 
 RESERVED = (FULL, BLIND)
 _NAMED = re.compile(r"([\w][\w.+-]*)=(.+)")
@@ -29,7 +29,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def find_folder(name: str) -> Path | None:
     """The folder of that name, seen from the current one, else among those that ship with the package; None if none."""
-    for path in places(name):
+    for path in candidates(name):
         try:
             if name and path.is_dir():
                 return path
@@ -39,7 +39,12 @@ def find_folder(name: str) -> Path | None:
 
 
 def load_model(
-    name: str, device: str, dtype: str = "auto", device_map: str | None = None, attention: str | None = None
+    name: str,
+    device: str,
+    dtype: str = "auto",
+    device_map: str | Mapping[str, Any] | None = None,
+    attention: str | None = None,
+    quantization: str | None = None,
 ):
     """A model and its processor, in evaluation mode.
 
@@ -47,33 +52,41 @@ def load_model(
         name: a folder with a checkpoint, or a hub name (owner/name).
         device: see `find_device`; not used with `device_map`.
         dtype: one of `DTYPES`; "auto" is that of the checkpoint.
-        device_map: as in ``from_pretrained``: spreads a large model over devices.
+        device_map: as in ``from_pretrained``: spreads a large model over devices; under torchrun over those of this
+            process.
         attention: as ``attn_implementation`` in ``from_pretrained``.
+        quantization: one of `selector.commands.large.PACKAGE`: weights are packed as they are loaded.
 
     Returns:
         (model, processor).
 
     Raises:
-        UsageError: not there, not loadable, or an unknown device or type.
+        UsageError: not there, not loadable, an unknown device or type, or a map that leaves nothing on a device.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     target, folder = find_device(device), choose_model(name, dtype)
     local = folder is not None
+    spread = parse_device_map(device_map)
+    check_quantization(quantization, target, dtype)
 
     options: dict[str, Any] = {"local_files_only": local, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if device_map is not None:
-        options["device_map"] = device_map
+    options |= quantization_options(quantization, dtype) | spread_options(spread)
+    if quantization is not None and spread is None:
+        options["device_map"] = {"": str(target)}  # packed where it will run: not every layout can be moved
     if attention is not None:
         options["attn_implementation"] = attention
     try:
         # One image processor everywhere: pixels of the PIL and of the torchvision one differ in the second decimal.
         processor = AutoProcessor.from_pretrained(folder or name, backend="pil", local_files_only=local)
         model = AutoModelForImageTextToText.from_pretrained(folder or name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UsageError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
-    if device_map is None:
+    if "device_map" not in options:
         torch.nn.Module.to(model, target)
+    # Images are encoded outside the model's own forward, which alone would bring such weights back.
+    if model.device.type == "meta":
+        raise UsageError(f"device_map must leave the vision tower on a device, got {device_map!r}")
     return model.eval(), processor
 
 
@@ -251,9 +264,9 @@ def find_device(name: str) -> torch.device:
         >>> find_device("cpu")
         device(type='cpu')
     """
-    # One process per GPU: each takes the one that torchrun gave it.
-    if name == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", place_of("LOCAL_RANK", 0))
+    # One process per GPU, or per several of them: each takes the first that is its own.
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", own_gpus()[0])
     if name == "auto":
         return torch.device("cpu")
     try:
@@ -264,19 +277,6 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"device must be auto or one that torch has here, got {name!r}: {_one_line(error)}") from error
     return device
-
-
-def place_of(variable: str, default: int) -> int:
-    """A number that torchrun or accelerate put into the environment.
-
-    Raises:
-        UsageError: it is there and is no whole number.
-    """
-    # isdigit alone would take digits of other scripts.
-    text = os.environ.get(variable, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise UsageError(f"the environment variable {variable} must be an int >= 0, got {text!r}; unset it")
-    return int(text)
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -20,13 +19,13 @@ from selector.commands import loading
 from selector.commands.common import choose, find_tasks, load_all, name_unreadable, sample_limit, whole
 from selector.errors import UsageError
 from selector.files import check_output, output, write_json
-from selector.measure.answering import prepare
+from selector.measure.answering import encode_image
 from selector.measure.evidence import model_canvas
 from selector.measure.identity import fingerprint, identity
-from selector.measure.run import sample_count
+from selector.measure.run import check_part, sample_count
 from selector.measure.settings import environment, written
 from selector.measure.stability import Change, Overlap, Pairs, changes, overlap_of, pairs
-from selector.models import encode
+from selector.records import WHOLE
 from selector.registry import load_selector
 from selector.report.statistics import bootstrap_mean
 from selector.tasks.sample import Sample
@@ -55,9 +54,7 @@ def run(settings: dict[str, Any]) -> int:
     samples, seed = sample_limit(settings["samples"]), whole("seed", settings["seed"])
     tasks = find_tasks("stability", settings["tasks"], settings["skip_unreadable"])
     out = _target(settings["out"])
-    for task in tasks:
-        if samples is None and task.size is None:
-            raise UsageError(f"samples must be a number for the task {task.name!r}, which has no end, got 'all'")
+    check_part(tasks, samples, WHOLE, fresh=False)
     selectors = choose(settings)
     seeds = _seeds(settings)
     _check_calibrated(selectors | seeds, budgets)
@@ -143,13 +140,13 @@ def measure(
     overlaps: Overlaps = {}
     for sample in samples:
         try:
-            before = _encoded(model, processor, sample.image, sample.question, needs)
+            before = encode_image(model, processor, sample.image, sample.question, needs)[1].tokens
             canvas = model_canvas(model.config, (sample.image.height, sample.image.width), before.grid)
             places = canvas.rectangles()
 
             # Every selector against itself, on the image and on the changed one.
             for change in changes(sample.image, canvas):
-                after = _encoded(model, processor, change.image, sample.question, needs)
+                after = encode_image(model, processor, change.image, sample.question, needs)[1].tokens
                 at = pairs(places, before.valid, change)
                 for budget, named in itertools.product(budgets, selectors.items()):
                     each = _compared((named, named), (before, after), budget, at, chance)
@@ -165,16 +162,6 @@ def measure(
         except ValueError as error:
             raise UsageError(f"on sample {sample.id!r}: {error}") from error
     return overlaps
-
-
-def _encoded(
-    model: Any, processor: Any, image: Image.Image, question: str | None, needs: frozenset[str]
-) -> VisualTokens:
-    with torch.no_grad():
-        encoded = encode(model, prepare(processor, image, question, model.device), needs)
-    if encoded is None:
-        raise RuntimeError("the processor made no pixels of an image")
-    return encoded.tokens
 
 
 def _compared(

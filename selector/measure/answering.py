@@ -18,7 +18,7 @@ from torch import Tensor
 from selector.errors import UsageError
 from selector.measure.consistency import answer_nll
 from selector.measure.cost import GenerationClock, PeakMemory
-from selector.models import adapter_of
+from selector.models import Encoded, adapter_of, encode
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,29 @@ def prepare(
     # A text alone leaves the argument out: not every processor takes ``images=None``.
     arguments = {"text": text} if image is None else {"text": text, "images": image}
     return dict(processor(**arguments, return_tensors="pt").to(device))
+
+
+def encode_image(
+    model: Any, processor: Any, image: Image.Image, question: str | None, needs: frozenset[str]
+) -> tuple[dict[str, Any], Encoded]:
+    """One image (and a question about it) through the processor and the vision tower, without gradients.
+
+    Args:
+        needs: fields of `VisualTokens` that the selectors to come read.
+
+    Returns:
+        (the model's inputs as `prepare` makes them, the encoded image).
+
+    Raises:
+        ValueError: a field that this model cannot give.
+        RuntimeError: a processor that makes no pixels of an image.
+    """
+    inputs = prepare(processor, image, question, model.device)
+    with torch.no_grad():
+        encoded = encode(model, inputs, needs)
+    if encoded is None:
+        raise RuntimeError("the processor made no pixels of an image")
+    return inputs, encoded
 
 
 def without_image(inputs: Mapping[str, Any], image_token_id: int) -> dict[str, Any]:

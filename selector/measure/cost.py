@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers.generation.streamers import BaseStreamer
 
+from selector.devices import synchronize
+
 
 class GenerationClock(BaseStreamer):
     """Measures prefill and decoding inside ``generate`` itself, without a second forward pass.
@@ -190,12 +192,6 @@ def allocated_cache_bytes(cache: Any) -> int:
     held = [part for layer in cache.layers for part in (layer.keys, layer.values) if isinstance(part, Tensor)]
     storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in held if part.numel()}
     return sum(storages.values())
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the work queued on a GPU is done, without which a clock times the launch alone; elsewhere nothing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def processor_time(device: torch.device) -> float:

@@ -9,7 +9,10 @@ whole image coarsely (text is unreadable in it), so its coverage is reported sep
 boxes that overlap each count in full. The unpruned model can be a little under 1: its unpadding rounds away part of a
 border row.
 
-Shapes: T tiles (the first is the base view), N patches per tile.
+Models whose one view is the whole image, squeezed (`selector.models.Adapter.whole`), have that view and no base view.
+Of other families it is not known where their patches lie: `unplaced` says so, and no evidence is measured.
+
+Shapes: T tiles (the first is the base view, where there is one), N patches per tile.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from selector.errors import UsageError
+from selector.models import adapter_for, available_adapters
 from selector.tasks.sample import Box
 
 
@@ -35,6 +41,7 @@ class Canvas:
         image: (width, height) of the original image.
         tiles: (rows, columns) of tiles.
         grid: (rows, columns) of patches in a tile.
+        base: whether a base view comes before the tiles.
 
     Example:
         >>> canvas = canvas_of((336, 672), pinpoints=[(336, 672), (672, 672)], tile=336, grid=(24, 24))
@@ -47,6 +54,7 @@ class Canvas:
     image: tuple[int, int]
     tiles: tuple[int, int]
     grid: tuple[int, int]
+    base: bool = True
 
     def edges(self) -> tuple[Float[Tensor, "X"], Float[Tensor, "Y"]]:
         """Borders of the columns and of the rows of patches in pixels of the original image, clamped to it."""
@@ -65,6 +73,8 @@ class Canvas:
         # The canvas has its patches row by row over all tiles, the model has them tile by tile.
         whole = _rectangles(*self.edges()).view(rows, self.grid[0], columns, self.grid[1], 4)
         tiles = whole.transpose(1, 2).reshape(rows * columns, -1, 4)
+        if not self.base:
+            return tiles
 
         # The base view is the whole image squeezed into one tile, without padding.
         width, height = self.image
@@ -92,27 +102,56 @@ def canvas_of(
     return Canvas((canvas_w, canvas_h), inner, (width, height), (canvas_h // tile, canvas_w // tile), grid)
 
 
-def model_canvas(model_config: object, image_size: tuple[int, int], grid: tuple[int, int]) -> Canvas:
-    """`canvas_of` with the resolutions and tile side of a LLaVA-NeXT's config.
+def unplaced(model_config: Any) -> str | None:
+    """Why it is not known where in an image the patches of a model lie; None where it is.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> unplaced(SimpleNamespace(model_type="internvl"))
+        "the adapter of 'internvl' models does not say where in the image their patches lie"
+    """
+    if getattr(model_config, "image_grid_pinpoints", None) is not None:
+        return None
+    kind = getattr(model_config, "model_type", type(model_config).__name__)
+    if kind in available_adapters() and adapter_for(kind).whole:
+        return None
+    return f"the adapter of {kind!r} models does not say where in the image their patches lie"
+
+
+def model_canvas(
+    model_config: Any, image_size: tuple[int, int], grid: tuple[int, int], views: int | None = None
+) -> Canvas:
+    """The canvas of an image under a model: `canvas_of` with a LLaVA-NeXT's own numbers, or the one view of others.
 
     Args:
         image_size: (height, width) of the original image.
         grid: patches per tile, (rows, columns).
+        views: how many the image was encoded in, base view included; None takes it for right.
 
     Raises:
-        ValueError: a config of another family.
+        UsageError: a model whose patches have no known place, or an image in more views than that place is known for.
     """
+    why = unplaced(model_config)
+    if why is not None:
+        raise UsageError(f"no place of a patch is known: {why}")
+
     pinpoints = getattr(model_config, "image_grid_pinpoints", None)
-    if pinpoints is None:
-        kind = getattr(model_config, "model_type", type(model_config).__name__)
-        raise ValueError(f"evidence knows the tiles of LLaVA-NeXT only: a {kind!r} config has no image_grid_pinpoints")
-    return canvas_of(image_size, pinpoints, model_config.vision_config.image_size, grid)  # type: ignore[attr-defined]
+    if pinpoints is not None:
+        return canvas_of(image_size, pinpoints, model_config.vision_config.image_size, grid)
+
+    # Each patch counts as a pixel of the canvas. Crops beside the whole image (pan and scan) would be further views.
+    if views not in (None, 1):
+        raise UsageError(f"an image must be one view for this model, its processor made {views} of it: turn crops off")
+    height, width = image_size
+    return Canvas((grid[1], grid[0]), (0, 0, grid[1], grid[0]), (width, height), (1, 1), grid, base=False)
 
 
 def evidence(
     kept: Bool[Tensor, "_ _"], rectangles: Float[Tensor, "T N 4"], boxes: Sequence[Box]
-) -> tuple[float, float] | None:
+) -> tuple[float, float | None] | None:
     """(share under kept tokens of the tiles, share under kept tokens of the base view); None without any box area.
+
+    An image of a single view has no base view: its share is the first, and the second is None.
 
     Args:
         kept: ``[T, N]`` patches whose token is kept.
@@ -127,7 +166,7 @@ def evidence(
 
     # What of a box lies outside the image cannot be covered, and does not count.
     box = torch.tensor(boxes, dtype=torch.float64).view(-1, 4)
-    limit = rectangles[0, -1, 2:]  # the base view ends where the image ends
+    limit = rectangles[0, -1, 2:]  # the base view, or the only one, ends where the image ends
     box = torch.minimum(box.clamp(min=0), limit.repeat(2))
     area = ((box[:, 2] - box[:, 0]).clamp(min=0) * (box[:, 3] - box[:, 1]).clamp(min=0)).sum()
     if area == 0:
@@ -137,6 +176,8 @@ def evidence(
     lower = torch.maximum(rectangles[:, :, None, :2], box[:, :2])
     upper = torch.minimum(rectangles[:, :, None, 2:], box[:, 2:])
     covered = (upper - lower).clamp(min=0).prod(-1).sum(-1) * kept.cpu()  # [T, N]
+    if len(covered) == 1:
+        return (covered.sum() / area).item(), None
     return (covered[1:].sum() / area).item(), (covered[0].sum() / area).item()
 
 

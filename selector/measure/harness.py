@@ -27,12 +27,13 @@ from torch import Tensor
 
 from selector.base import RankSelector, ScoreSelector, TokenSelector
 from selector.budget import Budget
+from selector.devices import synchronize
 from selector.errors import UsageError
 from selector.measure.answering import Answer, answer, forced, prepare, without_image
 from selector.measure.batches import Reading, read
 from selector.measure.consistency import Spectrum, spectrum, spectrum_shift
-from selector.measure.cost import Spent, synchronize, threads
-from selector.measure.evidence import Canvas, evidence, model_canvas
+from selector.measure.cost import Spent, threads
+from selector.measure.evidence import Canvas, evidence, model_canvas, unplaced
 from selector.measure.flops import cache_bytes, counted_flops, flop_counter, language_flops, tower_flops
 from selector.measure.protocol import Protocol
 from selector.measure.scoring import answer_record
@@ -292,13 +293,12 @@ class Measured:
             self.encode_seconds = time.perf_counter() - start
         self.image_token_id = self.encoded.image_token_id if self.encoded else None
 
-        # A sample with boxes needs the canvas of a LLaVA-NeXT: other models raise. Without boxes the canvas serves the
-        # report's pictures, and is done without. Approximate tokens cover no patches of their own.
+        # For evidence and the report's pictures. A family without one does without both, which the report says once.
+        # Approximate tokens cover no patches of their own.
         self.canvas: Canvas | None = None
-        placed = sample.boxes or hasattr(model.config, "image_grid_pinpoints")
-        if placed and self.encoded and not self.encoded.approximate:
-            size = (sample.image.height, sample.image.width)
-            self.canvas = model_canvas(model.config, size, self.encoded.tokens.grid)
+        if self.encoded and not self.encoded.approximate and unplaced(model.config) is None:
+            size, tokens = (sample.image.height, sample.image.width), self.encoded.tokens
+            self.canvas = model_canvas(model.config, size, tokens.grid, len(tokens.features))
         self._rectangles = self.canvas.rectangles() if self.canvas is not None and sample.boxes else None
 
         # The reference of every comparison. `whole` goes through the plug, too: full and pruned then differ in nothing
@@ -551,7 +551,9 @@ class Measured:
             figures["approximate"] = True
         if self._rectangles is not None:
             shares = evidence(kept, self._rectangles, self.sample.boxes)
-            figures |= {} if shares is None else {"evidence": shares[0], "base_evidence": shares[1]}
+            if shares is not None:
+                named = zip(("evidence", "base_evidence"), shares, strict=True)
+                figures |= {name: share for name, share in named if share is not None}
         return figures
 
     def _same(self, given: Answer | None) -> bool:

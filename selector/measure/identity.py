@@ -17,6 +17,7 @@ from torch import nn
 import selector
 from selector.base import TokenSelector
 from selector.budget import Budget
+from selector.measure.model_files import fingerprint_from_files, values_are_readable
 
 ASIDE = (
     *("__init__.py", "cli.py", "errors.py", "hub.py", "record.py", "records.py"),
@@ -28,7 +29,16 @@ WHOLE = 256 * 2**20
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash of a module's tensors: names, types, shapes and values (sampled evenly in modules above 256 MiB)."""
+    """Hash of a module's tensors: names, types, shapes and values (sampled evenly in modules above 256 MiB).
+
+    A model whose weights are offloaded or quantised has no values to read: there the files that it was loaded from
+    stand for them, see `selector.measure.model_files`. So the same weights have another fingerprint when offloaded.
+
+    Raises:
+        UsageError: offloaded or quantised, and not loaded from safetensors files.
+    """
+    if not values_are_readable(module):
+        return fingerprint_from_files(module)
     return fingerprint_of(module.state_dict())
 
 

@@ -1,9 +1,9 @@
 """Pictures of a run: small copies of the images that were asked about, and the borders of patches, for the report.
 
-``RUN/images/<name>.jpg`` and ``<name>.json`` ({size, xs, ys, tiles, grid, boxes, dark}: borders of the columns and rows
-of patches and the boxes of the answer's evidence in the pixels of the copy, tiles and patches of a tile as rows and
-columns, and whether a dark veil would not show on it). They are not part of a record: a run without them has the same
-figures.
+``RUN/images/<name>.jpg`` and ``<name>.json`` ({size, xs, ys, tiles, grid, base, boxes, dark}: borders of the columns
+and rows of patches and the boxes of the answer's evidence in the pixels of the copy, tiles and patches of a tile as
+rows and columns, whether a base view comes before the tiles, and whether a dark veil would not show on it). They are
+not part of a record: a run without them has the same figures.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def store_image(run: Path, name: str, image: Image.Image, canvas: Canvas, boxes:
     scale = small.width / image.width
     xs, ys = ([round(v * scale, 1) for v in edges.tolist()] for edges in canvas.edges())
     lines = {"size": list(small.size), "xs": xs, "ys": ys, "tiles": list(canvas.tiles), "grid": list(canvas.grid)}
+    lines |= {"base": canvas.base}
     evidence = [[round(scale * v, 1) for v in box] for box in boxes]
     lines |= {"boxes": evidence, "dark": is_dark(small)}
 

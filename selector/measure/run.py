@@ -29,6 +29,7 @@ from selector.errors import UsageError
 from selector.files import output, write_json
 from selector.inside import decoder_of
 from selector.measure.batches import refusal
+from selector.measure.evidence import unplaced
 from selector.measure.harness import BLIND, FULL, Harness, Row
 from selector.measure.images import FIRST, store_image
 from selector.measure.protocol import Protocol
@@ -146,7 +147,8 @@ def compare(
     plan: dict[str, Any] = asdict(protocol) | {
         "model": model_name,
         "samples": samples,
-        "shard": None if shard == records.WHOLE else f"{shard[0]}/{shard[1]}",
+        # Not which one this is: all shards write the same plan.
+        "shards": shard[1],
         "baseline": baseline,
         "environment": environment(model, batch_threads)
         | {"image_processor": common["processor"], "attention": common["attention"]},
@@ -174,6 +176,8 @@ def compare(
             for row, file in zip(rows, files[task.name], strict=True)
         ],
     }
+    if (why := unplaced(model.config)) is not None:
+        plan["no_evidence"] = why
     _write_plan(out, plan)
 
     needs = frozenset({"features"}).union(*(selector.needs for selector in selectors.values())) - INSIDE

@@ -156,7 +156,7 @@ def chosen_letter(prediction: str, choices: Sequence[str] = ()) -> str | None:
         match = re.fullmatch(pattern, text)
         if match:
             return match[1].upper() if match[1].upper() in known else None
-    same = [place for place, choice in enumerate(choices) if _bare(choice) == _bare(text)]
+    same = [index for index, choice in enumerate(choices) if _bare(choice) == _bare(text)]
     return LETTERS[same[0]] if len(same) == 1 else None
 
 

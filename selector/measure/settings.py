@@ -11,6 +11,7 @@ from selector import records
 from selector.budget import Budget
 from selector.measure.harness import Row
 from selector.measure.identity import code, fingerprint, identity
+from selector.measure.model_files import quantization
 from selector.tasks import Task
 
 
@@ -43,7 +44,7 @@ def environment(model: Any, batch_threads: int | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch_threads": batch_threads or torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    } | ({"quantization": quantised} if (quantised := quantization(model)) else {})
 
 
 def common_settings(model: Any, processor: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selector.base import RankSelector
 from selector.budget import Budget
-from selector.grid import Cells, bands, cells, even_order, extents, places, sizes
+from selector.grid import Cells, bands, cells, even_order, places, sizes, view_extents
 from selector.groups import Groups
 from selector.merging import Flow, Selection
 from selector.tokens import VisualTokens
@@ -69,7 +69,7 @@ class GridPool(RankSelector):
         wanted = Groups.of(tokens, "image").quota(tokens, budget)
 
         where = places(tokens, budget.scope)
-        size, (_, _, _, height, width) = sizes(where.view, tokens), extents(where, tokens)
+        size, (_, _, _, height, width) = sizes(where.view, tokens), view_extents(where, tokens)
 
         # How many cells the budget pays for depends on the rows they open, and these on the number of cells.
         count, rows = wanted, size

@@ -12,14 +12,12 @@ dimension of size one is constant, whatever the logits.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selector.table import Inputs, TableSelector
+from selector.table import Inputs, TableSelector, check_mlp_ratio, check_sizes
 from selector.tokens import VisualTokens
 
 
@@ -62,12 +60,8 @@ class GumbelSelector(TableSelector):
         self.layers, self.heads, self.mlp_ratio = layers, heads, mlp_ratio
 
         inner = dim if width is None else width
-        sizes = {"dim": dim, "num_patches": num_patches, "width": inner, "layers": layers, "heads": heads}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
-        if not 1 <= inner * mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio must give at least 1 channel of {inner} and be finite, got {mlp_ratio}")
+        check_sizes(1, dim=dim, num_patches=num_patches, width=inner, layers=layers, heads=heads)
+        check_mlp_ratio(mlp_ratio, inner)
         if inner % heads:
             raise ValueError(f"width {inner} must be a multiple of heads, got {heads} heads")
 

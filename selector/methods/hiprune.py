@@ -71,7 +71,13 @@ class HiPrune(RankSelector):
 
 
 def beside(marked: Bool[Tensor, "T N"], tokens: VisualTokens, scope: Scope) -> Bool[Tensor, "T N"]:
-    """Tokens above, below, left and right of a marked one in its view, whether or not they are marked themselves."""
+    """Tokens above, below, left and right of a marked one in its view, whether or not they are marked themselves.
+
+    Args:
+        marked: ``[T, N]`` tokens whose neighbours are wanted.
+        tokens: where they lie.
+        scope: what a view is, see `selector.grid.places`.
+    """
     view, y, x = places(tokens, scope)
     patch = tokens.is_patch
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from selector.attention import Attention, attention_field
 from selector.base import RankSelector
 from selector.budget import Budget
-from selector.grid import extents, places
+from selector.grid import places, view_extents
 from selector.groups import Groups, ranks, shared_out
 from selector.tokens import VisualTokens
 
@@ -123,7 +123,7 @@ class HiRED(RankSelector):
 
 def shown_by(tokens: VisualTokens) -> Int[Tensor, "T N"]:
     """The tile that shows the middle of each token of a base view (-1: no base view, or no tile shows it)."""
-    view, y, x, height, width = extents(places(tokens), tokens)
+    view, y, x, height, width = view_extents(places(tokens), tokens)
     tile = tokens.slots.div(tokens.features.shape[1], rounding_mode="floor")
     of_grid = tokens.is_patch & ~tokens.base
     h, w = tokens.grid  # of the base view, which is never unpadded

@@ -130,7 +130,13 @@ class HoloV(RankSelector):
 def ranks_within(
     values: Float[Tensor, "G M"], member: Int[Tensor, "G P R"], there: Bool[Tensor, "G P R"]
 ) -> Int[Tensor, "G P R"]:
-    """Rank of every member of a run within it, 0 for the highest value."""
+    """Rank of every member of a run within it, 0 for the highest value.
+
+    Args:
+        values: ``[G, M]`` one per member of a group.
+        member: ``[G, P, R]`` the members of each run.
+        there: ``[G, P, R]`` which of these exist.
+    """
     inside = values.gather(1, member.flatten(1)).view(member.shape)
     return ranks(inside.flatten(0, 1), there.flatten(0, 1)).view(member.shape)
 

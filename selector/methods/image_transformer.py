@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selector.grid import places
-from selector.table import Inputs, TableSelector
+from selector.table import Inputs, TableSelector, check_mlp_ratio, check_sizes
 from selector.tokens import VisualTokens
 
 WAVELENGTH = 100.0
@@ -51,7 +51,8 @@ class ImageTransformer(TableSelector):
         question_layers: layers behind the others that also attend to the question.
 
     Raises:
-        ValueError: a width or pool that breaks these rules, or a question without the projected tokens in `inputs`.
+        ValueError: a size that breaks these rules or is below 1 (layers: below 0), a question wider than the table, or
+            one without the projected tokens in `inputs`.
 
     Example:
         >>> import torch
@@ -77,10 +78,11 @@ class ImageTransformer(TableSelector):
         question_layers: int = 1,
     ):
         super().__init__(dim, inputs)
+        check_sizes(1, dim=dim, width=width, heads=heads, pool=pool)
+        check_sizes(0, layers=layers, question_layers=question_layers)
+        check_mlp_ratio(mlp_ratio, width)
         if width % (4 * heads):
             raise ValueError(f"width must be a multiple of 4 * heads, got width {width} and {heads} heads")
-        if pool < 1:
-            raise ValueError(f"pool must be at least 1, got {pool}")
         self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
         self.pool, self.question_dim, self.question_layers = pool, question_dim, question_layers
 
@@ -95,6 +97,8 @@ class ImageTransformer(TableSelector):
         if question_dim is not None:
             if inputs == "features":
                 raise ValueError("inputs must hold the projected tokens ('projected' or 'both') for a question")
+            if not 1 <= question_dim <= dim:
+                raise ValueError(f"question_dim must be in 1..{dim}, the width of the table, got {question_dim}")
             self.needs = self.needs | {"question"}
             self.match = _Match(question_dim, width)
 
@@ -169,8 +173,8 @@ class ImageTransformer(TableSelector):
         raw = question.to(self.feature_mean.dtype)
 
         # Text lies on one row: the rotary positions of patches serve it too, with y = 0.
-        place = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
-        positions = torch.stack([torch.zeros_like(place), place], -1).expand(len(question), -1, -1)
+        column = torch.arange(question.shape[1], device=question.device, dtype=torch.float32)
+        positions = torch.stack([torch.zeros_like(column), column], -1).expand(len(question), -1, -1)
         rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
 
         words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, _Words(attend)))

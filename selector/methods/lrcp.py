@@ -46,9 +46,14 @@ class LRCP(ScoreSelector):
         self.matrix: Scope = matrix
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
-        """Norm of the residual, in the features' units."""
+        """Norm of the residual, in the features' units.
+
+        Raises:
+            ValueError: a rank that the width of the features does not exceed.
+        """
         groups = Groups.of(tokens, self.matrix)
         table = groups.gather(tokens.read("features", self))
+
         # At full rank every residual is rounding.
         if self.rank >= table.shape[2]:
             raise ValueError(f"rank must be below the width of the features, {table.shape[2]}, got {self.rank}")

@@ -32,5 +32,5 @@ class Norm(ScoreSelector):
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         """The norm, or minus the norm."""
-        norm = tokens.features.float().norm(dim=-1)
+        norm = tokens.read("features", self).float().norm(dim=-1)
         return norm if self.largest else -norm

@@ -13,6 +13,7 @@ from selector.spectrum import check_seed
 from selector.tokens import VisualTokens
 
 BLOCKS, STEPS = 16, 32.0
+"""Means that make up a fingerprint, and steps per unit of the features' spread to which they are rounded."""
 
 
 class Random(ScoreSelector):

@@ -30,5 +30,5 @@ class Uniform(ScoreSelector):
     needs = frozenset()
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
-        """Minus the place in the even order, in (-1, 0); it depends on the geometry alone."""
+        """Minus the rank in the even order, in (-1, 0); it depends on the geometry alone."""
         return tokens.unpacked(-even_order(tokens))

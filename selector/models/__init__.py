@@ -80,6 +80,9 @@ class Adapter:
         rows: arguments of the prompt's own shape ``[B, S]`` beside ids, mask, positions and labels, which the plug
             shortens with the prompt; for each, its value at padding and its value at the tokens of an answer.
         videos: whether `encode` takes ``pixel_values_videos``.
+        whole: whether the one view of an image is all of it, squeezed into the grid: nothing cut, cropped or padded.
+            Then every patch has its place in the image. LLaVA-NeXT's tiles have theirs by another rule, see
+            `selector.measure.evidence`; for all others no evidence is measured and no picture drawn.
 
     Example:
         >>> from types import SimpleNamespace
@@ -93,6 +96,7 @@ class Adapter:
     positions: Callable[[Any, Mapping[str, Any]], Int[Tensor, "3 B S"]] | None = None
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     videos: bool = False
+    whole: bool = False
 
 
 _REGISTERED: dict[str, Adapter] = {}
@@ -125,8 +129,12 @@ def adapter_of(model: Any) -> Adapter:
         ValueError: there is none.
         TypeError: an entry point that is no adapter.
     """
+    return adapter_for(model_type_of(model))
+
+
+def adapter_for(kind: str) -> Adapter:
+    """As `adapter_of`, by the model type alone."""
     # Imported on demand, since an adapter may import its model's code from transformers.
-    kind = model_type_of(model)
     if kind in _shipped():
         return importlib.import_module(f"selector.models.{kind}").ADAPTER
     if kind in _REGISTERED:

@@ -1,10 +1,9 @@
-"""What adapters share whose models have a vision tower with queries and keys, and a projector behind it."""
+"""What adapters share whose models have a vision tower, and a projector behind it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +11,7 @@ import torch
 from torch import Tensor
 
 from selector.models import Relevance, model_type_of
-from selector.models.llava_next import (
-    HEARD,
-    _listening,
-    _quantity,
-    _read,
-    _setting,
-    _with_projected,
-    _with_question,
-)
+from selector.models._attention import HEARD, quantity
 from selector.tokens import VisualTokens
 
 ALWAYS = frozenset({"features", "projected", "text", "question"})
@@ -45,11 +36,17 @@ def check_needs(
     kind, gives = model_type_of(model), ALWAYS | attention
 
     # Before anything runs: an encoder call of a large model is too long to end in this error.
-    missing = sorted(need for need in needs if need not in gives and _quantity(need) not in attention)
+    missing = sorted(need for need in needs if need not in gives and quantity(need) not in attention)
     if missing:
+        # The reason holds for what is read off attention layers, and not for a name that no model knows.
+        reason = f" ({why})" if any(quantity(need) in HEARD for need in missing) else ""
+        layers = (
+            f", and NAME@L and joint_NAME@L of any layer L of its tower for {sorted(attention)}" if attention else ""
+        )
         instead = "; selectors that read attention take attention=received" if "received_attention" in gives else ""
         raise ValueError(
-            f"a {kind!r} model gives no {', '.join(missing)} to a selector ({why}); it gives {sorted(gives)}{instead}"
+            f"a {kind!r} model gives no {', '.join(missing)} to a selector{reason}; "
+            f"it gives {sorted(gives)}{layers}{instead}"
         )
 
     if "text" in needs and relevance is None:
@@ -59,13 +56,18 @@ def check_needs(
         )
 
 
+def setting(inputs: Mapping[str, Any], config: Any, name: str) -> Any:
+    """A setting of this call where the caller gives one, as the model itself reads it; else the checkpoint's."""
+    return inputs[name] if inputs.get(name) is not None else getattr(config, name)
+
+
 def feature_layer(model: Any, inputs: Mapping[str, Any]) -> int:
     """The one hidden state of the tower that the projector reads, from the call or else from the checkpoint.
 
     Raises:
         ValueError: several of them.
     """
-    layer = _setting(inputs, model.config, "vision_feature_layer")
+    layer = setting(inputs, model.config, "vision_feature_layer")
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer must be one layer for selection, got {layer}")
     return layer
@@ -73,7 +75,7 @@ def feature_layer(model: Any, inputs: Mapping[str, Any]) -> int:
 
 def prefix_of(model: Any, inputs: Mapping[str, Any]) -> int:
     """Tokens before the patches that the model itself cuts off: 1 (CLS) or 0."""
-    return 1 if _setting(inputs, model.config, "vision_feature_select_strategy") == "default" else 0
+    return 1 if setting(inputs, model.config, "vision_feature_select_strategy") == "default" else 0
 
 
 def encoder_output(model: Any, inputs: Mapping[str, Any], modality: str = "image") -> Any:
@@ -82,50 +84,6 @@ def encoder_output(model: Any, inputs: Mapping[str, Any], modality: str = "image
     encoder = getattr(model.base_model, f"get_{modality}_features")
     names = inspect.signature(encoder).parameters
     return encoder(**{name: inputs[name] for name in names if inputs.get(name) is not None}, return_dict=True)
-
-
-@contextmanager
-def overheard(tower: Any, layer: int, prefix: int, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
-    """Reads attention ``[T, patches]`` and keys ``[T, patches, k]`` off a tower that runs within the block.
-
-    Args:
-        tower: the vision tower.
-        layer: the feature layer, which fields without ``@`` are of.
-        prefix: tokens before the patches, which the fields leave out.
-        needs: fields that the selectors read; others than `HEARD` are ignored.
-
-    Yields:
-        The values by field name: empty while the tower runs, filled when the block has ended.
-
-    Raises:
-        ValueError: the tower has no such attention, or normalises its queries and keys behind the projections.
-    """
-    wanted: frozenset[str] = frozenset(need for need in needs if _quantity(need) in HEARD)
-    fields: dict[str, Tensor] = {}
-
-    # The hooks hear what the projections return; a norm behind them would make other queries and keys of it. Some
-    # towers keep an identity in its place, which changes nothing.
-    if wanted and any(isinstance(getattr(part, "q_norm", None), torch.nn.Module) for part in tower.modules()):
-        norms = [part.q_norm for part in tower.modules() if hasattr(part, "q_norm")]
-        if any(not isinstance(norm, torch.nn.Identity) for norm in norms):
-            raise ValueError(f"{' and '.join(sorted(wanted))}: this vision tower normalises its queries and keys")
-    with _listening(tower, layer, wanted) as heard:
-        yield fields
-
-    # Only after the block: the caller holds the same mapping.
-    fields |= {need: _read(need, heard[need], prefix) for need in wanted}
-
-
-def with_fields(tokens: VisualTokens, fields: Mapping[str, Tensor]) -> VisualTokens:
-    """Adds what was overheard: the feature layer's to the fields of that name, that of named layers to `layers`."""
-    plain = {name: values for name, values in fields.items() if name in HEARD}
-    layers = {name: values for name, values in fields.items() if name not in HEARD}
-    return replace(tokens, **plain, layers=layers)
-
-
-def attention_of(prefix: int) -> frozenset[str]:
-    """What a tower gives of `HEARD`: without a CLS token (no `prefix`), no attention from it."""
-    return HEARD if prefix else HEARD - {"cls_attention"}
 
 
 def completed(
@@ -152,3 +110,52 @@ def completed(
     if "question" in needs:
         tokens = _with_question(tokens, model, inputs, placeholder)
     return tokens
+
+
+def _with_projected(tokens: VisualTokens, packed: list[Tensor]) -> VisualTokens:
+    """Adds the projected tokens, read back from the packed ones (projecting twice would cost more)."""
+    # The newlines' rows have no encoder token, and tokens that unpadding removed stay zero.
+    shape = tokens.features.shape[:2]
+    table = packed[0].new_zeros(shape[0] * shape[1], packed[0].shape[-1])
+    for slots, feats in zip(tokens.slots, packed, strict=True):
+        slots = slots[: len(feats)]
+        table[slots[slots >= 0]] = feats[slots >= 0]
+    return replace(tokens, projected=table.view(*shape, -1))
+
+
+def _with_question(
+    tokens: VisualTokens, model: Any, inputs: Mapping[str, Any], placeholder: int | None = None
+) -> VisualTokens:
+    """Adds the embedded text that follows each image in its row of the prompt, up to the end of the row."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise ValueError("question: a selector that reads the question needs input_ids beside the images")
+
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    visual = ids == (model.config.image_token_id if placeholder is None else placeholder)
+    column = torch.arange(ids.shape[1], device=ids.device)
+
+    # The placeholders of all images stand one behind the other, row by row; an image's text starts behind its last.
+    row, position = visual.nonzero(as_tuple=True)
+    last = tokens.lengths.to(ids.device).cumsum(0) - 1
+    if len(position) != int(last[-1]) + 1:
+        raise ValueError(
+            f"input_ids hold {len(position)} image placeholders, the images give {int(last[-1]) + 1} tokens"
+        )
+
+    # Words behind the last placeholder of each image, in its row; other images' placeholders are no words.
+    row, position = row[last], position[last]
+    words = mask.bool() & ~visual
+    if inputs.get("labels") is not None:  # what is to be predicted is no part of the question
+        words = words & (inputs["labels"] == -100)
+    text = words[row] & (column > position[:, None])
+
+    # Each image's text moves to the left; the rest is padding.
+    width = max(1, int(text.sum(1).max()))
+    order = (~text).int().argsort(dim=1, stable=True)[:, :width]
+    real = text.gather(1, order)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids[row].gather(1, order))
+    device = tokens.features.device
+    return replace(tokens, question=embedded.masked_fill(~real[..., None], 0).to(device), question_mask=real.to(device))

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._towers import attention_of, check_needs, completed, encoder_output, overheard, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
+from selector.models._towers import check_needs, completed, encoder_output
 from selector.tokens import VisualTokens
 
 
@@ -41,4 +42,4 @@ def _averaged(values: Tensor, projector: Any) -> Tensor:
 
 
 # The model tells visual tokens (1) from text (0) by this: both padding and answers are text.
-ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 0)})
+ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 0)}, whole=True)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from selector.models import Adapter, Encoded, Relevance
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._layout import Runs, Tiles, gathered
-from selector.models._towers import attention_of, check_needs, completed, encoder_output, overheard, with_fields
+from selector.models._towers import check_needs, completed, encoder_output
 from selector.tokens import VisualTokens
 
 

@@ -11,17 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from selector.models import Adapter, Encoded, Relevance
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._layout import Canvas
-from selector.models._towers import (
-    attention_of,
-    check_needs,
-    completed,
-    encoder_output,
-    feature_layer,
-    overheard,
-    prefix_of,
-    with_fields,
-)
+from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of
 from selector.tokens import VisualTokens
 
 

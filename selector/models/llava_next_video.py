@@ -13,16 +13,8 @@ from typing import Any
 import torch
 
 from selector.models import Adapter, Encoded, Relevance, llava_next
-from selector.models._towers import (
-    attention_of,
-    check_needs,
-    completed,
-    encoder_output,
-    feature_layer,
-    overheard,
-    prefix_of,
-    with_fields,
-)
+from selector.models._attention import attention_of, overheard, with_fields
+from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of
 from selector.tokens import VisualTokens
 
 

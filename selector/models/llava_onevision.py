@@ -21,18 +21,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 
 from selector.models import Adapter, Encoded, Relevance
+from selector.models._attention import attention_of, overheard, with_fields
 from selector.models._layout import padded
-from selector.models._towers import (
-    attention_of,
-    check_needs,
-    completed,
-    encoder_output,
-    feature_layer,
-    overheard,
-    prefix_of,
-    with_fields,
-)
-from selector.models.llava_next import _setting
+from selector.models._towers import check_needs, completed, encoder_output, feature_layer, prefix_of, setting
 from selector.tokens import NEWLINE, VisualTokens
 
 
@@ -97,7 +88,7 @@ def _slots(
         places[1:] += side * torch.stack([tile // width, tile % width], -1)[:, None]
 
     newline = torch.full((2,), float(NEWLINE), dtype=torch.float64, device=device)
-    limit = _setting(inputs, model.config, "vision_aspect_ratio")
+    limit = setting(inputs, model.config, "vision_aspect_ratio")
     (points,), _ = model.base_model.pack_image_features(
         [places], [size], image_newline=newline, vision_aspect_ratio=limit
     )

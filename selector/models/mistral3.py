@@ -41,4 +41,4 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
     return Encoded(tokens, packed, output, config.image_token_id)
 
 
-ADAPTER = Adapter(encode)
+ADAPTER = Adapter(encode, whole=True)

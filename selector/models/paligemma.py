@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from selector.models import Adapter, Encoded, Relevance
-from selector.models._towers import attention_of, check_needs, completed, encoder_output, overheard, with_fields
+from selector.models._attention import attention_of, overheard, with_fields
+from selector.models._towers import check_needs, completed, encoder_output
 from selector.tokens import VisualTokens
 
 
@@ -23,4 +24,4 @@ def encode(model: Any, inputs: Mapping[str, Any], needs: frozenset[str], relevan
 
 
 # The prompt is read both ways (0), what follows from left to right (1).
-ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 1)})
+ADAPTER = Adapter(encode, rows={"token_type_ids": (0, 1)}, whole=True)

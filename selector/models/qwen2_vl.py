@@ -56,4 +56,4 @@ def positions(model: Any, inputs: Mapping[str, Any]) -> Int[Tensor, "3 B S"]:
     return axes
 
 
-ADAPTER = Adapter(encode, positions, rows={"mm_token_type_ids": (0, 0)})
+ADAPTER = Adapter(encode, positions, rows={"mm_token_type_ids": (0, 0)}, whole=True)

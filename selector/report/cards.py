@@ -16,7 +16,7 @@ from selector.errors import UsageError
 from selector.report.statistics import wilson
 
 HEADERS = {"0.25": "25%"}
-"""How a column is headed where the budget itself would not be understood."""
+"""Headers of columns whose budget reads better in another form."""
 
 
 def table(data: dict[str, Any], label: str, others: Sequence[str]) -> str:

@@ -28,7 +28,12 @@ SHOWN = (
 
 
 def points(data: dict[str, Any], task: str, selector: str) -> list[tuple[float, float]]:
-    """(visual tokens measured, right answers in %) of a selector on a task, by falling number of tokens."""
+    """(visual tokens measured, right answers in %) of a selector on a task, by falling number of tokens.
+
+    Args:
+        data: distilled standings, see `selector.report.standings.distil`.
+        task, selector: as they are called there.
+    """
     rows = [row for row in data["rows"] if (row["task"], row["selector"]) == (task, selector)]
     return sorted(((row["tokens"], 100 * row["right"].count("1") / len(row["right"])) for row in rows), reverse=True)
 

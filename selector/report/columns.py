@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selector.record import METRICS, RIGHT_FROM
+from selector.record import FIELDS, METRICS, RIGHT_FROM
 
 Figures = dict[str, Any]
 Summary = dict[str, Any]
 MARK = "†"
 LEGEND = f"{MARK} sees the question: what is kept of an image differs per question."
+
+OF_A_METRIC = ("f1", "paired")
+"""Figures of a row that are no field of its records: a metric gives them over all samples together."""
 
 SHARED = "‡"
 """Marks times that are a batch's, divided by its rows."""
@@ -98,7 +101,13 @@ def timed(header: str, summary: Summary) -> str:
 
 
 def _plain(header: str, field: str, digits: int, note: str, scale: float = 1.0) -> Column:
-    """A figure without an interval, times `scale`: bytes as GB, for example."""
+    """A figure without an interval, times `scale`: bytes as GB, for example.
+
+    Raises:
+        KeyError: a figure that no row ever has: its column would be left out without a word.
+    """
+    if field not in FIELDS and field not in OF_A_METRIC:
+        raise KeyError(field)
 
     def value(row: Figures) -> Any:
         return None if row.get(field) is None else scale * row[field]
@@ -333,7 +342,9 @@ def _selection(row: Figures) -> str:
 def _evidence(row: Figures) -> str:
     if row["evidence"] is None:
         return "–"
-    text = f"{100 * row['evidence']:.0f} ({100 * row['base_evidence']:.0f})"
+    text = f"{100 * row['evidence']:.0f}"
+    if row["base_evidence"] is not None:  # a model of one view per image has no base view
+        text += f" ({100 * row['base_evidence']:.0f})"
     # Samples without boxes have no evidence: a share over a few of them must not look like one over all.
     return text if row["evidence_samples"] == row["samples"] else f"{text} n={row['evidence_samples']}"
 

@@ -51,13 +51,13 @@ def excerpt(run: Path, fields: list[str]) -> dict[str, Any]:
 
 
 def _short(task: str) -> str:
-    """A folder by its name alone: where it lies on one machine is nobody's business."""
-    kind, _, place = task.partition(":")
-    return Path(place.partition("?")[0]).name if kind == "folder" else task
+    """A task by its name, a folder without the path that it had on the machine that measured it."""
+    kind, _, path = task.partition(":")
+    return Path(path.partition("?")[0]).name if kind == "folder" else task
 
 
 def _rounded(value: Any) -> Any:
-    """Four digits behind the point are more than any table shows."""
+    """The value with every float rounded to four decimals, more than any table shows."""
     if isinstance(value, list):
         return [_rounded(part) for part in value]
     if isinstance(value, dict):

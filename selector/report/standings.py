@@ -47,7 +47,7 @@ def distil(run: Path) -> Data:
     seeing = seeing_question(settings)
     rows = []
     for (task, label, keep), records in tables.items():
-        # By index, so that a place in two rows is the same question.
+        # By index, so that entry i of any two rows is the same question.
         answered = sorted((r for r in records if "correct" in r), key=lambda r: r["index"])
         if not answered:
             raise UsageError(f"standings need answers, {label} on {task} has none")
@@ -111,7 +111,7 @@ def standings(data: Data, sees_question: bool = False) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(row["selector"] for row in kind))
     table = {name: {"selector": name, "won": 0, "tied": 0, "lost": 0} for name in names}
 
-    # Everybody meets everybody, task by task and budget by budget.
+    # Every two selectors meet once per task and budget.
     for task in tasks:
         for keep in keeps:
             for a, b in combinations(names, 2):
@@ -154,8 +154,10 @@ def _share(right: str) -> float:
 
 
 def markdown(data: Data) -> str:
-    """The standings as Markdown, below a line on what they were measured on: a table of the selectors that do not see
-    the question, and where there are any, one of those that do."""
+    """The standings as Markdown, below a line on what they were measured on.
+
+    Selectors that see the question, where there are any, have a table of their own behind that of the others.
+    """
     unseeing, seeing = standings(data), standings(data, sees_question=True)
     full = [f"{r['task']} {100 * _share(r['right']):.0f}" for r in data["rows"] if r["selector"] == "full"]
     samples = len(data["rows"][0]["right"])

@@ -79,6 +79,10 @@ def bootstrap_mean(
 def paired_bootstrap(ours: Numbers, theirs: Numbers, seed: int = 0) -> tuple[float, float, float]:
     """Mean of ``ours − theirs`` over the same samples, and its interval: (difference, lower end, upper end).
 
+    Args:
+        ours, theirs: one value per sample, in the same order.
+        seed: of the draws, see `bootstrap_mean`.
+
     Raises:
         ValueError: no values, or lists of different lengths.
     """
@@ -126,6 +130,9 @@ def mcnemar(broken: int, fixed: int) -> float:
 
     Returns:
         In (0, 1]; 1 where no answer changed.
+
+    Raises:
+        ValueError: a number below zero.
 
     Example:
         >>> mcnemar(broken=6, fixed=0)  # 2 / 2**6

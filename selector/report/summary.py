@@ -40,7 +40,7 @@ Tables = dict[tuple[str, str, str | None], list[Record]]
 SHARES = {"accuracy": "correct", "agreement": "agrees"}
 """Name of a share in tables, and the field of a record whose share it is."""
 SHIFTS = ("ipr_shift", "rank_shift", "energy_shift")
-REPORT_HTML, REPORT_MD, RESULTS = "report.html", "report.md", "results.json"
+REPORT_HTML, RESULTS = "report.html", "results.json"
 
 
 def summarize(run: Path) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def summarize(run: Path) -> dict[str, Any]:
 
     Returns:
         The plan of the run, with figures as ``rows`` (one per task, selector and budget), ``pooled``,
-        ``correlations`` (of the spectral shifts with agreement) and ``spent`` (seconds by phase). Pooled are the rows
-        over all tasks together, where a budget is a share on average (``auto:0.2``), which it keeps over all tasks
-        only.
+        ``correlations`` (of the spectral shifts with agreement), ``spent`` (seconds by phase) and what is
+        ``unfinished`` by task. Pooled are the rows over all tasks together, where a budget is a share on average
+        (``auto:0.2``), which it keeps over all tasks only.
 
     Raises:
         UsageError: no run there, one of an older format, or broken records.
@@ -68,7 +68,39 @@ def summarize(run: Path) -> dict[str, Any]:
         "pooled": _rows(_pooled(tables), baseline, seeing, {POOLED: "mixed"} if metrics else {}) if averaged else [],
         "correlations": _correlations(rows),
         "spent": read_time(run),
+        "unfinished": {task: lacks for task in settings["tasks"] if (lacks := _unfinished(settings, tables, task))},
     }
+
+
+def _unfinished(settings: Mapping[str, Any], tables: Tables, task: str) -> dict[str, Any] | None:
+    """What a task lacks: samples done and asked for, by shard, and the rows that lack most; None if it is whole."""
+    about = settings["tasks"][task]
+    rows = {(label, keep): records for (of, label, keep), records in tables.items() if of == task}
+    # Runs of an older version do not say how many samples a task has.
+    if about.get("samples") is None or not rows:
+        return None
+    # Images that cannot be read have no records, and not for want of time.
+    wanted = range(about["samples"] - len(settings["unreadable"].get(task, [])))
+    there = [{record["index"] for record in records} for records in rows.values()]
+    missing = set(wanted).difference(set.intersection(*there))
+    if not missing:
+        return None
+
+    shards = _shards(settings)
+    parts = {f"{i}/{shards}": wanted[i::shards] for i in range(shards)}
+    counts = {row: len(indices) for row, indices in zip(rows, there, strict=True)}
+    return {
+        "done": [min(counts.values()), max(counts.values())],
+        "of": about["samples"],
+        "shards": [[name, len(missing.intersection(part)), len(part)] for name, part in parts.items() if shards > 1],
+        "fewest": [[label, keep, n] for (label, keep), n in counts.items() if n == min(counts.values())],
+    }
+
+
+def _shards(settings: Mapping[str, Any]) -> int:
+    """How many shards share a run; one of an older version names that which wrote its plan last."""
+    older = re.fullmatch(r"\d+/(\d+)", str(settings.get("shard")))
+    return int(older[1]) if older else settings.get("shards", 1)
 
 
 def _rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +30,8 @@ from selector.report.columns import (
 )
 from selector.report.findings import sentences
 
+MOST_NAMES = 6
+"""Rows that a line names at most."""
 EXPENDABLE = ("ANLS", "vs full", "w→r", "r→w", "n", "ΔNLL", "select ms", "prefill ms", "same %", "evidence % (base)")
 """Columns that a narrow terminal does without, in the order in which they go; the report has them all."""
 
@@ -94,15 +97,19 @@ def markdown(runs: Mapping[str, Summary]) -> str:
             lines += [f"## {POOLED}", "", *_markdown_table(summary, POOLED, main_columns(summary)), ""]
         lines += [f"- {plain(note)}" for note in notes(summary)] + [""]
 
-    # Every column is explained once, whichever run and table has it.
-    meanings: dict[str, str] = {}
+    terms = "; ".join(f"*{plain(header)}*: {note}" for header, note in meanings(runs).items())
+    return "\n".join([*lines, f"Columns: {terms}."])
+
+
+def meanings(runs: Mapping[str, Summary]) -> dict[str, str]:
+    """What each column means, by its header; every column once, whichever run and table has it."""
+    notes_of: dict[str, str] = {}
     for summary in runs.values():
         # A table has the metric of its task in a header; all tasks together may have several.
         each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
         for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
-            meanings.setdefault(column.header, column.note)
-    terms = "; ".join(f"*{plain(header)}*: {note}" for header, note in meanings.items())
-    return "\n".join([*lines, f"Columns: {terms}."])
+            notes_of.setdefault(column.header, column.note)
+    return notes_of
 
 
 def _markdown_table(summary: Summary, task: str, columns: Sequence[Column]) -> list[str]:
@@ -131,19 +138,35 @@ def plain(text: str) -> str:
 
 
 def done(summary: Summary, task: str) -> str:
-    """How much of a task is done, such as "shard 0/4: 2 of 8 samples"; nothing for a whole task."""
-    if task == POOLED:  # its tasks say so one by one
-        return ""
-    total = summary["tasks"][task].get("samples")
-    counts = [row["samples"] for row in summary["rows"] if row["task"] == task]
-    missing = len(summary["unreadable"].get(task, []))  # without records, and not for want of time
+    """How much of a task is done, such as "partial: 2 of 8 samples"; nothing for a whole task."""
+    lacks = summary.get("unfinished", {}).get(task)  # the pooled table is none of its tasks, which say so one by one
+    return f"partial: {_span(lacks)}" if lacks else ""
 
-    # Runs of an older version do not say how many samples a task has.
-    if total is None or not counts or min(counts) + missing >= total:
-        return ""
-    least, most = min(counts), max(counts)
-    shard = f"shard {summary['shard']}: " if summary.get("shard") else ""
-    return f"{shard}{least if least == most else f'{least} to {most}'} of {total} samples"
+
+def _span(lacks: Mapping[str, Any]) -> str:
+    least, most = lacks["done"]
+    return f"{least if least == most else f'{least} to {most}'} of {lacks['of']} samples"
+
+
+def missing(task: str, lacks: Mapping[str, Any]) -> str:
+    """One line on what an unfinished task lacks: shards, and the rows with the fewest samples.
+
+    Example:
+        >>> lacks = {"done": [1, 4], "of": 8, "shards": [["0/2", 3, 4], ["1/2", 4, 4]], "fewest": [["a", "9", 1]]}
+        >>> missing("toy", lacks)
+        'toy is partial: 1 to 4 of 8 samples. Shard 0/2 lacks 3 of 4, shard 1/2 all 4. Fewest: a at 9.'
+    """
+    parts = [f"shard {name} lacks {f'all {of}' if n == of else f'{n} of {of}'}" for name, n, of in lacks["shards"] if n]
+    # The verb once.
+    text = ", ".join([*parts[:1], *(part.replace(" lacks", "") for part in parts[1:])])
+    lines = [f"{task} is partial: {_span(lacks)}", *([text[0].upper() + text[1:]] if text else [])]
+
+    least, most = lacks["done"]
+    if least < most:
+        names = [label + (f" at {keep}" if keep else "") for label, keep, _ in lacks["fewest"]]
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        lines.append(f"Fewest: {', '.join(names[:MOST_NAMES])}{more}")
+    return ". ".join(lines) + "."
 
 
 def settings_line(summary: Summary) -> str:
@@ -151,12 +174,14 @@ def settings_line(summary: Summary) -> str:
     where = summary["environment"]
     # Without the machine and its threads, times mean nothing.
     number = "all samples" if summary["samples"] is None else f"{summary['samples']} samples per task"
-    number = f"shard {summary['shard']} of {number}" if summary.get("shard") else number
+    if summary.get("shards", 1) > 1:
+        number += f" in {summary['shards']} shards"
     threads = f"{where['threads']} thread" + ("" if where["threads"] == 1 else "s")
+    weights = f"{where['dtype']}, weights by {where['quantization']}" if "quantization" in where else where["dtype"]
     if where.get("batch_threads", where["threads"]) != where["threads"]:
         threads += f" ({where['batch_threads']} for batches)"
     return (
-        f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {where['dtype']}; "
+        f"{number}, seed {summary['seed']}; {where['device']}, {threads}, {weights}; "
         f"torch {where['torch']}, transformers {where['transformers']}"
     )
 
@@ -169,6 +194,9 @@ def notes(summary: Summary) -> list[str]:
     if any(row["last_tokens"] is not None for row in summary["rows"]):
         lines.append(AVERAGED)
     lines.append(f"Position ids of pruned prompts: {how[summary['positions']]} ({summary['positions']}).")
+
+    if summary.get("no_evidence"):
+        lines.append(f"No evidence is measured, and no picture of what is kept: {summary['no_evidence']}.")
 
     for each in summary["correlations"]:
         if each["rank"] is not None and each["shift"] == "ipr_shift":
@@ -186,10 +214,7 @@ def notes(summary: Summary) -> list[str]:
             "real by chance; * marks those that stay below 5% after Holm's correction."
         )
     lines += spent_line(summary.get("spent", {}))
-    for task in summary["tasks"]:
-        if done(summary, task):
-            rest = "the others are for other shards" if summary.get("shard") else "the others are not done"
-            lines.append(f"{task}: {done(summary, task)}, {rest}. n says how many each row has.")
+    lines += [missing(task, lacks) for task, lacks in summary.get("unfinished", {}).items()]
     for task, names in summary["unreadable"].items():
         lines.append(f"{task}: {len(names)} images cannot be read and are left out: {', '.join(names)}")
 
@@ -220,8 +245,8 @@ def spent_line(seconds: Mapping[str, float]) -> list[str]:
 def footnotes(summary: Summary, run: Path) -> str:
     """Below the tables of the terminal: what their columns mean, the notes, and where the records are."""
     columns = [c for c in main_columns(summary) if c not in (KEEP, SELECTOR, SAMPLES)]
-    meanings = "; ".join(f"{column.header}: {column.note}" for column in columns)
-    return "\n".join([meanings, *notes(summary), f"Records: {run}"])
+    terms = "; ".join(f"{column.header}: {column.note}" for column in columns)
+    return "\n".join([terms, *notes(summary), f"Records: {run}"])
 
 
 def tables_of(summary: Summary) -> list[str]:

@@ -77,7 +77,7 @@ def draw(image: Image.Image, canvas: Canvas, panels: Sequence[Panel], boxes: Seq
     """
     views = _views(image.convert("RGB"), canvas)
 
-    drawn = [_panel(views, image.size, canvas, panel, boxes) for panel in panels]
+    drawn = [_framed(*_pictures(views, image.size, canvas, panel, boxes), panel) for panel in panels]
     strip = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)), PAPER)
     x = 0
     for panel in drawn:
@@ -138,9 +138,25 @@ def _views(image: Image.Image, canvas: Canvas) -> _Views:
     )
 
 
-def _panel(views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, boxes: Sequence[Box]) -> Image.Image:
-    """A panel; `size` is the (width, height) of the image, in whose pixels the boxes are."""
-    one, whole = _shown(panel, (1, 1), canvas.grid, 0), _shown(panel, canvas.tiles, canvas.grid, 1)
+def painted(
+    image: Image.Image, canvas: Canvas, panel: Panel, boxes: Sequence[Box] = ()
+) -> tuple[Image.Image, Image.Image | None]:
+    """The pictures of a panel without their words: (the tiles, the base view or None where a model has none).
+
+    Args:
+        image: in its original size.
+        canvas: how the processor cuts it into tiles.
+        panel: what is kept; its words are not drawn.
+        boxes: (x0, y0, x1, y1) in pixels of the image, outlined.
+    """
+    return _pictures(_views(image.convert("RGB"), canvas), image.size, canvas, panel, boxes)
+
+
+def _pictures(
+    views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, boxes: Sequence[Box]
+) -> tuple[Image.Image, Image.Image | None]:
+    """The tiles and the base view; `size` is the (width, height) of the image, in whose pixels the boxes are."""
+    whole = _shown(panel, canvas.tiles, canvas.grid, int(canvas.base))
     main = Image.fromarray(_painted(views.main, *whole, views.padding, views.veil))
     _borders(main, canvas.tiles)
 
@@ -153,11 +169,14 @@ def _panel(views: _Views, size: tuple[int, int], canvas: Canvas, panel: Panel, b
         frame.rectangle(corners, outline=MARK, width=2)
 
     # The base view has no padding.
+    if not canvas.base:
+        return main, None
+    one = _shown(panel, (1, 1), canvas.grid, 0)
     small = Image.fromarray(_painted(views.base, *one, np.zeros((INSET, INSET), bool), views.veil))
-    return _framed(main, small, panel)
+    return main, small
 
 
-def _framed(main: Image.Image, base: Image.Image, panel: Panel) -> Image.Image:
+def _framed(main: Image.Image, base: Image.Image | None, panel: Panel) -> Image.Image:
     """The picture under its title, and below it the base view beside the words."""
     out = Image.new("RGB", (PANEL + 2 * MARGIN, main.height + INSET + 62), PAPER)
     pen = ImageDraw.Draw(out)
@@ -165,9 +184,10 @@ def _framed(main: Image.Image, base: Image.Image, panel: Panel) -> Image.Image:
     out.paste(main, (MARGIN, 34))
 
     below, left = 34 + main.height + 8, MARGIN + INSET + 10
-    out.paste(base, (MARGIN, below))
-    pen.rectangle((MARGIN - 1, below - 1, MARGIN + INSET, below + INSET), outline=(200, 200, 205))
-    for i, line in enumerate((*panel.lines, "at left: the base view")):
+    if base is not None:
+        out.paste(base, (MARGIN, below))
+        pen.rectangle((MARGIN - 1, below - 1, MARGIN + INSET, below + INSET), outline=(200, 200, 205))
+    for i, line in enumerate((*panel.lines, "at left: the base view" if base is not None else "")):
         # The last line explains the small picture; the answer is the one before it.
         last, ink = i == len(panel.lines), INK
         if panel.right is not None and i == len(panel.lines) - 1:

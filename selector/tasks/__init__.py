@@ -1,5 +1,7 @@
-"""Tasks: streams of samples. Those in `GENERATED` are drawn without end; ``folder:PATH`` reads a folder of images,
-``hf:NAME`` a public benchmark."""
+"""Tasks: streams of samples.
+
+Those in `GENERATED` are drawn without end; ``folder:PATH`` reads a folder of images, ``hf:NAME`` a public benchmark.
+"""
 
 from __future__ import annotations
 

@@ -182,6 +182,11 @@ def load_benchmark(spec: str, argument: str, skip_unreadable: bool) -> Task:
 
     The fingerprint is of every row's texts, the size of its image's file, and the recipe: the same on every machine.
 
+    Args:
+        spec: the task as the user wrote it, for messages and `Task.name`.
+        argument: what follows ``hf:``, see `find_recipe`.
+        skip_unreadable: leave images out that cannot be decoded (named in `Task.unreadable`) instead of raising.
+
     Raises:
         UsageError: no such benchmark, the extra is missing, the data cannot be read, or lacks a column.
     """
@@ -194,8 +199,9 @@ def load_benchmark(spec: str, argument: str, skip_unreadable: bool) -> Task:
     _need(spec, pictures, [] if join is None else [join["key"], join["image"]])
 
     rows = _rows(spec, recipe, data.select_columns(recipe.texts))
-    places = [index for index, _ in rows] if join is None else _joined(spec, join, rows, pictures)
+    stored_at = [index for index, _ in rows] if join is None else _joined(spec, join, rows, pictures)
     column = recipe.columns["image"] if join is None else join["image"]
+
     # As Arrow stores it: nothing is decoded but what is asked for, and that by us.
     pictures = pictures.select_columns([column]).with_format("arrow")
     drafts = [_draft(f"task {spec!r} row {index}", recipe, index, row) for index, row in rows]
@@ -205,20 +211,20 @@ def load_benchmark(spec: str, argument: str, skip_unreadable: bool) -> Task:
     def samples(count: int, seed: int) -> Iterator[Sample]:
         order = list(blocks)
         Random(f"benchmark/{seed}").shuffle(order)
-        for place in [place for block in order for place in block][:count]:
+        for number in [number for block in order for number in block][:count]:
             try:
-                stored = pictures[places[place]].column(column)[0].as_py()
-                image = _image(f"of task {spec} row {rows[place][0]}", stored)
+                stored = pictures[stored_at[number]].column(column)[0].as_py()
+                image = _image(f"of task {spec} row {rows[number][0]}", stored)
             except UnreadableImage as error:
                 if not skip_unreadable:
                     raise UnreadableImage(f"{error}; --skip-unreadable leaves such images out") from error
-                unreadable.append(f"row {rows[place][0]}")
+                unreadable.append(f"row {rows[number][0]}")
                 continue
-            yield Sample(image=image, boxes=(), **drafts[place])
+            yield Sample(image=image, boxes=(), **drafts[number])
 
     digest = hashlib.sha256(repr([dataclasses.replace(recipe, path="", about=""), drafts]).encode())
     sizes = _sizes(pictures, column)
-    digest.update(repr([sizes[place] for place in places]).encode())
+    digest.update(repr([sizes[position] for position in stored_at]).encode())
     return Task(
         spec, samples, len(rows), digest.hexdigest()[:16], unreadable, metric=recipe.metric, suffix=recipe.suffix
     )
@@ -289,15 +295,15 @@ def _joined(
     spec: str, join: Mapping[str, str], rows: Sequence[tuple[int, Mapping[str, Any]]], pictures: Any
 ) -> list[int]:
     """Where in the subset of images each row's image is."""
-    where = {key: place for place, key in enumerate(pictures[join["key"]])}
-    lost = next((index for index, row in rows if row[join["by"]] not in where), None)
+    position = {key: index for index, key in enumerate(pictures[join["key"]])}
+    lost = next((index for index, row in rows if row[join["by"]] not in position), None)
     if lost is not None:
         raise UsageError(f"task {spec!r}: row {lost} has an image that {join['subset']} lacks")
-    return [where[row[join["by"]]] for _, row in rows]
+    return [position[row[join["by"]]] for _, row in rows]
 
 
-def _draft(place: str, recipe: Recipe, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a sample says, without its image: arguments of `Sample`."""
+def _draft(source: str, recipe: Recipe, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sample says, without its image: arguments of `Sample`; `source` names the row in errors."""
     columns = recipe.columns
     choices = tuple(map(str, row[columns["choices"]])) if "choices" in columns else ()
 
@@ -305,13 +311,13 @@ def _draft(place: str, recipe: Recipe, index: int, row: Mapping[str, Any]) -> di
     given = row[columns["answers"]]
     answers = [str(each) for each in (given if isinstance(given, list) else [given]) if each is not None]
     if not answers:
-        raise UsageError(f"{place}: it has no answer, in the column {columns['answers']!r}")
+        raise UsageError(f"{source}: it has no answer, in the column {columns['answers']!r}")
     if recipe.answer_is == "index":
-        answers = [_letter(place, each, choices) for each in answers]
+        answers = [_letter(source, each, choices) for each in answers]
 
     return {
         "id": f"{index}-{row[columns['id']]}" if "id" in columns else str(index),
-        "question": _question(place, recipe, row, choices),
+        "question": _question(source, recipe, row, choices),
         "answer": Counter(answers).most_common(1)[0][0],  # of equals the first
         "answers": tuple(answers),
         "choices": choices,
@@ -319,11 +325,11 @@ def _draft(place: str, recipe: Recipe, index: int, row: Mapping[str, Any]) -> di
     }
 
 
-def _question(place: str, recipe: Recipe, row: Mapping[str, Any], choices: Sequence[str]) -> str:
+def _question(source: str, recipe: Recipe, row: Mapping[str, Any], choices: Sequence[str]) -> str:
     """The question as it is asked but for the suffix: after its hint, before its options."""
     text = row[recipe.columns["question"]]
     if not isinstance(text, str):
-        raise UsageError(f"{place}: a question must be a text, got {text!r:.80}")
+        raise UsageError(f"{source}: a question must be a text, got {text!r:.80}")
     text = text.replace(recipe.remove, "").strip() if recipe.remove else text.strip()
     text = text.capitalize() if recipe.capitalize else text
     hint = row[recipe.columns["hint"]] if "hint" in recipe.columns else None
@@ -332,20 +338,20 @@ def _question(place: str, recipe: Recipe, row: Mapping[str, Any], choices: Seque
     try:
         return check_question("\n".join(lines))
     except UsageError as error:
-        raise UsageError(f"{place}: {error}") from error
+        raise UsageError(f"{source}: {error}") from error
 
 
-def _letter(place: str, index: str, choices: Sequence[str]) -> str:
+def _letter(source: str, index: str, choices: Sequence[str]) -> str:
     if not index.isdecimal() or int(index) >= min(len(choices), len(LETTERS)):
-        raise UsageError(f"{place}: the answer must be the number of one of {len(choices)} choices, got {index!r}")
+        raise UsageError(f"{source}: the answer must be the number of one of {len(choices)} choices, got {index!r}")
     return LETTERS[int(index)]
 
 
 def _blocks(groups: Sequence[str | None]) -> list[list[int]]:
-    """Places that stay together when the seed permutes them: those of one group; of no group, each alone."""
+    """Numbers of drafts that stay together when the seed permutes them: those of one group; of no group, each alone."""
     blocks: dict[Any, list[int]] = {}
-    for place, group in enumerate(groups):
-        blocks.setdefault(place if group is None else group, []).append(place)
+    for number, group in enumerate(groups):
+        blocks.setdefault(number if group is None else group, []).append(number)
     return list(blocks.values())
 
 

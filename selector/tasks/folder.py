@@ -110,15 +110,15 @@ def load_folder(name: str, path: str, skip_unreadable: bool) -> Task:
         order = list(range(len(rows)))
         Random(f"folder/{seed}").shuffle(order)
 
-        for place in order[:count]:
-            row = rows[place][1]
+        for index in order[:count]:
+            row = rows[index][1]
             try:
-                image = open_image(files[place])
+                image = open_image(files[index])
             except UnreadableImage as error:
                 if not skip_unreadable:
                     raise UnreadableImage(f"{error}; --skip-unreadable leaves such images out") from error
-                if str(files[place]) not in unreadable:
-                    unreadable.append(str(files[place]))
+                if str(files[index]) not in unreadable:
+                    unreadable.append(str(files[index]))
                 continue
 
             yield _sample(row, image, seed, filters.questions)

@@ -25,13 +25,16 @@ def test_a_stray_rank_is_said_aloud(call, model, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = ["compare", "--model", model, "--selectors", "random", "--keep", "9", "--samples", "4", "--no-answers"]
-    code, out, err = call(*options, "--tasks", "scenes")
-    assert code == 0
+    code, out, err = call(*options, "--tasks", "scenes", "--rank-timeout", "0.1")
+    assert code == 2
     assert "RANK=0 and WORLD_SIZE=2 in the environment: this process takes shard 0/2" in err
+    assert "rank 1 of 2 has given no sign of life for 0.1 s" in err
     assert "scenes · " in out
-    assert "shard 0/2: 2 of 4 samples" in out
+    assert "partial: 2 of 4 samples" in out
+    assert "Shard 0/2 lacks" not in out
+    assert "Shard 1/2 lacks all 2." in out
     code, out, err = call(*options, "--tasks", "scenes", "--shard", "0/1")
-    assert "of 4 samples" not in out
+    assert "partial" not in out
     assert "RANK" not in err
 
 

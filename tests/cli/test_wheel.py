@@ -27,9 +27,12 @@ def test_a_wheel_finds_what_ships_inside_its_package(tmp_path):
     (tmp_path / "site-packages" / "selector").mkdir(parents=True)
     path = tmp_path / "site-packages" / "selector" / "shipped.py"
     shutil.copy(ROOT / "selector" / "shipped.py", path)
-    assert runpy.run_path(str(path))["places"]("configs") == (Path("configs"), tmp_path / "site-packages" / "configs")
+    assert runpy.run_path(str(path))["candidates"]("configs") == (
+        Path("configs"),
+        tmp_path / "site-packages" / "configs",
+    )
     (path.parent / "shipped").mkdir()
-    assert runpy.run_path(str(path))["places"]("configs") == (Path("configs"), path.parent / "shipped" / "configs")
+    assert runpy.run_path(str(path))["candidates"]("configs") == (Path("configs"), path.parent / "shipped" / "configs")
 
 
 def test_the_wheel_has_every_default():

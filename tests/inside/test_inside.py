@@ -16,6 +16,7 @@ import torch
 from families import FAMILIES, build
 
 from selector import (
+    PACT,
     Budget,
     FastV,
     GumbelSelector,
@@ -798,3 +799,37 @@ def test_readers_of_pact_and_sparse_vlm_plus_see_what_is_still_there(left, neste
         most = sorted(range(4), key=lambda h: -float(divided[h].sum()))[:2]
         got = read["rater_attention_plus"][image, mine].double()
         torch.testing.assert_close(got, divided[most].mean((0, 1)).detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_pact_merges_the_states_that_enter_its_layer():
+    """Its choice is that on the plain model's states and keys, and centres enter the layer as means of states."""
+    family = FAMILIES[0]
+    model, inputs = family.model, family.batch([[family.picture(0)], [family.picture(1)]])
+    layer, read, caught = decoder_of(model).layers[LAYER], {}, {}
+
+    class Noted(PACT):
+        def select(self, tokens, budget):
+            read["paid"] = tokens.mean_query_attention
+            return super().select(tokens, budget)
+
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True, use_cache=True)
+        with select_tokens(model, Noted(layer=LAYER, rejoin=5.0, count="after"), keep=4) as log:
+            handle = layer.input_layernorm.register_forward_pre_hook(lambda _, args: caught.update(entering=args[0]))
+            model(**inputs)
+            handle.remove()
+    visual, states = inputs["input_ids"] == family.placeholder, plain.hidden_states[LAYER].clone()
+    keys = plain.past_key_values.layers[LAYER].keys.transpose(1, 2).flatten(2)
+    hidden, keys = (values[visual].view(2, 16, -1) for values in (states, keys))
+    tokens = VisualTokens.from_features(hidden, hidden=hidden, own_keys=keys, mean_query_attention=read["paid"])
+    chosen = PACT(rejoin=5.0).select(tokens, Budget(4))
+    assert torch.equal(log.last.keep, chosen.keep)
+    assert chosen.flow is not None
+    assert len(chosen.flow.source) > 8
+
+    states[visual] = torch.cat(chosen.flow.apply(list(hidden)))
+    staying = inputs["attention_mask"].bool()
+    staying[visual] = chosen.keep.flatten()
+    for row, got in enumerate(caught["entering"]):
+        want = states[row, staying[row]]
+        torch.testing.assert_close(got[len(got) - len(want) :], want, rtol=1e-4, atol=1e-4)

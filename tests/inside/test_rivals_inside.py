@@ -227,18 +227,31 @@ def test_a_number_of_clusters_is_checked():
 
 
 def drawn_for_pact(seed: int, kind: str) -> VisualTokens:
-    """Two images of 40 tokens; keys in clusters, or each at a right angle to all others."""
+    """Two images of 40 tokens; keys in clusters, or at right angles to each other, or around a hub."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(2, 6, 8, generator=generator)[:, torch.randint(6, (40,), generator=generator)]
     keys = keys + 0.4 * torch.randn(2, 40, 8, generator=generator)
     if kind == "apart":
         keys = torch.stack([torch.eye(40), 3 * torch.eye(40)])
+    if kind == "star":
+        # Nine tokens near the hub, and pairs of leaves, all at one distance from it: at this cutoff it alone is left.
+        axes = torch.eye(60, dtype=torch.float64)
+        near = [math.cos(0.1) * axes[0] + math.sin(0.1) * axes[i] for i in range(1, 10)]
+        twins = [math.cos(e) * axes[10 + i] + math.sin(e) * axes[30 + i] for i in range(15) for e in (0.0, 0.1)]
+        leaves = [math.cos(1.0) * axes[0] + math.sin(1.0) * twin for twin in twins]
+        keys = torch.stack([axes[0], *near, *leaves]).expand(2, -1, -1)
     return VisualTokens.from_features(
         torch.zeros(2, 40, 1),
         mean_query_attention=torch.rand(2, 40, generator=generator).double(),
         hidden=torch.randn(2, 40, 6, generator=generator).double(),
         own_keys=keys.double(),
     )
+
+
+def test_pact_makes_centres_of_what_is_worst_covered():
+    """Where the cutoff jumps over the number of clusters: neither a token near the hub nor both leaves of a pair."""
+    chosen = PACT(important=1.0).select(drawn_for_pact(0, "star"), Budget(4))
+    assert [row.nonzero().flatten().tolist() for row in chosen.keep] == [[0, 10, 12, 14]] * 2
 
 
 def pact_by_hand(tokens: VisualTokens, i: int, keep: int, important: float, rejoin: float) -> dict[int, list[int]]:
@@ -275,7 +288,7 @@ def pact_by_hand(tokens: VisualTokens, i: int, keep: int, important: float, rejo
     keep=st.integers(1, 39),
     important=st.sampled_from([0.55, 0.3, 1.0]),
     rejoin=st.sampled_from([1.5, 0.0, 1.0]),
-    kind=st.sampled_from(["clusters", "clusters", "apart"]),
+    kind=st.sampled_from(["clusters", "apart", "star"]),
 )
 def test_pact_merges_into_the_centres_of_dense_clusters(seed, keep, important, rejoin, kind):
     """Whatever the budget, exactly so many clusters; their centres are the plain means of their members."""

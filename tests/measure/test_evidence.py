@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, TEXT, TOWER
 from PIL import Image, ImageDraw
+from small_runs import found
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2VLImageProcessorPil,
+)
 from transformers.image_processing_utils import get_patch_output_size
 
-from selector.measure.evidence import canvas_of, evidence, model_canvas
+from selector import Budget, Random
+from selector.errors import UsageError
+from selector.measure.evidence import canvas_of, evidence, model_canvas, unplaced
+from selector.measure.protocol import Protocol
+from selector.measure.run import compare
+from selector.models import available_adapters, llava
+from selector.report.summary import summarize, write_report
+from selector.report.tables import notes
 
 SIZES = [(64, 64), (50, 97), (97, 50), (200, 130), (33, 180), (400, 60)]
 
@@ -95,5 +117,92 @@ def test_wrong_shape_and_wrong_model():
     rectangles = canvas_of((64, 64), [[64, 64]], 32, (4, 4)).rectangles()
     with pytest.raises(ValueError, match=r"kept is \(2, 16\)"):
         evidence(torch.ones(2, 16, dtype=torch.bool), rectangles, [])
-    with pytest.raises(ValueError, match="image_grid_pinpoints"):
+    with pytest.raises(ValueError, match="the adapter of 'object' models does not say"):
         model_canvas(object(), (8, 8), (4, 4))
+
+
+@pytest.mark.parametrize("size", [(40, 56), (96, 32), (33, 71), (64, 64)])
+def test_a_single_view_is_the_whole_image(size):
+    """Qwen2-VL's own processor as the oracle: pixels within a rectangle reach that patch's token, and no other."""
+    processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096)
+    height, width = size
+    blank = np.zeros((height, width, 3), np.uint8)
+
+    def patches(array):
+        given = processor(Image.fromarray(array), return_tensors="pt")
+        return given["pixel_values"], [n // 2 for n in given["image_grid_thw"][0, 1:].tolist()]
+
+    empty, grid = patches(blank)
+    config = SimpleNamespace(model_type="qwen2_vl")
+    canvas = model_canvas(config, size, tuple(grid), views=1)
+    assert canvas.size == (grid[1], grid[0])  # of the shape of the picture
+    places = canvas.rectangles()
+    assert places.shape == (1, grid[0] * grid[1], 4)
+    for index in (0, grid[1] - 1, grid[0] * grid[1] // 2, grid[0] * grid[1] - 1):
+        x0, y0, x1, y1 = places[0, index].tolist()
+        marked = blank.copy()
+        marked[round((y0 + y1) / 2 - 0.5), round((x0 + x1) / 2 - 0.5)] = 255
+        change = (patches(marked)[0] - empty).abs().sum(1)
+        assert int(change.argmax()) // 4 == index  # four patches make a token
+
+    # All of the image is covered once, and a share of one view has no base view beside it.
+    everything = torch.ones(1, len(places[0]), dtype=torch.bool)
+    assert evidence(everything, places, [(0.0, 0.0, float(width), float(height))]) == (pytest.approx(1), None)
+    first = torch.arange(len(places[0]))[None] == 0
+    assert evidence(first, places, [(0.0, 0.0, float(width), float(height))])[0] == pytest.approx(1 / len(places[0]))
+
+
+def test_families_whose_patches_have_a_known_place():
+    known = {name for name in available_adapters() if unplaced(SimpleNamespace(model_type=name)) is None}
+    assert known == {"gemma3", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"}
+    pinpoints = {"llava_next", "llava_onevision", "llava_next_video"}  # by their configs, not by their names
+    assert {family.kind for family in FAMILIES if hasattr(family.model.config, "image_grid_pinpoints")} <= pinpoints
+    with pytest.raises(UsageError, match="made 3 of it"):
+        model_canvas(SimpleNamespace(model_type="gemma3"), (8, 8), (4, 4), views=3)
+
+
+@pytest.fixture
+def flat_model(tiny_model):
+    """A LLaVA-1.5 with its processor: one view per image, squeezed to 32 x 32 pixels, 4 x 4 patches."""
+    tokenizer, template = tiny_model()[1].tokenizer, tiny_model()[1].chat_template
+    side = {"height": 32, "width": 32}
+    pixels = CLIPImageProcessorPil(size=side, do_center_crop=False)
+    processor = LlavaProcessor(
+        pixels, tokenizer, 8, "default", template, image_token="<image>", num_additional_image_tokens=1
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(projection_dim=16, **TOWER),
+        text_config=LlamaConfig(**TEXT | {"vocab_size": len(tokenizer)}),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval(), processor
+
+
+def compared(flat_model, task, folder):
+    protocol = Protocol(answers=False)
+    return found(list(compare(*flat_model, {"random": Random()}, [Budget(8)], [task], folder, protocol=protocol)))
+
+
+def test_a_family_without_known_places_is_compared_without_evidence_and_says_so(flat_model, task, tmp_path):
+    records = compared(flat_model, task, tmp_path)
+    assert len(records) == 2 * 4
+    assert all("kept" in record and "evidence" not in record for record in records.values())
+    assert not (tmp_path / "images").exists()
+    (line,) = [line for line in notes(summarize(tmp_path)) if line.startswith("No evidence")]
+    assert "the adapter of 'llava' models does not say where in the image their patches lie" in line
+
+
+def test_a_single_view_is_measured_and_drawn(flat_model, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(llava, "ADAPTER", dataclasses.replace(llava.ADAPTER, whole=True))
+    records = compared(flat_model, task, tmp_path)
+    assert {record["evidence"] for (label, *_), record in records.items() if label == "full"} == {1.0}
+    shares = [record["evidence"] for (label, *_), record in records.items() if label == "random"]
+    assert min(shares) < 1
+    assert not any("base_evidence" in record for record in records.values())
+
+    stored = [json.loads(path.read_text()) for path in sorted((tmp_path / "images").glob("*.json"))]
+    assert [(each["base"], each["tiles"], len(each["xs"])) for each in stored] == 4 * [(False, [1, 1], 5)]
+    assert "No evidence" not in "".join(notes(summarize(tmp_path)))
+    write_report([tmp_path], tmp_path / "page.html")
+    assert "evidence" in (tmp_path / "page.html").read_text()

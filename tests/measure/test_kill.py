@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -145,11 +146,76 @@ def test_a_killed_run_in_batches_goes_on_and_says_the_same(start, whole, tmp_pat
 
 def test_two_shards_at_once_are_one_run(start, whole, tmp_path):
     out = tmp_path / "run"
-    first, second = start(out, "--shard", "0/2"), start(out, RANK="1", WORLD_SIZE="2")
+    first, second = start(out, "--shard", "0/2"), start(out, "--shard", "1/2")
     for process in (first, second):
         assert process.wait(timeout=300) == 0, process.communicate()[1]
     assert len(list(out.rglob("predictions.0-of-2.jsonl"))) == len(list(out.rglob("predictions.1-of-2.jsonl"))) == 6
     assert content(out) == content(whole)
+    assert figures(out) == figures(whole)
+
+
+@pytest.fixture
+def here(model, capsys, monkeypatch):
+    """``here(out, *more, RANK=...)`` -> (exit code, stdout, stderr) of a comparison in this process."""
+    from selector import cli
+
+    def call(out, *more, **environment):
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            code = cli.main([*OPTIONS, "--model", model, "--out", str(out), *more])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_shard_may_come_later(here, whole, tmp_path):
+    out = tmp_path / "run"
+    for shard, missing in (("0/3", "1/3 lacks all 2, shard 2/3 all 2"), ("2/3", "1/3 lacks all 2"), ("1/3", None)):
+        code, printed, _ = here(out, "--shard", shard)
+        assert code == 0
+        assert ("partial" in printed) == (missing is not None)
+        assert missing is None or f"Shard {missing}." in printed
+    assert content(out) == content(whole)
+    assert figures(out) == figures(whole)
+
+
+def test_under_torchrun_rank_0_alone_prints(model, whole, tmp_path):
+    """Two processes: about 15 s, most of which torch and transformers take to start, twice."""
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words = [*launch, "selector.cli", *OPTIONS, "--model", model, "--out", str(out)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    # One table, of the samples of both, and one bar, which counts the records of both.
+    assert ended.stdout.count("Report: ") == ended.stdout.count("vs random:") == 1
+    assert "partial" not in ended.stdout
+    assert ended.stderr.count("in the environment: this process takes shard") == 1
+    assert ended.stderr.count("36/36") == 1
+    assert "18/18" not in ended.stderr
+    assert len(list(out.rglob("predictions.0-of-2.jsonl"))) == len(list(out.rglob("predictions.1-of-2.jsonl"))) == 6
+    assert content(out) == content(whole)
+    assert figures(out) == figures(whole)
+
+
+def test_a_rank_that_is_killed_leaves_a_partial_report(start, here, whole, tmp_path):
+    """About 15 s: another process, and five for it to be given up."""
+    out = tmp_path / "run"
+    other = start(out, "--samples", "2000", RANK="1", WORLD_SIZE="2")
+    wait_for(out, 1, other)
+    other.kill()
+    code, printed, errors = here(out, "--rank-timeout", "5", RANK="0", WORLD_SIZE="2")
+    assert code == 2
+    assert "error: rank 1 of 2 has given no sign of life for 5 s" in errors
+    assert "the same command goes on from what is done" in errors
+    assert other.wait() == -signal.SIGKILL
+    assert re.search(r"partial: \d( to \d)? of 6 samples", printed)
+    assert "Shard 1/2 lacks" in printed
+    assert (out / "report.html").is_file()
+
+    assert here(out, "--shard", "1/2")[0] == 0
+    assert content(out).keys() == content(whole).keys()
     assert figures(out) == figures(whole)
 
 

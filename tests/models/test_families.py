@@ -16,8 +16,8 @@ from selector import Budget, Norm, Random, available_selectors, load_selector, p
 from selector.measure.answering import forced
 from selector.methods.image_transformer import ImageTransformer
 from selector.models import available_adapters, encode
+from selector.models._attention import HEARD, quantity
 from selector.models._towers import ALWAYS
-from selector.models.llava_next import HEARD, _quantity
 
 pytestmark = pytest.mark.slow  # thirteen families: a sixth of the suite
 
@@ -225,8 +225,8 @@ def test_labels_and_gradients(family):
 
 def gives(family: Family) -> frozenset[str]:
     """The tower's queries and keys, once they can be read, give all but attention from a missing CLS token."""
-    heard = HEARD if family.cls else HEARD - {"cls_attention"}
-    return ALWAYS | (heard if family.keys else set())
+    attention = HEARD if family.cls else HEARD - {"cls_attention"}
+    return ALWAYS | (attention if family.keys else set())
 
 
 @pytest.mark.filterwarnings("ignore::selector.spectrum.FullRankWarning")  # pictures of a handful of tokens
@@ -249,7 +249,7 @@ def test_every_selector_runs_or_is_refused_by_name(family):
     chosen += [load_selector("norm:merge=nearest"), ImageTransformer(48, "projected", 32, question_dim=48)]
     served = 0
     for selector in chosen:
-        missing = sorted(need for need in selector.needs if _quantity(need) not in gives(family))
+        missing = sorted(need for need in selector.needs if quantity(need) not in gives(family))
         with torch.no_grad(), select_tokens(model, selector, keep=4, relevance=lambda t, _: t.features.mean(-1)) as log:
             if missing:
                 with pytest.raises(ValueError, match=f"gives no {', '.join(missing)} to a selector"):

@@ -14,7 +14,7 @@ from selector.registry import available_selectors
 from selector.report.bench import draw, listings, main, markdown, slope, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMITTED = sorted((ROOT / "configs" / "bench").glob("*.json"))
+COMMITTED = sorted((ROOT / "configs" / "bench").glob("llava-next-*.json"))
 
 
 def cell(selector, tiles, keep, ms, flops=0):

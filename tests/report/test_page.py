@@ -212,6 +212,28 @@ def test_the_explorer_opens_where_selectors_differ_in_being_right():
     assert [(s["id"], s["tells_at"]) for s in shown] == [("b", "64"), ("a", "128"), ("c", None)]
 
 
+def test_the_explorer_shows_the_score_of_a_task_that_has_one():
+    def shown(about, scores):
+        base = {
+            "id": "a",
+            "question": "?",
+            "answer": "x",
+            "correct": True,
+            "agrees": True,
+            "tokens": 1,
+            "full_tokens": 9,
+        }
+        settings = {"tasks": {"t": {"fingerprint": "f"} | about}, "seed": 0, "rows": []}
+        tables = {("t", "one", "64"): [base | scores[0]], ("t", "full", None): [base | scores[1]]}
+        return explorer({"run": (Path("nowhere"), settings, tables)})["samples"][0]
+
+    scored = shown({"metric": "vqa"}, ({"score": 2 / 3}, {"score": 1.0}))
+    assert (scored["scored_by"], scored["score"], scored["rows"][0]["score"]) == ("VQA accuracy", 1.0, 2 / 3)
+    exact = shown({}, ({}, {}))
+    assert "scored_by" not in exact
+    assert (exact["correct"], exact["rows"][0]["correct"]) == (True, True)
+
+
 def row_of(keep, interval, broken, pairs, fixed=0):
     versus = {"interval": interval, "difference": sum(interval) / 2, "broken": broken, "fixed": fixed, "pairs": pairs}
     return {"task": "t", "selector": "s", "sees_question": False, "keep": str(keep), "tokens": keep, "full_tokens": 512,

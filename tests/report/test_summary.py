@@ -11,7 +11,7 @@ from rich.console import Console
 from selector import records
 from selector.errors import UsageError
 from selector.records import FLIPS
-from selector.report import excerpt
+from selector.report import columns, excerpt
 from selector.report.columns import LEGEND, main_columns
 from selector.report.statistics import bootstrap_mean
 from selector.report.summary import summarize, write_report
@@ -222,22 +222,27 @@ def test_markdown_shows_names_and_answers_as_they_are(run, text):
     assert "theirs" not in written
 
 
-@pytest.mark.parametrize("shard", [None, "0/2"])
-def test_a_part_of_a_run_says_so_in_its_table(run, shard):
-    plan = json.loads((run / "run.json").read_text())
-    plan["tasks"]["toy"]["samples"] = 4
-    records.write_json(run / "run.json", plan | {"shard": shard})
-    assert "of 4 samples" not in rich_tables(summarize(run))[0].title
-    plan["tasks"]["toy"]["samples"] = 8
-    records.write_json(run / "run.json", plan | {"shard": shard})
-    part = "shard 0/2: 4 of 8 samples" if shard else "4 of 8 samples"
-    assert str(rich_tables(summarize(run))[0].title) == f"toy · m · {part}"
+@pytest.mark.parametrize("plan", [{}, {"shards": 2}, {"shard": "0/2"}], ids=str)  # the last of an older version
+def test_a_part_of_a_run_says_so_in_its_table(run, plan):
+    before = json.loads((run / "run.json").read_text())
+    before["tasks"]["toy"]["samples"] = 4
+    records.write_json(run / "run.json", before | plan)
+    assert "partial" not in str(rich_tables(summarize(run))[0].title)
+    assert "partial" not in markdown({"r": summarize(run)})
+    before["tasks"]["toy"]["samples"] = 8
+    records.write_json(run / "run.json", before | plan)
+    assert str(rich_tables(summarize(run))[0].title) == "toy · m · partial: 4 of 8 samples"
+    # Records 0 to 3 of 8: half of what each of two shards has.
     text = markdown({"r": summarize(run)})
-    assert f"- toy: {part}, the others are" in text
-    assert ("shard 0/2 of 4 samples per task" in text) == (shard is not None)
+    shards = " Shard 0/2 lacks 2 of 4, shard 1/2 2 of 4." if plan else ""
+    assert f"- toy is partial: 4 of 8 samples.{shards}\n" in text
+    assert ("4 samples per task in 2 shards" in text) == ("shards" in plan)
     first = next(run.glob("*/predictions.jsonl"))
     first.write_text(first.read_text().splitlines(keepends=True)[0])
-    assert "1 to 4 of 8 samples" in str(rich_tables(summarize(run))[0].title)
+    assert "partial: 1 to 4 of 8 samples" in str(rich_tables(summarize(run))[0].title)
+    (row,) = summarize(run)["unfinished"]["toy"]["fewest"]
+    assert row[2] == 1
+    assert f"Fewest: {row[0]}" in markdown({"r": summarize(run)})
 
 
 def test_names_are_no_markup_on_the_terminal(run):
@@ -440,3 +445,9 @@ def test_a_metric_that_nobody_knows_is_refused(run):
     records.write_json(run / "run.json", settings)
     with pytest.raises(UsageError, match="'bleu' as metric of task 'toy'"):
         summarize(run)
+
+
+def test_a_column_of_a_figure_that_no_row_has_is_an_error():
+    """A misspelt name would be a column of nothing, which tables leave out."""
+    with pytest.raises(KeyError, match="prefil_ms"):
+        columns._plain("prefill ms", "prefil_ms", 1, "prompt to first token")

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from selector import SVDPrune, TokenSelector
-from selector.measure.evidence import canvas_of
+from selector.measure.evidence import Canvas, canvas_of
 from selector.show.gallery import kept_picture
-from selector.show.picture import MARGIN, MARK, PANEL, Panel, draw, stack
+from selector.show.picture import MARGIN, MARK, PANEL, Panel, draw, painted, stack
 
 TOP = 34
 
@@ -48,6 +48,21 @@ def test_what_is_kept_and_what_is_dropped_look_different_on_any_page(colour):
     here, there = pixels[TOP + half // 2, MARGIN + half // 2], pixels[TOP + 3 * half // 2, MARGIN + 3 * half // 2]
     assert here.tolist() == list(colour)
     assert abs(here.mean() - there.mean()) > 45
+
+
+def test_a_single_view_has_no_base_view_below():
+    canvas = Canvas((4, 4), (0, 0, 4, 4), (64, 64), (1, 1), (4, 4), base=False)
+    kept = torch.zeros(1, 16, dtype=torch.bool)
+    kept[0, 1] = True
+    image = Image.new("RGB", (64, 64), (250, 240, 10))
+    main, base = painted(image, canvas, Panel("", (), kept))
+    assert base is None
+    assert main.getpixel((PANEL * 3 // 8, PANEL // 8)) == (250, 240, 10)
+    assert main.getpixel((PANEL // 8, PANEL // 8)) != (250, 240, 10)
+
+    # Of the panel below the picture, only the words are left.
+    below = np.asarray(draw(image, canvas, [Panel("name", (), kept)]))[TOP + PANEL :]
+    assert (below == 255).all()
 
 
 def test_everything_and_nothing():

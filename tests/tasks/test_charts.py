@@ -130,7 +130,7 @@ def test_the_answer_stands_in_its_boxes():
                 if len(n) == 1 and any(x0 < (a + c) / 2 < x1 and y0 < (b + d) / 2 < y1 for x0, y0, x1, y1 in turn.boxes)
             )
             subject = turn.question.removesuffix("?").split()[-1]
-            kind = charts.question_kind(turn.question)
+            kind = charts.kind_of(turn.question)
             if kind == "value":
                 assert inside == turn.answer.replace(" ", "")
                 assert turn.answer == f"{subject} {pairs[subject].value}"
@@ -181,7 +181,7 @@ def test_held_out_questions_are_mixed_and_hard_to_guess():
     kinds, answers = Counter(), {kind: Counter() for kind in charts.QUESTIONS}
     for sample in charts.samples(240, 9):
         assert sample.question is not None
-        kind = charts.question_kind(sample.question)
+        kind = charts.kind_of(sample.question)
         kinds[kind] += 1
         answers[kind][sample.answer] += 1
     assert min(kinds.values()) > 0.2 * 240

@@ -25,7 +25,7 @@ from selector.report.columns import (
 )
 from selector.report.page.figures import correlation_plots, task_plots
 from selector.report.page.overview import HINT, differing, overview
-from selector.report.tables import best_rows, notes, rows_of, settings_line
+from selector.report.tables import best_rows, meanings, notes, rows_of, settings_line
 
 HERE = Path(__file__).parent
 NAMES, NUMBER = (KEEP, SELECTOR), ' class="number"'
@@ -151,13 +151,7 @@ def _method(runs: Mapping[str, Summary]) -> str:
         lines = "".join(f"<li>{escape(note)}</li>" for note in notes(summary))
         parts.append(f"{title}<p>{escape(settings_line(summary))}.</p><ul>{lines}</ul>")
 
-    # Every column is explained once, whichever run and table has it.
-    meanings: dict[str, str] = {}
-    for summary in runs.values():
-        each = [column for task in summary["tasks"] for column in main_columns(summary, task)]
-        for column in (*main_columns(summary), *each, *consistency_columns(summary), *cost_columns(summary)):
-            meanings.setdefault(column.header, column.note)
-    terms = "".join(f"<dt>{escape(header)}</dt><dd>{escape(note)}</dd>" for header, note in meanings.items())
+    terms = "".join(f"<dt>{escape(header)}</dt><dd>{escape(note)}</dd>" for header, note in meanings(runs).items())
 
     layers = {summary["layer"] for summary in runs.values()}
     where = "; ".join(

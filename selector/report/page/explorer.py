@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selector.errors import UsageError
-from selector.record import Record
+from selector.record import METRICS, Record
 from selector.records import IMAGES, image_name, seeing_question
 from selector.report.columns import marked
 from selector.report.tables import plain
@@ -60,6 +60,11 @@ def explorer(
             shown = _sample(name, task, sample, rows)
             if shown is None:
                 continue
+
+            # Where a task scores by a metric of its own, the page says which instead of right or wrong.
+            metric = settings["tasks"][task].get("metric", "exact")
+            if metric != "exact":
+                shown["scored_by"] = METRICS[metric].header.removesuffix(" %")
 
             # Samples of several runs may share an image: only the first of them pays for it.
             picture = image_name(settings["tasks"][task]["fingerprint"], settings["seed"], sample)
@@ -108,8 +113,11 @@ def changed_answers(shown: Mapping[str, Any], most: int = 8) -> str:
 
 
 def _by_interest(rows: Rows) -> list[str]:
-    """Samples, the most telling first: by how much selectors disagree in being right (where that is known), then in
-    keeping the unpruned model's answer, then by how many answers changed."""
+    """Samples, the most telling first.
+
+    By how much selectors disagree in being right (where that is known), then in keeping the unpruned model's answer,
+    then by how many answers changed.
+    """
     order = list(dict.fromkeys(sample for records in rows.values() for sample in records))
 
     def interest(sample: str) -> tuple[int, int, int]:
@@ -162,14 +170,14 @@ def _sample(run: str, task: str, sample: str, rows: Rows) -> dict[str, Any] | No
         record = records.get(sample)
         if record is None or (keep is None and label == "full"):
             continue
-        names = ("answer", "correct", "flip", "anls", "tokens", "kept", "evidence")
+        names = ("answer", "correct", "score", "flip", "anls", "tokens", "kept", "evidence")
         answers.append({"selector": label, "keep": keep} | {n: record[n] for n in names if record.get(n) is not None})
 
     head = {"run": run, "task": task, "id": sample, "full_tokens": full["full_tokens"]}
     head |= {"tells_at": _tells_at(rows, sample)}
     return (
         head
-        | {n: full[n] for n in ("question", "target", "answer", "correct", "kept") if n in full}
+        | {n: full[n] for n in ("question", "target", "answer", "correct", "score", "kept") if n in full}
         | {"rows": answers}
     )
 

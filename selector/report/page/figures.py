@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from selector.report.columns import Figures, batch_size, selector_name, timed
+from selector.report.columns import Figures, Summary, batch_size, selector_name, timed
 from selector.report.page.plots import Point, Reference, Series, axis, legend, plot
 
-Summary = dict[str, Any]
 SPECTRA = {  # by field of a row: the label of the axis, and what has shifted
     "ipr_shift": ("|ΔIPR|", "IPR"),
     "rank_shift": ("|Δ effective rank|", "effective rank"),

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from selector.report.columns import LEGEND, Figures, legend, selector_name
+from selector.report.columns import LEGEND, Figures, Summary, legend, selector_name
 from selector.report.findings import sentences
 
-Summary = dict[str, Any]
 MARGIN = 0.05
 """A budget passes where it is shown to lose less accuracy than this share."""
 HINT = '<span class="hint"> · swipe for more columns →</span>'

@@ -5,7 +5,8 @@ every point gives its figures in a ``<title>``; the whole plot is described for 
 reference lines are to the right of the plot and the title of the y axis above it, where no point and no tick can be.
 
 matplotlib, on which this package depends, writes SVG too, but with fixed colours and without text at the points. Drawn
-here, a plot follows the reader's light or dark theme, and every point has a tooltip with its figures.
+here, a plot follows the reader's light or dark theme, and every point has a tooltip with its figures. Importing
+matplotlib for its ticks alone would take longer than making the page.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ def plot(
         parts.append(f'<polyline class="front" points="{path}"/>')
 
     # Curves at the same budgets would hide one another's intervals: each is moved aside by a pixel or two.
-    for place, each in enumerate(series):
-        parts += _drawn(across, y, each, nudge=(place - (len(series) - 1) / 2) * 2.2 if each.joined else 0)
+    for i, each in enumerate(series):
+        parts += _drawn(across, y, each, nudge=(i - (len(series) - 1) / 2) * 2.2 if each.joined else 0)
     return "".join([*parts, "</svg>"])
 
 

@@ -75,7 +75,7 @@ function explore(data) {
     if (sample.question) question.append("Question: ", element("q", sample.question));
     if (sample.target !== undefined && sample.target !== null) question.append("  Right answer: ", element("q", sample.target));
     const image = data.images[sample.image], picture = new Image();
-    const whole = { selector: "every token", tokens: sample.full_tokens, answer: sample.answer, correct: sample.correct, kept: sample.kept };
+    const whole = { selector: "every token", tokens: sample.full_tokens, answer: sample.answer, correct: sample.correct, score: sample.score, kept: sample.kept };
     const rows = sample.rows.filter((row) => row.keep === picks.keep.value || row.keep === null);
     const canvases = [whole, ...rows].map((row) => panel(row, sample, image, panels));
     if (!image) return;
@@ -110,6 +110,7 @@ function panel(row, sample, image, panels) {
   figure.append(caption);
   let draw = null;
   if (image && row.kept) {
+    const based = image.base !== false; // a model of one view per image has no base view
     const kept = unpack(row.kept), share = Math.round((100 * row.tokens) / sample.full_tokens);
     const main = document.createElement("canvas"), base = document.createElement("canvas");
     [main.width, main.height] = image.size;
@@ -120,12 +121,14 @@ function panel(row, sample, image, panels) {
     main.setAttribute("aria-label", `${name}: ${share}% of the visual tokens kept; kept patches clear, dropped ones veiled${boxes}`);
     base.setAttribute("role", "img");
     base.setAttribute("aria-label", `${name}: what is kept of the base view`);
-    figure.append(main, base);
-    draw = (picture) => { drawTiles(main, picture, image, kept); drawBase(base, picture, image, kept); };
+    figure.append(main, ...(based ? [base] : []));
+    draw = (picture) => { drawTiles(main, picture, image, kept); if (based) drawBase(base, picture, image, kept); };
   }
   if (row.answer !== undefined) {
     const said = document.createElement("p");
-    const mark = row.correct === undefined ? "" : row.correct ? "✓ right" : "✗ wrong";
+    const own = sample.scored_by !== undefined && row.score !== undefined;
+    const mark = own ? `${sample.scored_by} ${Math.round(100 * row.score)}%`
+      : row.correct === undefined ? "" : row.correct ? "✓ right" : "✗ wrong";
     said.append("“", element("span", row.answer, "said"), "” ", element("span", mark, row.correct ? "right" : "wrong"));
     figure.append(said);
   }
@@ -149,9 +152,10 @@ function drawTiles(canvas, picture, image, kept) {
   const pen = canvas.getContext("2d"), { xs, ys, tiles, grid } = image, patches = grid[0] * grid[1];
   pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
   pen.fillStyle = image.dark ? LIGHT_VEIL : VEIL;
-  // Borders run over all tiles, bits of the mask tile by tile; tile 0 is the base view.
+  // Borders run over all tiles, bits of the mask tile by tile; tile 0 is the base view, if there is one.
+  const first = image.base === false ? 0 : 1;
   for (let y = 0; y + 1 < ys.length; y++) for (let x = 0; x + 1 < xs.length; x++) {
-    const tile = 1 + Math.floor(y / grid[0]) * tiles[1] + Math.floor(x / grid[1]);
+    const tile = first + Math.floor(y / grid[0]) * tiles[1] + Math.floor(x / grid[1]);
     const patch = (y % grid[0]) * grid[1] + (x % grid[1]);
     const [left, top] = [Math.round(xs[x]), Math.round(ys[y])];
     if (!kept(tile * patches + patch)) pen.fillRect(left, top, Math.round(xs[x + 1]) - left, Math.round(ys[y + 1]) - top);

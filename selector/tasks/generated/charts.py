@@ -19,7 +19,18 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from selector.tasks.generated.chart_layout import SIZES, Category, Layout, categories, cell, layout
-from selector.tasks.generated.drawing import ADVANCE, COLOURS, RGB, add_noise, any_colour, any_font, clip, stream, write
+from selector.tasks.generated.drawing import (
+    ADVANCE,
+    COLOURS,
+    RGB,
+    add_noise,
+    any_colour,
+    any_font,
+    clip,
+    stream,
+    varied,
+    write,
+)
 from selector.tasks.sample import Box, Draft, Page, Sample, Turn
 
 QUESTIONS = ("value", "largest", "color")
@@ -128,12 +139,6 @@ def _between(ink: RGB, paper: RGB) -> RGB:
     return (ink[0] + 2 * paper[0]) // 3, (ink[1] + 2 * paper[1]) // 3, (ink[2] + 2 * paper[2]) // 3
 
 
-def _varied(rng: Random, colour: RGB) -> RGB:
-    """The colour with each channel changed by up to 18 levels, within 0..255."""
-    red, green, blue = (min(255, max(0, v + rng.randint(-18, 18))) for v in colour)
-    return red, green, blue
-
-
 def draw_page(rng: Random, made: Layout, shown: tuple[Category, ...]) -> Image.Image:
     """The chart's pixels: dark on light or light on dark; where white would vanish, everything has an outline.
 
@@ -153,7 +158,7 @@ def draw_page(rng: Random, made: Layout, shown: tuple[Category, ...]) -> Image.I
 
     # One hue per colour rather than per category: the markers of a line are alike.
     colours = dict.fromkeys(one.colour for one in shown)
-    hues = {colour: _varied(rng, COLOURS[colour]) for colour in colours}
+    hues = {colour: varied(rng, COLOURS[colour]) for colour in colours}
     edge = ink if rng.random() < 0.4 or ("white" in hues and paper == light) else None
     _paint(draw, made, shown, [hues[one.colour] for one in shown], edge)
 
@@ -198,10 +203,10 @@ def page(split: str, seed: int, index: int, size: tuple[int, int] | None = None)
     return draft(stream("charts", split, seed, index), size, split=split).page()
 
 
-def question_kind(question: str) -> str:
+def kind_of(question: str) -> str:
     """Which of `QUESTIONS` it is.
 
-    >>> question_kind("what color is JAN?")
+    >>> kind_of("what color is JAN?")
     'color'
     """
     return next(kind for kind in QUESTIONS if kind in question.removesuffix("?").split())
@@ -218,8 +223,8 @@ def samples(count: int, seed: int) -> Iterator[Sample]:
 
         # The kind is drawn first: a page has one "which is largest?", but a value per category.
         rng = Random(f"charts/question/{seed}/{index}")
-        kinds = sorted({question_kind(turn.question) for turn in shown.turns})
+        kinds = sorted({kind_of(turn.question) for turn in shown.turns})
         kind = rng.choice(kinds)
-        turn = rng.choice([turn for turn in shown.turns if question_kind(turn.question) == kind])
+        turn = rng.choice([turn for turn in shown.turns if kind_of(turn.question) == kind])
 
         yield Sample(f"charts-{seed}-{index}", shown.image, turn.question, turn.answer, turn.boxes)

@@ -325,11 +325,11 @@ def draft(
     size = size or rng.choice(list(SIZES))
     made = layout(rng, size, rng.randint(*(count or SIZES[size])), split)
 
-    aloud = ", ".join(f"{line.key} {line.value}" for line in made.lines)
+    transcript = ", ".join(f"{line.key} {line.value}" for line in made.lines)
 
     # `draw` gets a seed instead of `rng`, so that it gives the same pixels whenever and as often as it is called.
     seed = rng.getrandbits(64)
-    return Draft(size, turns(rng, made), marks(made), ("read the page.", aloud), partial(_drawn, seed, made))
+    return Draft(size, turns(rng, made), marks(made), ("read the page.", transcript), partial(_drawn, seed, made))
 
 
 def _drawn(seed: int, made: DocumentLayout) -> Image.Image:

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from selector.images import open_image
 from selector.tasks.sample import Box
 
 ADVANCE = 8
@@ -102,6 +103,12 @@ def any_colour(rng: Random, low: int, high: int) -> RGB:
     return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
 
 
+def varied(rng: Random, colour: RGB) -> RGB:
+    """The colour with each channel changed by up to 18 levels, so that no exact value stands for a colour."""
+    red, green, blue = (min(255, max(0, level + rng.randint(-18, 18))) for level in colour)
+    return red, green, blue
+
+
 def ink_and_paper(rng: Random) -> tuple[RGB, RGB]:
     """(ink, paper): dark on light, in a quarter of the pages light on dark."""
     # At least 105 levels apart in every channel: text can be read on any page.
@@ -177,8 +184,8 @@ def textured(rng: Random, size: tuple[int, int]) -> Image.Image:
 @cache
 def _photo() -> np.ndarray:
     """The photograph that matplotlib ships (a portrait of Grace Hopper, public domain), [height, width, 3]."""
-    with Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg") as photo:
-        return np.asarray(photo.convert("RGB"), dtype=np.float32)
+    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    return np.asarray(open_image(path), dtype=np.float32)
 
 
 def photographic(rng: Random, size: tuple[int, int]) -> Image.Image:
@@ -250,8 +257,7 @@ def shape(draw: ImageDraw.ImageDraw, rng: Random, kind: str, colour: str, x: int
         y: centre, in pixels.
         radius: half the side of the shape's box, in pixels.
     """
-    # Varied, so that no exact value stands for a colour.
-    fill = tuple(min(255, max(0, v + rng.randint(-18, 18))) for v in COLOURS[colour])
+    fill = varied(rng, COLOURS[colour])
 
     if kind == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)

@@ -161,7 +161,13 @@ def turns(rng: Random, things: list[Thing]) -> tuple[Turn, ...]:
 
 
 def draw_page(rng: Random, size: tuple[int, int], things: list[Thing]) -> Image.Image:
-    """The scene's pixels: a background, the objects and noise."""
+    """The scene's pixels: a background, the objects and noise.
+
+    Args:
+        rng: decides the background, how colours vary, and the noise.
+        size: (width, height) in pixels.
+        things: the objects, later ones on top.
+    """
     image = background(rng, size)
     draw = ImageDraw.Draw(image)
     for thing in things:

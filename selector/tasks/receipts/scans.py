@@ -18,9 +18,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
 from selector.errors import MissingData, UsageError
+from selector.images import open_image
 from selector.tasks.folder import ANNOTATIONS, content, read_annotations
 
 VARIABLE = "SELECTOR_DATA"
@@ -121,7 +122,7 @@ def folder(data: Path | None) -> Path:
 
     documents = Path(named) / "documents"
     if not (documents / ANNOTATIONS).is_file():
-        raise UsageError(f"{VARIABLE} must name a folder that holds documents/annotations.jsonl, got {str(named)!r}")
+        raise UsageError(f"{VARIABLE} must name a folder that holds documents/{ANNOTATIONS}, got {str(named)!r}")
     return documents
 
 
@@ -154,7 +155,7 @@ def _load(documents: Path) -> tuple[Receipt, ...]:
     # The folder holds other documents too, for other tasks.
     rows = [row for _, row in read_annotations(documents / ANNOTATIONS) if "SROIE" in str(row.get("source"))]
     if not rows:
-        raise UsageError(f"{documents / 'annotations.jsonl'} must hold receipts (source SROIE), got none")
+        raise UsageError(f"{documents / ANNOTATIONS} must hold receipts (source SROIE), got none")
 
     # Companies first: a receipt without one may name a known company in its head (see `_group`).
     companies = {_stem(name) for row in rows if (name := _company(row))}
@@ -276,8 +277,7 @@ def pixels(file: Path) -> np.ndarray:
     Args:
         file: the image.
     """
-    with Image.open(file) as image:
-        return np.asarray(image.convert("L"))
+    return np.asarray(open_image(file).convert("L"))
 
 
 @cache
