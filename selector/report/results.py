@@ -73,6 +73,7 @@ def results_table(summary: Summary, label: str) -> str:
         "| task | selector | all tokens | " + " | ".join(keeps) + " |",
         "|---|---|---|" + "---|" * len(keeps),
     ]
+
     for task in summary["tasks"]:
         for name in labels:
             cells = [_score(rows[task, ALL, None])]
@@ -112,6 +113,8 @@ def _metrics(summary: Summary, row: Figures, full: Figures) -> list[dict[str, An
         "seed": summary["seed"],
         "model": _model(summary),
     }
+
+    # The hub knows "accuracy"; other metrics go by the names that tasks have for them.
     interval = [round(end, 4) for end in row["accuracy_interval"]]
     score = {
         "type": "accuracy" if kind == "exact" else kind,
