@@ -174,8 +174,9 @@ def check(record: Mapping[str, Any]) -> None:
         if name not in FIELDS:
             raise ValueError(f"a record must have none but the fields of selector.record.Record, got {name!r}")
 
-        # A bool is an int to Python, and a number below zero is no count.
+        # A bool is an int to Python, and a number below zero is no count (nor is the average of counts, `tokens`).
         kinds = FIELDS[name].kinds
-        if type(value) not in kinds or (type(value) is int and float not in kinds and value < 0):
+        counts = name == "tokens" or float not in kinds
+        if type(value) not in kinds or (counts and isinstance(value, int | float) and value < 0):
             wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
             raise ValueError(f"a record must have {name} as {wanted}, got {value!r:.80}")

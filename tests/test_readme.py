@@ -7,12 +7,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from selector.report.statistics import wilson
+from selector.report.standings import flops_standings, markdown, standings
+from selector.report.statistics import spearman, spearman_interval, wilson
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -190,6 +193,40 @@ def test_the_estimates_of_training_follow_from_their_formulas():
     assert f"| an epoch | {hours(tiles * (tower + trained)):.1f} h | {cached} |" in page
     assert f"{hours(77e12):.0f} h per epoch of 558,000 images on one A100, or {hours(77e12) / 8:.0f} h on eight" in page
     assert f"so {round(hours(6 * 40e12), -1):.0f} h for six questions" in page
+
+
+def test_inside_the_language_model_the_page_is_the_committed_data():
+    page = (ROOT / "configs/compare/README.md").read_text()
+    tables = {}
+    for name in ("inside", "inside-after"):
+        data = json.loads((ROOT / f"configs/compare/{name}.json").read_text())
+        assert markdown(data).strip() in page
+        tables[name] = data
+    prose = " ".join(page.split())
+
+    # The figures of the paragraph.
+    average, after = standings(tables["inside"]), standings(tables["inside-after"], after=True)
+    before = standings(tables["inside-after"])
+
+    def mean(rows, name, keep):
+        return next(round(100 * row[keep]) for row in rows if row["selector"] == name)
+
+    assert f"falls to {mean(average, 'ridge-leverage:layer=1', '0.3')}% of the unpruned" in prose
+    behind = mean(after, "ridge-leverage:layer=2,count=after", "16")
+    assert f"({behind}%, against {mean(before, 'ridge-leverage', '16')}% for 16" in prose
+    assert f"(`vtw`) {mean(average, 'vtw', '0.5')}% remain" in prose
+    lost = {row["selector"]: row["lost"] for row in flops_standings(tables["inside"])}
+    assert lost["ridge-leverage"] == lost["lofi"] == 0
+
+    # ΔIPR and agreement, means over tasks.
+    points = defaultdict(list)
+    for row in json.loads((ROOT / "configs/compare/inside-shifts.json").read_text())["rows"]:
+        if row["keep"] == "64" and "count=after" in row["selector"]:
+            points[row["selector"]].append((abs(row["ipr_shift"]), row["agreement"]))
+    shift, agreement = zip(*(np.mean(own, axis=0) for own in points.values()), strict=True)
+    rank = spearman(shift, agreement)
+    low, high = spearman_interval(rank, len(points))
+    assert f"Spearman {rank:+.2f} [{low:+.2f}, {high:+.2f}]" in prose
 
 
 def test_the_claims_are_the_committed_data():

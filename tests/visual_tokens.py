@@ -144,4 +144,6 @@ def square(side, rows, columns):
         tiles = [1 + (y // side) * columns + x // side for x in range(columns * side)]
         slots += [t * patches + (y % side) * side + x % side for x, t in enumerate(tiles)] + [-1]
     tokens = single(torch.randn(1 + rows * columns, patches, 3))
-    return replace(tokens, image=torch.zeros(1 + rows * columns, dtype=torch.long), slots=torch.tensor([slots]))
+    words = {name: getattr(tokens, name)[:1] for name in WORDS}
+    image = torch.zeros(1 + rows * columns, dtype=torch.long)
+    return replace(tokens, image=image, slots=torch.tensor([slots]), **words)
