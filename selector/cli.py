@@ -343,6 +343,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--out", metavar="HTML", help="the page (default: RUN/report.html; report.html here for several runs)"
     )
+    report.add_argument(
+        "--submission",
+        metavar="FOLDER",
+        help="also write what a benchmark's server scores (hf:mmbench-test), one file per row (default: none)",
+    )
 
     for command in (listing, report):
         command.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)

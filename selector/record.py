@@ -89,6 +89,7 @@ class Record(TypedDict, total=False):
     score: Annotated[float, "text"]  # by the task's metric, where that is not exact match; it is the table's accuracy
     full_score: Annotated[float, "text"]
     group: Annotated[str, "text"]  # "category/image" of questions that are scored together
+    submission: Annotated[dict[str, str], "text"]  # of a line for a server that scores, all but the prediction
     flip: Annotated[str, "text"]
     anls: Annotated[float, "interval"]
     full_anls: Annotated[float, "text"]
@@ -145,8 +146,8 @@ def _field(annotation: Any) -> Field:
     if get_origin(annotation) is Required:
         (annotation,) = get_args(annotation)
     kind, summary = get_args(annotation)
-    # Of a list, the type of its entries is not checked.
-    kinds = (list,) if get_origin(kind) is list else get_args(kind) or (kind,)
+    # Of a list or a dict, the types of its entries are not checked.
+    kinds = (get_origin(kind),) if get_origin(kind) in (list, dict) else get_args(kind) or (kind,)
 
     # A whole number is written without a point, and JSON reads it back as an int.
     return Field((*kinds, int) if float in kinds else kinds, summary)

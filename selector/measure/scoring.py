@@ -42,6 +42,9 @@ def answer_record(
     if answer.batch > 1:
         fields["batch"] = answer.batch
 
+    if sample.submission is not None:
+        fields["submission"] = dict(sample.submission)
+
     if sample.references:
         fields |= _rightness(sample, answer.text, full.text, metric)
 

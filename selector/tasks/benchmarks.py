@@ -36,7 +36,7 @@ from selector.tasks.sample import Sample
 RECIPES = ROOT / "configs" / "tasks"
 INSTALL = "pip install 'visual-token-selector[benchmarks]'"
 COLUMNS = ("id", "image", "question", "answers", "choices", "hint")
-"""What a recipe may say the column of; question and answers it must."""
+"""What a recipe may say the column of; question it must, and answers unless a server scores (`Recipe.submission`)."""
 JOIN = {"subset", "split", "by", "key", "image"}
 LETTERS = string.ascii_uppercase
 
@@ -47,7 +47,7 @@ class Recipe:
 
     Attributes:
         path: a data set of the hub, or a local folder.
-        columns: which column holds what, see `COLUMNS`.
+        columns: which column holds what, see `COLUMNS`; choices may be a list of columns, one per option.
         about: one line for the table of the documentation.
         subset, split: of the data set; a folder with one split needs none.
         metric, suffix: see `selector.tasks.Task`.
@@ -58,6 +58,9 @@ class Recipe:
         remove: a text that goes out of every question.
         capitalize: the first letter large and the others small.
         answer_is: ``text``, or ``index`` of one of the choices, counted from 0.
+        missing: a text that stands for nothing, in hints, answers and a list of columns of choices.
+        submission: columns that the submission file of a server repeats beside the prediction, see
+            `selector.report.submission`. Without a column of answers, the server alone can score.
 
     Example:
         >>> recipe = read_recipe(RECIPES / "textvqa.yaml")
@@ -66,7 +69,7 @@ class Recipe:
     """
 
     path: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, str | Sequence[str]]
     about: str = ""
     subset: str | None = None
     split: str | None = None
@@ -79,13 +82,17 @@ class Recipe:
     remove: str = ""
     capitalize: bool = False
     answer_is: str = "text"
+    # Not in the repr, of which fingerprints are made: what these do shows in the samples themselves.
+    missing: str = field(default="", repr=False)
+    submission: Sequence[str] = field(default=(), repr=False)
 
     @property
     def texts(self) -> list[str]:
         """The columns that are read of every row; all but the image's."""
-        named = [name for kind, name in self.columns.items() if kind != "image"]
+        columns = [[name] if isinstance(name, str) else name for kind, name in self.columns.items() if kind != "image"]
+        named = [name for several in columns for name in several]
         joined = [self.join["by"]] if self.join else []
-        return list(dict.fromkeys([*named, *self.where, *self.exclude, *self.group, *joined]))
+        return list(dict.fromkeys([*named, *self.where, *self.exclude, *self.group, *self.submission, *joined]))
 
 
 def benchmarks() -> list[str]:
@@ -131,22 +138,33 @@ def _check_kinds(path: Path, settings: Mapping[str, Any]) -> None:
         elif name == "group":
             if not isinstance(value, list) or len(value) != 2 or not all(isinstance(each, str) for each in value):
                 raise refuse(name, "two columns, of the category and of the image")
+        elif name == "submission":
+            if not _is_columns(value):
+                raise refuse(name, "a list of columns")
         elif not isinstance(value, bool if name == "capitalize" else str):
             raise refuse(name, "true or false" if name == "capitalize" else "a text")
 
     columns, join = settings["columns"], settings.get("join")
-    if not set(columns) <= set(COLUMNS) or not all(isinstance(value, str) for value in columns.values()):
+    plain = [value for kind, value in columns.items() if kind != "choices" or not _is_columns(value)]
+    if not set(columns) <= set(COLUMNS) or not all(isinstance(value, str) for value in plain):
         raise refuse("columns", f"names of columns for some of {', '.join(COLUMNS)}")
-    if not {"question", "answers"} <= columns.keys() or ("image" in columns) == (join is not None):
+    needed = {"question"} if "submission" in settings else {"question", "answers"}
+    if not needed <= columns.keys() or ("image" in columns) == (join is not None):
         raise refuse("columns", "there for question and answers, and for image unless there is a join")
     if join is not None and (set(join) != JOIN or not all(isinstance(value, str) for value in join.values())):
         raise refuse("join", f"texts for {', '.join(sorted(JOIN))}")
     if settings.get("metric", "exact") not in METRICS:
         raise refuse("metric", f"one of {', '.join(METRICS)}")
+    if "metric" in settings and "answers" not in columns:
+        raise refuse("metric", "left out where no column holds answers")
     if settings.get("answer_is", "text") not in ("text", "index"):
         raise refuse("answer_is", "text or index")
     if settings.get("answer_is") == "index" and "choices" not in columns:
         raise refuse("answer_is", "text where no column holds choices")
+
+
+def _is_columns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
 
 
 def find_recipe(spec: str, argument: str) -> Recipe:
@@ -195,12 +213,12 @@ def load_benchmark(spec: str, argument: str, skip_unreadable: bool) -> Task:
     data = _read(library, spec, recipe.path, recipe.subset, recipe.split)
     join = recipe.join
     pictures = data if join is None else _read(library, spec, recipe.path, join["subset"], join["split"])
-    _need(spec, data, [*recipe.texts, *([recipe.columns["image"]] if join is None else [])])
+    _need(spec, data, [*recipe.texts, *([str(recipe.columns["image"])] if join is None else [])])
     _need(spec, pictures, [] if join is None else [join["key"], join["image"]])
 
     rows = _rows(spec, recipe, data.select_columns(recipe.texts))
     stored_at = [index for index, _ in rows] if join is None else _joined(spec, join, rows, pictures)
-    column = recipe.columns["image"] if join is None else join["image"]
+    column = str(recipe.columns["image"]) if join is None else join["image"]
 
     # As Arrow stores it: nothing is decoded but what is asked for, and that by us.
     pictures = pictures.select_columns([column]).with_format("arrow")
@@ -305,34 +323,60 @@ def _joined(
 def _draft(source: str, recipe: Recipe, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
     """What a sample says, without its image: arguments of `Sample`; `source` names the row in errors."""
     columns = recipe.columns
-    choices = tuple(map(str, row[columns["choices"]])) if "choices" in columns else ()
+    choices = _choices(source, recipe, row)
+    answers = _answers(source, recipe, row, choices) if "answers" in columns else []
 
-    # One answer or several, and annotators who gave none are null.
-    given = row[columns["answers"]]
-    answers = [str(each) for each in (given if isinstance(given, list) else [given]) if each is not None]
-    if not answers:
-        raise UsageError(f"{source}: it has no answer, in the column {columns['answers']!r}")
-    if recipe.answer_is == "index":
-        answers = [_letter(source, each, choices) for each in answers]
-
-    return {
-        "id": f"{index}-{row[columns['id']]}" if "id" in columns else str(index),
+    draft = {
+        "id": f"{index}-{row[str(columns['id'])]}" if "id" in columns else str(index),
         "question": _question(source, recipe, row, choices),
-        "answer": Counter(answers).most_common(1)[0][0],  # of equals the first
+        "answer": Counter(answers).most_common(1)[0][0] if answers else None,  # of equals the first
         "answers": tuple(answers),
         "choices": choices,
         "group": "/".join(str(row[name]) for name in recipe.group) or None,
     }
+    # Only where there is one: drafts are part of the fingerprint, and those of other benchmarks stay as they were.
+    if recipe.submission:
+        draft["submission"] = {name: _text(recipe, row[name]) or "" for name in recipe.submission}
+    return draft
+
+
+def _choices(source: str, recipe: Recipe, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The words of the options: of one column that lists them, or of a column per option."""
+    named = recipe.columns.get("choices", [])
+    if isinstance(named, str):
+        return tuple(map(str, row[named]))
+
+    words = [_text(recipe, row[name]) for name in named]
+    choices = tuple(each for each in words if each is not None)
+    # Letters are counted off: behind a gap, they would be those of other options.
+    if None in words[: len(choices)]:
+        raise UsageError(f"{source}: its options must have no gap, got {dict(zip(named, words, strict=True))!r:.200}")
+    return choices
+
+
+def _answers(source: str, recipe: Recipe, row: Mapping[str, Any], choices: Sequence[str]) -> list[str]:
+    """The references: one answer or several, and annotators who gave none are null."""
+    given = row[str(recipe.columns["answers"])]
+    texts = [_text(recipe, each) for each in (given if isinstance(given, list) else [given])]
+    answers = [each for each in texts if each is not None]
+    if not answers:
+        raise UsageError(f"{source}: it has no answer, in the column {recipe.columns['answers']!r}")
+    return [_letter(source, each, choices) for each in answers] if recipe.answer_is == "index" else answers
+
+
+def _text(recipe: Recipe, value: Any) -> str | None:
+    """A value as text; None where there is none, or the text that stands for none."""
+    return None if value is None or (recipe.missing and value == recipe.missing) else str(value)
 
 
 def _question(source: str, recipe: Recipe, row: Mapping[str, Any], choices: Sequence[str]) -> str:
     """The question as it is asked but for the suffix: after its hint, before its options."""
-    text = row[recipe.columns["question"]]
+    text = row[str(recipe.columns["question"])]
     if not isinstance(text, str):
         raise UsageError(f"{source}: a question must be a text, got {text!r:.80}")
     text = text.replace(recipe.remove, "").strip() if recipe.remove else text.strip()
     text = text.capitalize() if recipe.capitalize else text
-    hint = row[recipe.columns["hint"]] if "hint" in recipe.columns else None
+    hint = _text(recipe, row[str(recipe.columns["hint"])]) if "hint" in recipe.columns else None
     lines = [f"Context: {hint}"] if hint else []
     lines += [text, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))]
     try:
@@ -393,7 +437,7 @@ def markdown_table() -> str:
     for name in benchmarks():
         recipe = read_recipe(RECIPES / f"{name}.yaml")
         data = " ".join(f"`{part}`" for part in (recipe.path, recipe.subset) if part)
-        note = METRICS[recipe.metric].note
+        note = METRICS[recipe.metric].note if "answers" in recipe.columns else "a server, from a submission file"
         lines.append(f"| `hf:{name}` | {recipe.about.rstrip('.')} | {data}, {recipe.split} | {note} |")
     return "\n".join(lines)
 

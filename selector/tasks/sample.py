@@ -7,7 +7,7 @@ Boxes are `(x0, y0, x1, y1)` in pixels of the image, the origin at its upper lef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from PIL import Image
@@ -95,6 +95,7 @@ class Sample:
         answers: every reference, where there are several; `answer` is the one to show.
         choices: the words of the options, in the order of their letters; the question already lists them.
         group: "category/image" of questions that are scored together, see `selector.report.statistics.paired_score`.
+        submission: what a line of a submission file says beside the prediction, by column; None where no server scores.
 
     Example:
         >>> from selector.tasks import load_task
@@ -111,6 +112,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     group: str | None = None
+    submission: Mapping[str, str] | None = None
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ def image(number: int) -> bytes:
     return stream.getvalue()
 
 
+# Of MMBench, where "nan" stands for nothing.
+OPTIONS = {"index": "241", "question": "Which?", "A": "cat", "B": "dog", "C": "nan", "D": None}
 # Columns as the hub has them, and what the first row is asked, answered and scored by.
 ROWS = {
     "textvqa": (
@@ -77,6 +79,11 @@ ROWS = {
         ("HME100k", "x ^ 2"),
     ),
     "mmstar": ([{"index": 4, "question": "Which?\nA: cat, B: dog", "answer": "B"}], ("Which?\nA: cat, B: dog", "B")),
+    "mmbench": (
+        [OPTIONS | {"answer": "B", "hint": "Look."}, OPTIONS | {"hint": "nan", "answer": "A"}],
+        ("Context: Look.\nWhich?\nA. cat\nB. dog", "B"),
+    ),
+    "mmbench-test": ([OPTIONS | {"answer": "nan", "hint": "nan"}], ("Which?\nA. cat\nB. dog", None)),
     "vizwiz": (
         [{"question_id": "v", "question": "what?", "answers": ["unanswerable"] * 10}],
         ("What?", "unanswerable"),
@@ -146,6 +153,26 @@ def test_the_seed_takes_the_same_samples_everywhere(datasets, tmp_path):
     assert more[:5] == few
     assert [sample.id for sample in task.samples(5, 4)] != few
     assert task.metric == "exact"
+
+
+def test_options_in_columns_of_their_own(datasets, tmp_path):
+    def first(name, row):
+        write(datasets, tmp_path / name / "en", [row], "test")
+        return next(load_task(f"hf:{tmp_path / name}?as=mmbench-test").samples(1, 0))
+
+    sample = first("two", ROWS["mmbench-test"][0][0])
+    assert (sample.choices, sample.references) == (("cat", "dog"), ())
+    # What the server is sent, which has no text for what is not there.
+    assert sample.submission == {"index": "241", "question": "Which?", "A": "cat", "B": "dog", "C": "", "D": ""}
+    assert first("four", OPTIONS | {"hint": None, "C": "owl", "D": "fox"}).choices == ("cat", "dog", "owl", "fox")
+    with pytest.raises(UsageError, match=r"options must have no gap, got \{'A': 'cat', 'B': None, 'C': 'owl'"):
+        first("gap", OPTIONS | {"hint": None, "B": "nan", "C": "owl"})
+
+
+def test_an_answer_that_is_missing_is_an_error_where_the_task_scores(datasets, tmp_path):
+    write(datasets, tmp_path / "data" / "en", [OPTIONS | {"answer": "nan", "hint": None}], "dev")
+    with pytest.raises(UsageError, match="row 0: it has no answer, in the column 'answer'"):
+        load_task(f"hf:{tmp_path / 'data'}?as=mmbench")
 
 
 def test_pairs_of_mme_stay_together(datasets, tmp_path):
@@ -267,6 +294,13 @@ def test_unknown_names_are_refused(spec, rule):
         ({"group": ["category"]}, "group must be two columns"),
         ({"capitalize": "yes"}, "capitalize must be true or false"),
         ({"where": ["a"]}, "where must be names and values"),
+        ({"submission": "index"}, "submission must be a list of columns"),
+        ({"columns": {"image": "i", "question": ["q"], "answers": "a"}}, "columns must be names"),
+        ({"columns": {"image": "i", "question": "q", "answers": "a", "choices": [1]}}, "columns must be names"),
+        (
+            {"columns": {"image": "i", "question": "q"}, "submission": ["id"], "metric": "letter"},
+            "metric must be left out where no column holds answers",
+        ),
     ],
 )
 def test_a_recipe_is_checked(tmp_path, change, rule):
