@@ -214,6 +214,8 @@ class Harness:
         whole = any(turn.pruned is measured.whole for measured, turn in turns)
         wanted = self.layers if whole else [self.protocol.layer] if inside is None else []
         layers = [layer for layer in wanted if layer > 0]
+
+        # What cannot be done inside this language model is the user's to put right.
         try:
             with threads(self.batch_threads):
                 readings = read(
@@ -231,6 +233,7 @@ class Harness:
             if inside is None or isinstance(error, UsageError):
                 raise
             raise UsageError(str(error)) from error
+
         return [
             replace(reading, answer=self._without_stages(reading.answer, turn))
             for reading, (_, turn) in zip(readings, turns, strict=True)

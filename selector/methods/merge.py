@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from selector.base import TokenSelector
-from selector.budget import Budget
+from selector.budget import Budget, Scope
 from selector.grid import places
 from selector.groups import Groups
 from selector.merging import Flow, Selection, nearest
@@ -62,8 +62,17 @@ class Merge(TokenSelector):
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         """The same mask, and every dropped token flowing whole into the kept one most like it."""
         keep = self(tokens, budget)
-        image = Groups.of(tokens, "image")
-        table, patch = image.gather(tokens.read("features", self)), image.mask
-        # Newline tokens take no part: they are learned, not of the image.
-        into = nearest(table, patch & ~keep, patch & keep, places(tokens, budget.scope).view)
-        return Selection(keep, Flow.mean(into))
+        return Selection(keep, into_nearest(tokens, keep, budget.scope, self))
+
+
+def into_nearest(tokens: VisualTokens, keep: Bool[Tensor, "I L"], scope: Scope, reader: object) -> Flow:
+    """Every dropped token flows whole into the kept one of its view that it is most like, by cosine of the features.
+
+    Args:
+        keep: what stays; newline tokens take no part, since they are learned and not of the image.
+        scope: whose views count, see `selector.grid.places`.
+        reader: for errors, see `VisualTokens.read`.
+    """
+    image = Groups.of(tokens, "image")
+    table, patch = image.gather(tokens.read("features", reader)), image.mask
+    return Flow.mean(nearest(table, patch & ~keep, patch & keep, places(tokens, scope).view))

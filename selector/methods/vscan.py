@@ -21,7 +21,8 @@ from selector.base import Count, RankSelector, Stage, TokenSelector
 from selector.budget import Budget
 from selector.grid import places
 from selector.groups import Groups, interleave, ranks
-from selector.merging import Flow, Selection, nearest
+from selector.merging import Selection
+from selector.methods.merge import into_nearest
 from selector.methods.pyramid_drop import PyramidDrop
 from selector.stages import check_count, scaled_layer
 from selector.tokens import VisualTokens
@@ -114,7 +115,4 @@ class _Scans(RankSelector):
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         """The two scans, and every dropped token flowing whole into the kept one most like it in its view."""
         keep = self(tokens, budget)
-        image = Groups.of(tokens, "image")
-        table, patch = image.gather(tokens.read("features", self)), image.mask
-        into = nearest(table, patch & ~keep, patch & keep, places(tokens, budget.scope).view)
-        return Selection(keep, Flow.mean(into))
+        return Selection(keep, into_nearest(tokens, keep, budget.scope, self))

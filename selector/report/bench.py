@@ -23,6 +23,8 @@ from selector.files import atomic, output, write_json, write_text
 
 RANDOM_WEIGHTS = "*"
 """Marks learned selectors, whose weights here are random."""
+AIMS = (2, 4)
+"""Aims of this package: % of the tower's time that a selection takes, at the smallest and at the largest budget."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,21 @@ def markdown(data: dict[str, Any]) -> str:
         rows = ["| " + " | ".join(row) + " |" for row in listing.rows]
         parts += [f"## {listing.title}", "\n".join(["| " + " | ".join(listing.headers) + " |", rule, *rows])]
 
+    parts.insert(-2, "\n".join(_above(data)))  # behind the table of the budgets
     if data["skipped"]:
         parts += ["## Left out", "\n".join(left_out(data))]
     return "\n\n".join(parts) + "\n"
+
+
+def _above(data: dict[str, Any]) -> list[str]:
+    """Which selectors take more of the tower than this package aims at, at the smallest and at the largest budget."""
+    keeps, tiles, lines = _keeps(data), data["encoder"]["tiles"], []
+    for keep, aim in ((keeps[0], AIMS[0]), (keeps[-1], AIMS[1])):
+        shares = {name: _share(data, _cells(data, name)[tiles, keep]) for name in _ranked(data)}
+        over = [f"{_marked(data, name)} {_percent(share)}" for name, share in shares.items() if share > aim]
+        rest = f"Within {aim}% of the tower at K = {keep} are {len(shares) - len(over)} of {len(shares)} selectors"
+        lines.append(f"- {rest}" + (f"; above it: {', '.join(over)}." if over else "."))
+    return lines
 
 
 def left_out(data: dict[str, Any]) -> list[str]:

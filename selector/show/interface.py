@@ -138,6 +138,8 @@ def serve(blocks: Any, port: int, share: bool = False) -> str:
         UsageError: the port is taken.
     """
     gr = gradio()
+
+    # The default theme would fetch its fonts from the network.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, local, public = blocks.launch(
