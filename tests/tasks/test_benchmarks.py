@@ -169,6 +169,14 @@ def test_options_in_columns_of_their_own(datasets, tmp_path):
         first("gap", OPTIONS | {"hint": None, "B": "nan", "C": "owl"})
 
 
+def test_a_submission_may_repeat_any_column(datasets, tmp_path):
+    write(datasets, tmp_path / "data", [{"q": "Which?", "number": 7, "kind": "colour"}])
+    recipe = {"path": "data", "columns": {"image": "image", "question": "q"}, "submission": ["number", "kind"]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    (sample,) = load_task(f"hf:{tmp_path / 'mine.yaml'}").samples(9, 0)
+    assert (sample.submission, sample.answer) == ({"number": "7", "kind": "colour"}, None)
+
+
 def test_an_answer_that_is_missing_is_an_error_where_the_task_scores(datasets, tmp_path):
     write(datasets, tmp_path / "data" / "en", [OPTIONS | {"answer": "nan", "hint": None}], "dev")
     with pytest.raises(UsageError, match="row 0: it has no answer, in the column 'answer'"):
