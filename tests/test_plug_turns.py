@@ -75,14 +75,18 @@ def test_pixels_changed_in_place_are_other_pixels(counted):
 def test_what_the_choice_depends_on_may_change(counted, what):
     model, _, _, questions, encodings = counted
     selector = ImageTransformer(dim=model.config.vision_config.hidden_size, width=16)
-    with select_tokens(model, selector, keep=9) as log:
-        generate(model, questions[0])
-        weight = model.base_model.vision_tower.parameters() if what == "encoder" else selector.parameters()
-        with torch.no_grad():
-            if what != "autocast":
-                next(weight).mul_(1.5)
-        with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+    changed = model.base_model.vision_tower if what == "encoder" else selector
+    before = {name: value.clone() for name, value in changed.state_dict().items()}  # the model is other tests' as well
+    try:
+        with select_tokens(model, selector, keep=9) as log:
             generate(model, questions[0])
+            if what != "autocast":
+                with torch.no_grad():
+                    next(changed.parameters()).mul_(1.5)
+            with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+                generate(model, questions[0])
+    finally:
+        changed.load_state_dict(before)
     assert (len(encodings), log.reused) == (2, 0)
 
 
