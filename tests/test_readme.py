@@ -128,7 +128,7 @@ def test_the_first_table_is_the_committed_data():
 def test_the_first_number_is_that_of_the_largest_image():
     """Base view, the 2 x 2 tiles of a square image of full size, and a newline for each of its rows of patches."""
     side = 336 // 14
-    assert f"turns one image into up to {side**2 + (2 * side) ** 2 + 2 * side:,} visual tokens" in FRONT
+    assert f"Which of the up to {side**2 + (2 * side) ** 2 + 2 * side:,} visual tokens of an image" in FRONT
 
 
 def sweep_cell(data: dict, variant: str, keep: str, task: str) -> str:
