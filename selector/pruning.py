@@ -235,6 +235,8 @@ class Kept:
         keep, tables, seconds = _select(encoded, selector, budget)
         masks = _rows_of(keep, encoded.tokens)
         kept = [[feats[mask.to(feats.device)] for feats, mask in zip(table, masks, strict=True)] for table in tables]
+
+        # Of the encoding only what a prompt needs: the features of dropped tokens are let go of.
         return cls(
             keep,
             kept,

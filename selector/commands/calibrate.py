@@ -148,11 +148,14 @@ def _shares(values: Sequence[Any]) -> list[float]:
             share = float(value)
         except (TypeError, ValueError):
             share = -1.0  # out of range like any other mistake
+
+        # A bool is a number to Python: ``true`` in a YAML would pass for 1.
         if isinstance(value, bool) or not 0 < share < 1:
             raise UsageError(f"shares must lie between 0 and 1, got {value!r}")
         if share in shares:
             raise UsageError(f"shares must be different, {value} is there twice")
         shares.append(share)
+
     if not shares:
         raise UsageError("shares must hold at least one, got none")
     return shares

@@ -210,6 +210,8 @@ def summarize(overlaps: Overlaps) -> list[dict[str, Any]]:
         for name, part in (("", 0), ("chance_", 1)):
             some = [pair[part] for pair in each if pair[part] is not None]
             row[f"{name}images"] = len(some)  # of chance its own: a random choice may miss all pairs
+
+            # One interval per figure, over the same images.
             for field in Overlap._fields:
                 values = [getattr(one, field) for one in some]
                 mean, low, high = bootstrap_mean(values) if values else (None, None, None)

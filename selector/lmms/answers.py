@@ -86,6 +86,7 @@ class Answerer:
             newlines=budget.newlines,
             positions=self.positions,
         ) as log:
+            # Where `generate` and `loss` find what they have measured; gone with the block.
             self.log = log
             try:
                 yield log

@@ -157,10 +157,10 @@ class SelectorSimple(lmms):
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not supported.
+        """No task of several rounds is supported: lmms-eval demands the method of every model.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: always: an empty answer would be scored as if the model had given it.
         """
         raise NotImplementedError("selector_llava_next has no tasks of several rounds")
 
@@ -183,6 +183,8 @@ class SelectorSimple(lmms):
         self._summarize(log)
         tokens = sum(reply.new_tokens for reply in replies)
         images = max(1, len(log.measured))
+
+        # Means per image: sums would grow with the number of requests.
         log_metrics(
             total_elapsed_time=seconds,
             total_gen_tokens=tokens,

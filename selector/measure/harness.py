@@ -118,12 +118,14 @@ class Harness:
     ):
         self.model, self.processor, self.needs, self.protocol = model, processor, needs, protocol
         self.batch_threads = batch_threads
+
+        # Spectra are compared at the layer asked for, or deeper where the tokens of some row leave.
         self.layers = sorted({protocol.layer, *(max(protocol.layer, layer) for layer in layers)})
+
         self.spent = Spent(model.device)
         self.flops: dict[Any, int] = {}  # of selectors, by shapes: see `Measured`
-        self._warm: set[Any] = (
-            set()
-        )  # what ran once, untimed: "model", "batch", the labels of rows, and ("inside", label)
+        # What ran once, untimed: "model", "batch", the labels of rows, and ("inside", label).
+        self._warm: set[Any] = set()
 
     def open(self, sample: Sample, task: Task | None = None, inputs: Mapping[str, Any] | None = None) -> Measured:
         """The sample, encoded and (but for batches) answered by the unpruned model; the first one twice, untimed.
@@ -332,10 +334,14 @@ class Measured:
             if self.encoded:
                 inputs = without_image(inputs, self.encoded.image_token_id)
             return Turn(row, inputs, None)
+
+        # A budget that this image cannot meet is a result, not a mistake: the report names it.
         try:
             pruned = self.whole if row.selector is None else self._prune(row)
         except UnmetBudget as error:
             return Turn(row, self.inputs, None, error.least)
+
+        # The spectrum is taken where the last tokens leave.
         if pruned.inside is not None:
             pruned.inside.watch = max(self.harness.protocol.layer, pruned.inside.stages[-1].layer)
         return Turn(row, pruned.inputs, pruned)

@@ -62,6 +62,8 @@ def summarize(run: Path) -> dict[str, Any]:
     baseline, seeing = settings["baseline"], seeing_question(settings)
     metrics = {task: about["metric"] for task, about in settings["tasks"].items() if "metric" in about}
     rows = _rows(tables, baseline, seeing, metrics)
+
+    # A share on average holds over all tasks only, so only then are they pooled.
     averaged = any(is_auto(row) for row in rows) and len(settings["tasks"]) > 1
     return {name: value for name, value in settings.items() if name != "rows"} | {
         "rows": rows,

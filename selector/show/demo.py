@@ -133,6 +133,7 @@ class Demo:
         """The image encoded, and answered by the unpruned model; as it was, where both are those of the last call."""
         key = (image.size, image.tobytes(), question)
         if self._latest is None or self._latest[0] != key:
+            # Encoded for whichever selector may be chosen next.
             needs = frozenset({"features"}).union(*(s.needs for s in self.selectors.values()))
             sample = Sample("this image", image, question, None, ())
             view = View(
@@ -143,6 +144,7 @@ class Demo:
                 max_new_tokens=self.max_new_tokens,
                 positions=self.positions,
             )
+
             self._latest = (key, view, view.under(None, None, WHOLE))
         return self._latest[1:]
 

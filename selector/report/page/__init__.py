@@ -95,11 +95,14 @@ def _task(task: str, runs: Mapping[str, Summary]) -> str:
     """The section of a task: plots of all runs together, then their tables, of which the first kind is open."""
     having = {name: summary for name, summary in runs.items() if task in summary["tasks"]}
     parts = [task_plots(task, having)]
+
+    # A table per run of each kind; columns depend on what the run has measured.
     kinds = (
         ("Head to head", lambda s: main_columns(s, task), True),
         ("Consistency with the unpruned model", consistency_columns, False),
         ("Cost", cost_columns, False),
     )
+
     for title, columns_of, opened in kinds:
         tables = "".join(
             _table(f"{title}: {task}" + (f", {name}" if len(having) > 1 else ""), summary, task, columns_of(summary))
