@@ -25,7 +25,8 @@ class Groups:
 
     Attributes:
         index: ``[G, M]`` encoder token (``t * N + n``) of each member, 0 where there is none.
-        mask: ``[G, M]`` members that exist. Members come in packed order.
+        mask: ``[G, M]`` members that exist: the first ones of a group of an image, any of a tile. They come in packed
+            order.
         image: ``[G]`` the image that a group belongs to.
 
     Example:
@@ -45,7 +46,7 @@ class Groups:
         """One group per image, or one per tile."""
         if scope == "image":
             images = torch.arange(tokens.num_images, device=tokens.slots.device)
-            return cls(tokens.slots.clamp(min=0), tokens.is_patch, images)
+            return cls(*_without_newlines(tokens), images)
 
         # Within a tile, the numbers of the tokens are already in packed order.
         index = torch.arange(tokens.valid.numel(), device=tokens.slots.device)
@@ -58,8 +59,8 @@ class Groups:
 
     def gather(self, values: Tensor) -> Tensor:
         """``[T, N, ...]`` to ``[G, M, ...]``, zero where there is no member."""
-        table = values.flatten(0, 1)[self.index]
-        table[~self.mask] = 0  # indexing has copied: these are ours to change
+        table = values.flatten(0, 1).index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+        table[~self.mask] = 0  # selecting has copied: these are ours to change
         return table
 
     def scatter(self, values: Float[Tensor, "G M"], tokens: VisualTokens) -> Float[Tensor, "T N"]:
@@ -89,6 +90,15 @@ class Groups:
         total = torch.zeros_like(count).index_add(0, self.image, size)
         total, count = total[self.image].clamp(min=1), torch.minimum(count, total)[self.image]
         return (count * size + total - 1) // total  # rounded up: a set that is too long is cut, one too short is not
+
+
+def _without_newlines(tokens: VisualTokens) -> tuple[Int[Tensor, "I M"], Bool[Tensor, "I M"]]:
+    """Index and mask of the patches of each image, side by side: what is not there costs every method a row."""
+    size = tokens.is_patch.sum(1)
+    mask = torch.arange(int(size.max()), device=size.device) < size[:, None]
+    index = torch.zeros_like(mask, dtype=torch.long)
+    index[mask] = tokens.slots[tokens.is_patch]
+    return index, mask
 
 
 def ranks(scores: Float[Tensor, "G M"], mask: Bool[Tensor, "G M"]) -> Int[Tensor, "G M"]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from selector.numerics import gram
-from selector.spectrum import SKETCH_FROM, check_method, energy_of, largest, prepare
+from selector.spectrum import LARGE, check_method, energy_of, largest, prepare
 
 RIDGE_ERROR = 1e-2
 """Rounding error of ridge leverage scores above which they are computed in the next larger type."""
@@ -26,6 +26,7 @@ def ridge_leverage_scores(
     mask: Bool[Tensor, "*B N"] | None = None,
     method: str = "exact",
     seed: int = 0,
+    overwrite: bool = False,
 ) -> Float[Tensor, "*B N"]:
     """Ridge leverage of the rows of each matrix: x_i (XᵀX + λI)⁻¹ x_iᵀ, λ = alpha · ‖X‖² / D.
 
@@ -48,6 +49,7 @@ def ridge_leverage_scores(
         method: ``"exact"``, or ``"fast"``: the leading 128 directions come from a seeded sketch of the channels, and
             what they leave of each row is taken as spread evenly over all other directions.
         seed: of the sketch.
+        overwrite: the features may be changed: large ones are not copied then.
 
     Returns:
         Scores ``[*B, N]`` in [0, 1]; their sum is the effective dimension Σ_j s_j² / (s_j² + λ). 0 for a matrix without
@@ -59,7 +61,7 @@ def ridge_leverage_scores(
     width = features.shape[-1]
     _check_alpha(alpha, width)
     check_method(method)
-    matrix, present = prepare(features, center, normalize_rows, mask)
+    matrix, present = prepare(features, center, normalize_rows, mask, overwrite)
 
     # Only ratios matter, and entries near 1 neither overflow nor vanish when squared.
     extent = largest(matrix)[..., None, None]
@@ -100,7 +102,7 @@ def _inverse_diagonal(
     table: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"], alpha: float, width: int
 ) -> Float[Tensor, "*B M"]:
     """Diagonal of (G + λI)⁻¹; large matrices in their own type where its rounding allows."""
-    large = table.shape[-1] >= SKETCH_FROM and _ridge_error(alpha, width, table.dtype) <= RIDGE_ERROR / 10
+    large = table.shape[-1] >= LARGE and _ridge_error(alpha, width, table.dtype) <= RIDGE_ERROR / 10
     wide = table if large else table.double()
     shifted = wide + torch.diag_embed(ridge.to(wide)[..., None].expand(table.shape[:-1]))
     return torch.cholesky_inverse(torch.linalg.cholesky(shifted)).diagonal(dim1=-2, dim2=-1).double()

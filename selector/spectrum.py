@@ -5,9 +5,8 @@ p_i = s_i² / Σ s²; rank-k leverage of token t: l_t = ‖U[t, :k]‖², in [0,
 
 A full SVD takes seconds at [2880, 4096], and leverage needs only the left singular vectors of the leading values. So
 the exact method takes the eigenvectors of the float32 Gram matrix of the shorter side, or, where that is large and few
-values hold the energy, a seeded block subspace iteration (Halko et al., arXiv 0909.4061, Alg. 4.4) until the scores no
-longer change; where the spectrum is too flat for that, it falls back on the whole decomposition. The fast method stops
-after a fixed number of iterations.
+values hold the energy, a seeded block Lanczos iteration until they have converged (`selector.krylov`); where the
+spectrum is too flat for that, it falls back on the whole decomposition. The fast method never does.
 
 Leverage does not depend on the sign or the rotation of singular vectors, except at a degenerate cut (s_k ≈ s_{k+1}),
 where the kept subspace itself is not determined. At full rank every leverage is 1 (centred: almost): only truncation
@@ -23,12 +22,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-SKETCH_FROM = 512
-"""Smaller side from which on a sketch is tried before the whole decomposition."""
-SKETCHES = (64, 128)
-"""Widths of the sketches; a wider one costs about as much as the decomposition."""
-SKETCH_TURNS, SKETCH_ERROR = 16, 2e-5
-"""Most turns of the iteration, and the largest change of a score between two turns at which it has converged."""
+from selector.krylov import leading
+
+LARGE = 512
+"""Smaller side from which on an iteration is tried before the whole decomposition."""
+LANCZOS_SHARE = 0.5
+"""Size of the iteration's space, of the smaller side: a larger one costs about as much as the decomposition."""
+CONVERGED = 5e-4
+"""Residual of a singular vector at which the scores no longer change, as a share of the smallest squared value."""
+FAST_EXTRA = 64
+"""Columns that the fast method's space has beyond twice the rank."""
 
 
 class FullRankWarning(UserWarning):
@@ -67,6 +70,7 @@ def leverage_scores(
     mask: Bool[Tensor, "*B N"] | None = None,
     method: str = "exact",
     seed: int = 0,
+    overwrite: bool = False,
 ) -> Leverage:
     """Rank-k statistical leverage of the rows of each matrix.
 
@@ -76,10 +80,11 @@ def leverage_scores(
         center: subtract the mean row first (otherwise a strong common mean takes the first component).
         normalize_rows: scale rows to unit length after centring, so that outlier tokens do not dominate.
         mask: ``[*B, N]`` rows that exist; the others get score 0 and do not influence the rest.
-        method: ``"exact"`` (converged sketch or Gram + eigh) or, with `rank`, ``"fast"`` (sketch of width rank + 32,
-            8 iterations, converged or not; a matrix no wider than the sketch is done exactly). With `energy` both are
+        method: ``"exact"`` (converged iteration or Gram + eigh) or, with `rank`, ``"fast"`` (an iteration of at most
+            2 rank + 64 columns, converged or not; a matrix no wider than that is done exactly). With `energy` both are
             the same.
-        seed: of the sketch.
+        seed: of the iteration's start.
+        overwrite: the features may be changed: large ones are not copied then.
 
     Returns:
         Scores ``[*B, N]`` in [0, 1] and the rank used ``[*B]``: 0 (all scores 0) for a matrix without variance.
@@ -93,7 +98,7 @@ def leverage_scores(
         [0.36, 0.64, 0.0]
     """
     check_rank(rank, energy, method)
-    matrix, present = prepare(features, center, normalize_rows, mask)
+    matrix, present = prepare(features, center, normalize_rows, mask, overwrite)
 
     # The largest rank that a matrix of so many present rows can have: centring takes one.
     full = torch.minimum(present.sum(-1) - int(center), torch.full_like(present.sum(-1), matrix.shape[-1])).clamp(min=0)
@@ -119,15 +124,15 @@ def _by_matrix(
     # Small matrices are decomposed as one batch.
     batch = matrix.shape[:-2]
     rows = matrix.reshape(-1, *matrix.shape[-2:])
-    if min(rows.shape[-2:]) < SKETCH_FROM and not (method == "fast" and rank is not None):
+    if min(rows.shape[-2:]) < LARGE and not (method == "fast" and rank is not None):
         parts = [(rows, _gram(rows))]
     else:
-        # Whether a sketch does is asked of each matrix by itself: its neighbours must not decide.
+        # Whether an iteration does is asked of each matrix by itself: its neighbours must not decide.
         parts = [(one[None], _leading(one, rank, energy, method, seed)) for one in rows]
 
     outcomes = []
     for part, (left, squares) in parts:
-        # A sketch holds the leading values only, so their share is taken of the matrix's own total.
+        # An iteration gives the leading values only, so their share is taken of the matrix's own total.
         total = energy_of(part)
         numeric = (squares > squares[..., :1] * 10 * torch.finfo(part.dtype).eps).sum(-1)  # below: rounding noise
         wanted = torch.full_like(numeric, rank) if rank is not None else energy_rank(squares, float(energy or 0), total)
@@ -142,54 +147,23 @@ def _leading(
     matrix: Float[Tensor, "N D"], rank: int | None, energy: float | None, method: str, seed: int
 ) -> tuple[Float[Tensor, "1 N R"], Float[Tensor, "1 R"]]:
     """Leading left singular vectors and squared values of one matrix, as many as the cut needs, or all."""
-    if method == "fast" and rank is not None and rank + 32 < min(matrix.shape):
-        return _subspace(matrix[None], rank, seed)
-    if min(matrix.shape) >= SKETCH_FROM:
-        for width in SKETCHES:
-            if (leading := _converged(matrix, rank, energy, width, seed)) is not None:
-                return leading
-    return _gram(matrix[None])
+    smaller = min(matrix.shape)
 
-
-def _converged(
-    matrix: Float[Tensor, "N D"], rank: int | None, energy: float | None, width: int, seed: int
-) -> tuple[Float[Tensor, "1 N R"], Float[Tensor, "1 R"]] | None:
-    """`_leading` by subspace iteration until the scores no longer change; None where a sketch of that width fails.
-
-    The squared Frobenius norm is the sum of all squared singular values, so leading ones tell their share of it.
-    """
+    # A share of the energy is that of the squared Frobenius norm, which is the sum of all squared singular values.
     total = energy_of(matrix)
 
-    # The last quarter of a sketch converges slowly: what is needed must lie in front of it.
-    if rank is not None and rank > width * 3 // 4:
-        return None
+    def wanted(squares: Tensor) -> int | None:
+        if rank is not None:
+            return rank if rank <= len(squares) else None
+        enough = squares.sum(dtype=torch.float64) >= float(energy or 0) * total
+        return int(energy_rank(squares, float(energy or 0), total)) or 1 if bool(enough) else None
 
-    # Drawn on the CPU, so that a seed means the same sketch on every device.
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
-    basis, before = torch.linalg.qr(matrix @ start).Q, None
-    for turn in range(SKETCH_TURNS):
-        # Singular values of the matrix within the sketch (Rayleigh-Ritz), descending.
-        image = matrix.mT @ basis
-        squares, vectors = torch.linalg.eigh(image.mT @ image)
-        squares, vectors = squares.flip(-1).clamp(min=0), vectors.flip(-1)
-
-        # How many of them the cut needs, and whether the sketch holds that many.
-        reached = squares.sum(dtype=torch.float64)
-        needed = rank or int(energy_rank(squares, float(energy or 0), total))
-        enough = rank is not None or bool(reached >= float(energy or 0) * total)
-
-        # The share that the sketch holds only grows; where it starts far off, the spectrum is flat.
-        if turn >= 2 and (not enough or needed > width * 3 // 4):
-            return None
-
-        # The scores are what has to converge: vectors may go on turning within a subspace that stands.
-        left = basis @ vectors
-        scores = left[:, :needed].square().sum(-1)
-        if before is not None and enough and bool((scores - before).abs().max() <= SKETCH_ERROR):
-            return left[None], squares[None]
-        basis, before = torch.linalg.qr(matrix @ image).Q, scores
-    return None
+    few = None
+    if method == "fast" and rank is not None and (most := 2 * rank + FAST_EXTRA) < smaller:
+        few = leading(matrix, wanted, most, CONVERGED, seed, anyway=True)
+    elif smaller >= LARGE:
+        few = leading(matrix, wanted, int(LANCZOS_SHARE * smaller), CONVERGED, seed)
+    return _gram(matrix[None]) if few is None else (few.left[None], few.squares[None])
 
 
 def residual_norms(
@@ -288,13 +262,17 @@ def _shares(values: Float[Tensor, "*B R"]) -> Float[Tensor, "*B R"]:
 
 
 def prepare(
-    features: Float[Tensor, "*B N D"], center: bool, normalize_rows: bool, mask: Bool[Tensor, "*B N"] | None
+    features: Float[Tensor, "*B N D"],
+    center: bool,
+    normalize_rows: bool,
+    mask: Bool[Tensor, "*B N"] | None,
+    overwrite: bool = False,
 ) -> tuple[Float[Tensor, "*B N D"], Bool[Tensor, "*B N"]]:
     """The matrices as they are decomposed: in the type of the computation, centred and scaled as asked for.
 
     Args:
         features: ``[*B, N, D]``, any float type.
-        center, normalize_rows, mask: as in `leverage_scores`.
+        center, normalize_rows, mask, overwrite: as in `leverage_scores`.
 
     Returns:
         The matrices, zero in rows that do not exist, and ``[*B, N]`` which rows exist.
@@ -310,20 +288,20 @@ def prepare(
     if not whole:
         matrix = matrix.masked_fill(~present[..., None], 0)
 
-    # A sum is many times faster than a look at every value; finite values may overflow it, so it only excuses.
-    if not bool(torch.isfinite(matrix.sum())) and not bool(torch.isfinite(matrix).all()):
+    # Sums are many times faster than a look at every value; finite values may overflow them, so they only excuse.
+    total = matrix.sum(-2, keepdim=True)
+    if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(matrix).all()):
         raise ValueError("features must be finite: got NaN or infinity")
 
     # Both steps concern rows that exist: masked ones are zero before and after.
     if center:
-        count = present.sum(-1).clamp(min=1)[..., None, None]
-        scale = largest(matrix)
-        matrix = matrix - matrix.sum(-2, keepdim=True) / count
+        mean = total / present.sum(-1).clamp(min=1)[..., None, None]
+        matrix = matrix.sub_(mean) if overwrite or matrix is not features else matrix - mean
         if not whole:
             matrix.mul_(present[..., None])
 
         # Identical rows leave rounding noise behind, which must not be mistaken for variance.
-        noise = largest(matrix) <= 8 * torch.finfo(matrix.dtype).eps * scale
+        noise = largest(matrix) <= 8 * torch.finfo(matrix.dtype).eps * largest(mean)
         if bool(noise.any()):
             matrix[noise] = 0
     if normalize_rows:
@@ -353,28 +331,6 @@ def _gram(matrix: Float[Tensor, "*B N D"]) -> tuple[Float[Tensor, "*B N R"], Flo
     # U = X V / s; where s is 0, so is X V, and the column stays 0.
     tiny = torch.finfo(matrix.dtype).tiny
     return (matrix @ vectors) / squares.clamp(min=tiny).sqrt()[..., None, :], squares
-
-
-def _subspace(
-    matrix: Float[Tensor, "*B N D"], rank: int, seed: int, extra: int = 32, iterations: int = 8
-) -> tuple[Float[Tensor, "*B N R"], Float[Tensor, "*B R"]]:
-    """Leading left singular vectors and squared values by a fixed number of iterations (Halko et al., Alg. 4.4).
-
-    ``torch.svd_lowrank`` does the same, but draws from the global generator, on the device of the matrix: the scores
-    would depend on what was drawn before, and on the device.
-
-    Args:
-        extra: width of the sketch beyond the rank, which makes the leading directions converge faster.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[-1], rank + extra, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(iterations):
-        basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
-
-    # The decomposition of a matrix of so few rows is cheap, and turned back by the basis.
-    left, squares = _gram(basis.mT @ matrix)
-    return basis @ left, squares
 
 
 def check_seed(seed: int) -> None:

@@ -223,6 +223,12 @@ class VisualTokens:
         # Newlines and padding, which are negative, look up token 0 first: their values are overwritten.
         return values.flatten()[self.slots.clamp(min=0)].masked_fill(~self.is_patch, fill)
 
+    def packed_rows(self, rows: Float[Tensor, "T N C"]) -> Float[Tensor, "I L C"]:
+        """Rows of a table of encoder tokens in packed order; zero at newlines and padding."""
+        table = rows.flatten(0, 1).index_select(0, self.slots.clamp(min=0).flatten()).unflatten(0, self.slots.shape)
+        table[~self.is_patch] = 0  # selecting has copied: these are ours to change
+        return table
+
     def unpacked(self, values: Float[Tensor, "I L"], fill: float = 0.0) -> Float[Tensor, "T N"]:
         """Inverse of `packed`: `fill` where a token has no slot."""
         out = values.new_full((self.features.shape[0] * self.features.shape[1],), fill)

@@ -62,5 +62,6 @@ class LoFi(ScoreSelector):
             mask=groups.mask,
             method=self.method,
             seed=self.seed,
+            overwrite=True,  # `gather` has copied
         )
         return groups.scatter(leverage.scores, tokens)

@@ -15,7 +15,6 @@ from torch import Tensor
 from selector.base import TokenSelector
 from selector.budget import Budget, Scope
 from selector.grid import places
-from selector.groups import Groups
 from selector.merging import Flow, Selection, nearest
 from selector.tokens import VisualTokens
 
@@ -73,6 +72,5 @@ def into_nearest(tokens: VisualTokens, keep: Bool[Tensor, "I L"], scope: Scope, 
         scope: whose views count, see `selector.grid.places`.
         reader: for errors, see `VisualTokens.read`.
     """
-    image = Groups.of(tokens, "image")
-    table, patch = image.gather(tokens.read("features", reader)), image.mask
+    table, patch = tokens.packed_rows(tokens.read("features", reader)), tokens.is_patch
     return Flow.mean(nearest(table, patch & ~keep, patch & keep, places(tokens, scope).view))

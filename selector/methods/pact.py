@@ -88,7 +88,7 @@ class PACT(RankSelector):
 
         # Centres that newline tokens left no room for are tokens like the others.
         patch = tokens.is_patch
-        rows = directions(Groups.of(tokens, "image").gather(tokens.read("own_keys", self)))
+        rows = directions(tokens.packed_rows(tokens.read("own_keys", self)))
         into = nearest(rows, patch & ~keep, patch & keep, places(tokens, budget.scope).view)
         theirs = rows.gather(1, into.clamp(min=0)[..., None].expand_as(rows))
         apart = 1 - grained_cosines((rows * theirs).sum(-1), rows.dtype)

@@ -25,7 +25,6 @@ from selector.attention import Attention, attention_field
 from selector.base import ScoreSelector
 from selector.budget import Budget
 from selector.grid import places
-from selector.groups import Groups
 from selector.merging import Flow, Selection
 from selector.numerics import grained, precise, unit
 from selector.tokens import VisualTokens
@@ -134,8 +133,7 @@ def absorbing(
     Returns:
         Edges with plain attention as weight, a patch's own included; they do not sum to one.
     """
-    image = Groups.of(tokens, "image")
-    rows, patch = image.gather(keys), image.mask
+    rows, patch = tokens.packed_rows(keys), tokens.is_patch
     kept = keep & patch & (~keep & patch).any(1, keepdim=True)
     view = places(tokens, budget.scope).view
 

@@ -74,8 +74,13 @@ class RidgeLeverage(ScoreSelector):
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
         """Ridge leverage in [0, 1)."""
         groups = Groups.of(tokens, self.matrix)
-        table = groups.gather(tokens.read(self.field, self))
         scores = ridge_leverage_scores(
-            table, alpha=self.alpha, center=self.center, mask=groups.mask, method=self.method, seed=self.seed
+            groups.gather(tokens.read(self.field, self)),
+            alpha=self.alpha,
+            center=self.center,
+            mask=groups.mask,
+            method=self.method,
+            seed=self.seed,
+            overwrite=True,  # `gather` has copied
         )
         return groups.scatter(scores, tokens)

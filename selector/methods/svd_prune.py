@@ -75,5 +75,6 @@ class SVDPrune(ScoreSelector):
             mask=groups.mask,
             method=self.method,
             seed=self.seed,
+            overwrite=True,  # `gather` has copied
         )
         return groups.scatter(leverage.scores, tokens)

@@ -69,9 +69,8 @@ class VisionZip(RankSelector):
 
         # Only targets that the budget has left take anything in.
         target = keep & (tokens.packed(targets.float(), 0.0) > 0)
-        image = Groups.of(tokens, "image")
-        keys = image.gather(tokens.read("keys", self))
-        into = nearest(keys, image.mask & ~keep, target, places(tokens, budget.scope).view)
+        keys = tokens.packed_rows(tokens.read("keys", self))
+        into = nearest(keys, tokens.is_patch & ~keep, target, places(tokens, budget.scope).view)
         return Selection(keep, self._averages(into, target))
 
     def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Bool[Tensor, "T N"]]:

@@ -66,7 +66,7 @@ def test_ridge_leverage_takes_projected_tokens_of_whole_images_by_default():
     tokens = ragged()
     image = Groups.of(tokens, "image")
     matrix, real = image.gather(tokens.projected), image.mask
-    scores = tokens.packed(RidgeLeverage().score(tokens), 0.0)
+    scores = image.gather(RidgeLeverage().score(tokens))
     for i in range(tokens.num_images):
         want = references.ridge_leverage(matrix[i][real[i]], 1.0)
         np.testing.assert_allclose(scores[i][real[i]].numpy(), want, atol=1e-5)
