@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from selector.numerics import gram
+from selector.numerics import BLOCK, gram
 from selector.spectrum import LARGE, check_method, energy_of, largest, prepare
 
 RIDGE_ERROR = 1e-2
@@ -101,11 +101,21 @@ def _inverse_factor(table: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"]) 
 def _inverse_diagonal(
     table: Float[Tensor, "*B M M"], ridge: Float[Tensor, "*B"], alpha: float, width: int
 ) -> Float[Tensor, "*B M"]:
-    """Diagonal of (G + λI)⁻¹; large matrices in their own type where its rounding allows."""
+    """Diagonal of (G + λI)⁻¹; large matrices in their own type where its rounding allows. The table is overwritten."""
     large = table.shape[-1] >= LARGE and _ridge_error(alpha, width, table.dtype) <= RIDGE_ERROR / 10
     wide = table if large else table.double()
-    shifted = wide + torch.diag_embed(ridge.to(wide)[..., None].expand(table.shape[:-1]))
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted)).diagonal(dim1=-2, dim2=-1).double()
+    wide.diagonal(dim1=-2, dim2=-1).add_(ridge.to(wide)[..., None])
+    lower = torch.linalg.cholesky(wide)
+
+    # The inverse is L⁻ᵀ L⁻¹: its diagonal holds the squared lengths of the columns of L⁻¹. Above a column's own row
+    # they are zero, so a block of columns needs only the rows from there on.
+    size, diagonal = wide.shape[-1], []
+    for start in range(0, size, BLOCK):
+        rest = lower[..., start:, start:]
+        units = torch.eye(size - start, min(BLOCK, size - start), dtype=wide.dtype, device=wide.device)
+        columns = torch.linalg.solve_triangular(rest, units.expand(*rest.shape[:-1], -1), upper=False)
+        diagonal.append(columns.square().sum(-2).double())
+    return torch.cat(diagonal, -1)
 
 
 def _sketched_ridge(matrix: Float[Tensor, "N D"], ridge: Float[Tensor, ""], seed: int) -> Float[Tensor, "N"]:
