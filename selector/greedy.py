@@ -17,13 +17,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selector.numerics import BLOCK, extents, grained, grained_cosines, gram, precise, take, within_unit
+from selector.numerics import BLOCK, DOUBT, GRAIN, extents, grained, grained_cosines, gram, precise, take, within_unit
 
 PICKS_PER_GRAM = 32
 """With at least one pick per so many members, the Gram matrix costs less than a pass over the rows for every pick."""
 GRAM_OVER_ROWS = 4
 """A Gram matrix is kept while it takes at most so many times the memory of the rows."""
 
+SAMPLED, SEARCHED = 128, 64
+"""Where the loneliest row is looked for: others that bound its cosines, and rows that are compared with all at a time.
+"""
 TRUSTED = 2.0**-6
 """Share of its square that a pivot must have left, at least, for the rounding of float32 not to matter."""
 LAZY_WIDTH, LAZY_ROUNDS = 32, 32
@@ -86,38 +89,67 @@ class Products:
         return grained_cosines(self.of(pick) * scale, self.rows.dtype)
 
     def nearest_other(self, there: Bool[Tensor, "G M"]) -> Float[Tensor, "G M"]:
-        """Highest cosine of each row with another one that is there, in float64; -inf where there is none.
+        """Highest cosine of each row with another one, as far as it takes to find the row where that is lowest.
+
+        In a group without a Gram matrix, cosines with a few rows bound the highest one of every row from below; only
+        rows whose bound does not exceed the lowest are compared with all.
 
         Args:
-            there: rows that may be the other one.
+            there: rows that take part; what is returned of the others means nothing.
+
+        Returns:
+            ``[G, M]`` float64, -inf where there is no other row. In a group without a Gram matrix, values above the
+            lowest one may be bounds.
         """
-        barred = torch.zeros_like(self.inverse_lengths).masked_fill(~there, -torch.inf)[:, None].to(self.rows.dtype)
-        scale = self.inverse_lengths[:, None].to(self.rows.dtype)
-        highest = []
+        highest = torch.full_like(self.squares, -torch.inf)
+        for g, own in enumerate(there):
+            members = own.nonzero()[:, 0]
+            if not len(members):
+                continue
+            if g in self.lean:
+                self._search(g, members, highest[g])
+            else:
+                for rows in members.split(BLOCK):
+                    highest[g, rows] = self._highest(g, rows, members)
+        return highest
 
-        # A block of rows at a time, so that no second matrix of all pairs is held.
-        for start in range(0, self.rows.shape[1], BLOCK):
-            inner = self._rows_of_gram(slice(start, start + BLOCK))
-            cosines = (inner * scale).add_(barred)  # but for the row's own length, which does not change which is best
-            cosines.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
-            best, nearest = cosines.max(-1)
+    def _search(self, g: int, members: Int[Tensor, "R"], highest: Float[Tensor, "M"]) -> None:
+        """`nearest_other` of a group without a Gram matrix, written into `highest`."""
+        own, inverse = self.rows[g, : self.extent[g]], self.inverse_lengths[g, : self.extent[g]]
+        some = members[:: max(1, len(members) // SAMPLED)]
+        cosines = (own @ own[some].mT).mul_(inverse[some].to(own))
+        cosines[some, torch.arange(len(some), device=some.device)] = -torch.inf  # itself
+        highest[: len(own)] = precise(cosines.amax(1)) * inverse - DOUBT
 
-            # Once more from the factors, so that mutual neighbours are equally near to the bit.
-            own, other = self.inverse_lengths[:, start : start + BLOCK], self.inverse_lengths.gather(1, nearest)
-            exact = precise(inner.gather(2, nearest[..., None])[..., 0]) * (own * other)
-            highest.append(exact.masked_fill(best.isneginf(), -torch.inf))
-        return grained_cosines(torch.cat(highest, 1), self.rows.dtype)
+        # The likeliest rows first, until no bound of the others is as low as the lowest value.
+        sure = torch.ones_like(highest, dtype=torch.bool)
+        sure[members] = False
+        lowest = torch.inf
+        while len(rows := (~sure & (highest <= lowest)).nonzero()[:, 0]):
+            rows = rows[highest[rows].argsort()[:SEARCHED]]
+            highest[rows], sure[rows] = self._highest(g, rows, members), True
+            lowest = min(lowest, highest[rows].amin())
 
-    def _rows_of_gram(self, part: slice) -> Float[Tensor, "G B M"]:
-        """Some rows of all Gram matrices, computed for the groups that keep none."""
-        if self.table is not None and not self.lean:
-            return self.table[:, part]
-        size = len(self.rows), len(self.rows[0, part]), self.rows.shape[1]
-        block = self.rows.new_zeros(size) if self.table is None else self.table[:, part].clone()
-        for g in self.lean:
-            own = self.rows[g, : self.extent[g]]
-            block[g, : len(own[part]), : len(own)] = own[part] @ own.mT
-        return block
+    def _highest(self, g: int, rows: Int[Tensor, "B"], members: Int[Tensor, "R"]) -> Float[Tensor, "B"]:
+        """Highest cosine of some members with another one, or -inf."""
+        if g in self.lean or self.table is None:
+            inner = self.rows[g, rows] @ self.rows[g, members].mT
+        else:
+            inner = self.table[g, rows]
+            inner = inner if len(members) == inner.shape[1] else inner[:, members]
+
+        # But for the row's own length, which does not change which is best.
+        inverse = self.inverse_lengths[g]
+        itself = torch.searchsorted(members, rows)[:, None]
+        cosines = (inner * inverse[members].to(inner)).scatter_(1, itself, -torch.inf)
+        best, nearest = cosines.max(1, keepdim=True)
+
+        # Once more from the factors, so that mutual neighbours are equally near to the bit; scaled so that the row's
+        # product with itself is exactly its square, as in `of`.
+        square = precise(inner.gather(1, itself))
+        product = precise(inner.gather(1, nearest)) * (self.squares[g, rows, None] / square.masked_fill(square == 0, 1))
+        exact = product * (inverse[rows, None] * inverse[members[nearest]])
+        return grained_cosines(exact.masked_fill(best.isneginf(), -torch.inf), self.rows.dtype)[:, 0]
 
 
 def _pays(members: int, channels: int, steps: int | None) -> bool:
@@ -150,7 +182,7 @@ def greedy(
 
         # A group that has run out picks a member again: the earlier step holds.
         step_of.scatter_reduce_(1, pick[:, None], torch.full_like(pick[:, None], step), "amin")
-        taken = taken.scatter(1, pick[:, None], True)
+        taken.scatter_(1, pick[:, None], True)
 
         # Asked only now and then, since a GPU would have to halt for the answer.
         if step % LAZY_ROUNDS == LAZY_ROUNDS - 1 and futile():
@@ -286,9 +318,9 @@ def _pivots(
     scale = length * products.inverse_lengths
     whole = length.square()
 
-    # Residuals below the floor are rounding, and count as zero.
+    # Residuals below the floor are rounding, and count as zero. What is picked gets a floor that nothing exceeds.
     floor = whole * 2.0 ** (-32 if rows.dtype == torch.float64 else -17)
-    residual, taken = whole.clone(), ~mask
+    residual, layer = whole.clone(), whole.clone()  # of this layer of picks, and what the next one begins with
     trusted = torch.ones_like(mask[:, 0])
 
     # Preallocated for all steps; a layer that starts over leaves the earlier layers' rows in it, unread.
@@ -298,30 +330,30 @@ def _pivots(
     number, group = torch.arange(steps, device=rows.device), torch.arange(len(rows), device=rows.device)
 
     def update(pick: Tensor) -> Tensor:
-        nonlocal residual, taken, filled, first, trusted
-        taken = taken.scatter(1, pick[:, None], True)
+        nonlocal residual, filled, first, trusted
+        floor.scatter_(1, pick[:, None], torch.inf)
+        layer.scatter_(1, pick[:, None], 0)
 
         # The next row of the factor: products with the pick, less what earlier rows explain of them.
         column = factor[group, :filled, pick] * (number[:filled] >= first)
         for own, known, coefficients, n in zip(explained, factor, column, products.extent, strict=True):
             torch.mv(known[:filled, :n].mT, coefficients, out=own[:n])
-        size = take(residual, pick)[:, None]
-        trusted = trusted & (size > TRUSTED * take(whole, pick)[:, None])[:, 0]
-        along = products.of(pick) * (scale * take(scale, pick)[:, None]) - explained
+        size = residual[group, pick, None]
+        trusted = trusted & (size > TRUSTED * whole[group, pick, None])[:, 0]
+        along = products.of(pick) * (scale * scale[group, pick, None]) - explained
         along = along * size.rsqrt().masked_fill(size <= 0, 0)
 
         factor[:, filled] = along
         filled += 1
         residual = torch.addcmul(residual, along, along, value=-1)
         residual = residual * (residual > floor)
-        value = grained(residual)
 
         # Nothing is left of any member: the next layer begins with whole lengths, and with no row explaining anything.
-        spent = value.masked_fill(taken, 0).amax(1, keepdim=True) == 0
+        spent = residual.amax(1, keepdim=True) <= 0.5 / GRAIN
         trusted = trusted & ~spent[:, 0]
         first = torch.where(spent, filled, first)
-        residual = torch.where(spent, whole, residual)
-        return torch.where(spent, grained(whole), value)
+        residual = torch.where(spent, layer, residual)
+        return grained(residual)
 
     # What would be done again in float64 for every group is not finished.
     doomed = (lambda: not bool(trusted.any())) if rows.dtype != torch.float64 else (lambda: False)

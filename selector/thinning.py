@@ -20,14 +20,12 @@ from torch import Tensor
 
 from selector.groups import ranks
 from selector.matching import put
-from selector.numerics import BLOCK, COSINE_GRAIN, directions, extents, grained, gram, precise, working
+from selector.numerics import BLOCK, DOUBT, directions, extents, grained, gram, precise, working
 
 LISTED = 16
 """Neighbours in the list of a token."""
 RUNNERS = 4
 """Members of a row that are compared in float64, where a list does not tell the nearest one."""
-DOUBT = 4 / COSINE_GRAIN
-"""Difference of two cosines that float32 cannot be trusted with."""
 
 
 def thin(

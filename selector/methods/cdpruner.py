@@ -62,7 +62,7 @@ class CDPruner(GreedySelector):
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
         """Pivots of the unit rows scaled by relevance: greedy MAP of the kernel diag(r) S diag(r)."""
-        rows = directions(groups.gather(tokens.read("projected", self)))
+        rows = directions(groups.gather(tokens.read("projected", self)), overwrite=True)
         weight = torch.ones_like(groups.mask, dtype=precise(rows[:0]).dtype)
         if self.relevance != "none":
             value = precise(groups.gather(tokens.read(self.relevance, self)))

@@ -37,8 +37,8 @@ class DivPrune(GreedySelector):
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
         """First the token farthest from its nearest other, then farthest points; all-zero tokens last."""
-        rows = directions(groups.gather(tokens.read("projected", self)))
-        products = Products(rows, groups.mask, None)  # the first pick needs all pairs anyway
+        rows = directions(groups.gather(tokens.read("projected", self)), overwrite=True)  # `gather` has copied
+        products = Products(rows, groups.mask, steps)
         directed = groups.mask & (products.squares != 0)
 
         def distance(pick: Tensor) -> Tensor:

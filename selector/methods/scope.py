@@ -49,7 +49,7 @@ class SCOPE(GreedySelector):
 
     def order(self, tokens: VisualTokens, groups: Groups, steps: int) -> Int[Tensor, "G M"]:
         """By gain in coverage times attention to the power `alpha`, both relative to the group."""
-        rows = directions(groups.gather(tokens.read("features", self)))
+        rows = directions(groups.gather(tokens.read("features", self)), overwrite=True)
         attention = precise(groups.gather(tokens.read("cls_attention", self)))
         weight = (attention / attention.amax(1, keepdim=True).clamp(min=1e-30)) ** self.alpha
         weight = weight / groups.size.clamp(min=1)[:, None]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from visual_tokens import anyres, only, ragged, single
 
-from selector import Budget
+from selector import Budget, greedy
 from selector.greedy import Products
 from selector.groups import Groups
 from selector.methods.cdpruner import CDPruner
@@ -21,7 +21,7 @@ from selector.methods.farthest_point import FarthestPoint
 from selector.methods.pivoted_qr import PivotedQR
 from selector.methods.scope import SCOPE
 from selector.methods.vispruner import VisPruner
-from selector.numerics import BLOCK, directions, gram
+from selector.numerics import BLOCK, DOUBT, directions, gram
 
 pytestmark = pytest.mark.slow  # oracles in float64 over many inputs
 
@@ -143,3 +143,28 @@ def test_few_picks_keep_no_gram_matrix():
     assert Products(rows, mask, 19).table is None
     assert Products(rows, mask, 20).table is not None
     assert Products(rows[..., :100], mask, None).table is None  # larger than four times the rows
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    kind=st.sampled_from(KINDS),
+    absent=st.integers(0, 100),
+    sampled=st.sampled_from([1, 8, 400]),
+    searched=st.sampled_from([1, 16]),
+)
+def test_the_loneliest_row_is_found_without_the_gram_matrix(seed, kind, absent, sampled, searched):
+    """However few cosines bound the others, and however few rows are looked at at a time."""
+    rows = directions(features(kind, seed)[None])
+    mask = torch.ones(1, N, dtype=torch.bool)
+    there = mask.clone()
+    there[:, :absent] = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "SAMPLED", sampled)
+        patch.setattr(greedy, "SEARCHED", searched)
+        products = Products(rows, mask, steps=1)
+        assert products.lean == [0]
+        highest = products.nearest_other(there)[there]
+    whole = Products(rows, mask, steps=None).nearest_other(there)[there]
+    assert torch.equal((highest == highest.min()).nonzero(), (whole == whole.min()).nonzero())
+    assert bool((highest <= whole + DOUBT).all())  # both are rounded
