@@ -5,22 +5,26 @@ and those with the most similar match leave. The queue is then put in a new orde
 pairs, and rounds go on until one token is left.
 
 A round needs one number per token: the cosine with the most similar one among half of the others, whichever half that
-happens to be. It nearly always stands in a short list of the token's nearest neighbours, which is made anew whenever
-half of the tokens have left. The whole row is looked at only where all of a list have left, or stand on the wrong
-side.
+happens to be. It nearly always stands in a short list of the token's nearest neighbours, which is made anew where all
+of them have left. The whole row is looked at only there, and where all of a list stand on the wrong side.
 
-Shapes: G groups, M members (padded), C channels, E members at even positions, T neighbours in a list.
+Hundreds of rounds of small steps follow one large product. So the product is taken where the tokens are, and the rounds
+are NumPy's on the CPU: its small steps cost a fraction of torch's, and on a GPU every round would halt.
+
+Shapes: G groups, M members (padded; within `_rounds` all there), C channels, E members at even positions, O at odd
+ones, T neighbours in a list, B members of any group.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy import ndarray as Array
 from torch import Tensor
 
 from selector.groups import ranks
-from selector.matching import put
-from selector.numerics import BLOCK, DOUBT, directions, extents, grained, gram, precise, working
+from selector.numerics import DOUBT, GRAIN, directions, gram, working
 
 LISTED = 16
 """Neighbours in the list of a token."""
@@ -50,39 +54,41 @@ def thin(
     Returns:
         Of every member its rank from the end, 0 for the last one standing; M for those outside `mask`.
     """
-    size = left = mask.sum(1)
     member = ranks(-rank.double(), mask).argsort(dim=1)  # those that take part, in order, and then the others
-    queue = torch.arange(member.shape[1], device=member.device).expand_as(member)
-    end, neighbours = torch.full_like(rank, mask.shape[1]), None
+    end = torch.full_like(rank, mask.shape[1])
 
-    while (longest := int(left.max())) > 1:
-        queue = queue[:, :longest]
-        there = torch.arange(longest, device=queue.device) < left[:, None]
+    # Groups of one size, with one stop, go through the same rounds, as one batch.
+    kinds = list(zip(mask.sum(1).tolist(), stop.tolist(), strict=True))
+    for size, own_stop in sorted(set(kinds)):
+        if size == 0:
+            continue
+        groups = torch.tensor([g for g, kind in enumerate(kinds) if kind == (size, own_stop)], device=rank.device)
+        inside = member[groups, :size]
+        gone = _rounds(rows[groups[:, None], inside], drop, own_stop)
 
-        # The queue holds numbers of `member`, which is cut to those that are left whenever half of them have gone.
-        if neighbours is None or longest <= member.shape[1] // 2:
-            member, queue = member.gather(1, queue), torch.arange(longest, device=queue.device).expand_as(queue)
-            neighbours = _Neighbours(rows.gather(1, member[..., None].expand(-1, -1, rows.shape[2])), there)
-        even, odd = queue[:, ::2], queue[:, 1::2]
-        closest = neighbours.closest(even, odd, there)
+        # The first to leave has the highest rank from the end.
+        end[groups[:, None], inside.gather(1, gone)] = torch.arange(size - 1, -1, -1, device=rank.device)
+    return end
+
+
+def _rounds(rows: Float[Tensor, "G M C"], drop: int, stop: int) -> Int[Tensor, "G M"]:
+    """Members in the order in which they leave; the first queue is in the order of the rows."""
+    left, neighbours = rows.shape[1], _Neighbours(rows)
+
+    # Members are numbered through all groups.
+    queue, gone = np.arange(len(rows) * left).reshape(len(rows), left), []
+    first = queue[:, :1]
+
+    while left > 1:
+        odd = queue[:, 1::2]
+        even = neighbours.falling(queue[:, ::2], odd)
 
         # Above `stop` a round may not overshoot it; the last token of all never leaves.
-        quota = torch.where(left > stop, left - stop, left).clamp(max=drop)
-        quota = torch.minimum(quota, (left + 1) // 2) * (left > 1)
-        in_round = ranks(closest, there[:, ::2])
-        leaves = there[:, ::2] & (in_round < quota[:, None])
-        end = put(end, torch.where(leaves, member.gather(1, even), mask.shape[1]), left[:, None] - 1 - in_round)
-
-        # Even positions that stay, by falling similarity, then the odd ones; the rest is past the end.
-        turn = torch.where(there[:, ::2] & ~leaves, in_round, 3 * longest)
-        behind = torch.arange(odd.shape[1], device=odd.device) + torch.where(there[:, 1::2], longest, 3 * longest)
-        both = torch.cat([even, odd], 1)
-        queue = both.gather(1, torch.cat([turn, behind], 1).argsort(dim=1, stable=True))
-        left = left - leaves.sum(1)
-
-    # The one that is left stands at the head of the queue, if the group had any.
-    last = member.gather(1, queue[:, :1])
-    return put(end, torch.where((size > 0)[:, None], last, mask.shape[1]), torch.zeros_like(last))
+        quota = min(drop, left - stop if left > stop else left, even.shape[1])
+        gone.append(even[:, :quota])
+        neighbours.leave(gone[-1])
+        queue, left = np.concatenate([even[:, quota:], odd], 1), left - quota
+    return torch.from_numpy(np.concatenate([*gone, queue], 1) - first).to(rows.device)
 
 
 class _Neighbours:
@@ -90,103 +96,104 @@ class _Neighbours:
 
     Args:
         rows: what members are compared by (cosine).
-        mask: members that exist.
-
-    Within, members are numbered through all groups.
     """
 
-    def __init__(self, rows: Float[Tensor, "G M C"], mask: Bool[Tensor, "G M"]):
+    def __init__(self, rows: Float[Tensor, "G M C"]):
         rows = working(rows)
-        self.rows, self.table = rows.flatten(0, 1), gram(directions(rows), extents(mask))
-        self.first = torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1]
+        table = gram(directions(rows), [rows.shape[1]] * len(rows))
+        table.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # nobody is its own neighbour
+        rough, near = table.topk(min(LISTED, rows.shape[1]), dim=2)
 
-        # Lists of everyone, and their cosines in float64: NaN until somebody asks, which few ever do.
-        size = mask.numel(), min(LISTED, mask.shape[1])
-        self.near = torch.zeros(size, dtype=torch.long, device=mask.device)
-        self.rough = torch.full(size, -torch.inf, dtype=self.table.dtype, device=mask.device)
-        self.cosine = torch.full_like(self.rough, torch.nan, dtype=precise(self.rough[:0]).dtype)
-        for members in mask.flatten().nonzero()[:, 0].split(BLOCK):
-            self.rough[members], self.near[members] = self._nearest(members, mask, size[1])
+        # The lists, and their cosines in float64: NaN until somebody asks, which few ever do.
+        self.size = rows.shape[1]
+        self.group = np.arange(len(rows) * self.size) // self.size
+        self.near = near.flatten(0, 1).cpu().numpy() + (self.group * self.size)[:, None]
+        self.rough = rough.flatten(0, 1).cpu().numpy()
+        self.cosine = np.full(self.rough.shape, np.nan)
+        self.rows, self.table = rows.flatten(0, 1).cpu().numpy(), table.flatten(0, 1).cpu().numpy()
 
-    def closest(
-        self, even: Int[Tensor, "G E"], odd: Int[Tensor, "G O"], there: Bool[Tensor, "G L"]
-    ) -> Float[Tensor, "G E"]:
-        """Cosine of each member at an even position with the most similar one at an odd position.
+        # What is added to the cosines with each member: minus infinity bars it.
+        self.gone = np.zeros((len(rows), self.size), self.rough.dtype)
+        self.barred = np.empty_like(self.gone)
+
+    def leave(self, members: Int[Array, "G K"]) -> None:
+        """These are nobody's neighbours any more."""
+        self.gone.reshape(-1)[members] = -np.inf
+
+    def falling(self, even: Int[Array, "G E"], odd: Int[Array, "G O"]) -> Int[Array, "G E"]:
+        """Members at even positions by falling cosine with the most similar one at an odd position.
 
         Args:
             even: members at even positions of the queue.
-            odd: members at odd positions.
-            there: positions of the queue that hold a member, even and odd ones in turn.
-
-        Returns:
-            The cosines, as exact as their order needs; -inf where nothing stands at an odd position, anything where no
-            member is.
+            odd: members at odd positions, at least one.
         """
-        allowed = torch.zeros(self.table.shape[:2], dtype=torch.bool, device=even.device)
-        allowed = put(allowed, torch.where(there[:, 1::2], odd, allowed.shape[1]), there[:, 1::2])
-
-        members = (even + self.first).flatten()
-        near, rough = self.near[members], self.rough[members]
-        rough = rough.masked_fill_(~allowed.flatten()[near], -torch.inf)
-        best = rough.amax(1)
+        self.barred.fill(-np.inf)
+        self.barred.reshape(-1)[odd] = 0
+        members = even.reshape(-1)
+        best = self._listed(members).max(1)
 
         # A list tells the nearest one unless something behind its end may be as near: then the whole row is looked at.
-        doubtful = there[:, ::2].flatten() & ~(best > self.rough[members, -1] + DOUBT)
-        (row,) = doubtful.nonzero(as_tuple=True)
-        best[row] = self._others(members[row], allowed).amax(1)
+        doubtful = np.flatnonzero(best <= self.rough[members, -1] + DOUBT)
+        if len(doubtful):
+            asked = members[doubtful]
+            row, group = self.table[asked], self.group[asked]
+            best[doubtful] = (row + self.barred[group]).max(1)
+            self._list(asked, row + self.gone[group])
 
-        # Only the order of these cosines counts: float64 decides between those that float32 cannot tell apart.
-        closest, tied = precise(best), _tied(best.view_as(even)).flatten()
-        (row,) = (tied & ~doubtful).nonzero(as_tuple=True)
-        closest[row] = self._listed(members[row], rough[row], best[row])
-        (row,) = (tied & doubtful).nonzero(as_tuple=True)
-        rough, near = self._nearest(members[row], allowed, min(RUNNERS, allowed.shape[1]))
-        cosine, contends = precise(rough), _contends(rough, best[row])
-        at = contends.nonzero(as_tuple=True)
-        cosine[at] = self._exact(members[row][at[0]], near[at])
-        closest[row] = cosine.masked_fill(~contends, -torch.inf).amax(1)
-        return closest.view_as(even)
+        # Only the order counts: float64 decides between cosines that float32 cannot tell apart.
+        order = np.argsort(-best.reshape(even.shape), axis=1)
+        order = (order + np.arange(len(even))[:, None] * even.shape[1]).reshape(-1)
+        falling = best[order]
+        close = np.abs(falling[:-1] - falling[1:]) <= DOUBT
+        tied = np.flatnonzero(np.append(close, False) | np.append(False, close))
+        if len(tied):
+            which = order[tied]
+            exact = self._exact(members[which], best[which])
+            order[tied] = which[np.lexsort((which, -exact, which // even.shape[1]))]  # by group, cosine, position
+        return members[order].reshape(even.shape)
 
-    def _listed(
-        self, members: Int[Tensor, "B"], rough: Float[Tensor, "B T"], best: Float[Tensor, "B"]
-    ) -> Float[Tensor, "B"]:
-        """Cosine in float64 of some members with the nearest of their lists, as far as `rough` leaves them in."""
-        cosine = self.cosine[members].masked_fill_(~_contends(rough, best), -torch.inf)
+    def _listed(self, members: Int[Array, "B"]) -> Float[Array, "B T"]:
+        """Cosines of some members with those of their lists, -inf where one is barred."""
+        return self.rough[members] + self.barred.reshape(-1)[self.near[members]]
 
-        row, t = cosine.isnan().nonzero(as_tuple=True)
-        cosine[row, t] = self.cosine[members[row], t] = self._exact(members[row], self.near[members[row], t])
-        return cosine.amax(1)
+    def _list(self, members: Int[Array, "B"], row: Float[Array, "B M"]) -> None:
+        """Makes the lists of some members anew, of their cosines with all others."""
+        rough, near = torch.from_numpy(row).topk(self.near.shape[1], dim=1)
+        self.rough[members], self.cosine[members] = rough.numpy(), np.nan
+        self.near[members] = near.numpy() + (self.group[members] * self.size)[:, None]
 
-    def _others(self, members: Int[Tensor, "B"], allowed: Bool[Tensor, "G M"]) -> Float[Tensor, "B M"]:
-        """Cosines of some members with all of their group, -inf with themselves and with those not allowed."""
-        group, own = members // allowed.shape[1], members % allowed.shape[1]
-        barred = torch.zeros_like(self.table[:, 0]).masked_fill(~allowed, -torch.inf)
-        return (self.table.flatten(0, 1)[members] + barred[group]).scatter_(1, own[:, None], -torch.inf)
+    def _exact(self, members: Int[Array, "B"], best: Float[Array, "B"]) -> Float[Array, "B"]:
+        """Cosine in float64 of some members with the nearest that is not barred.
 
-    def _nearest(
-        self, members: Int[Tensor, "B"], allowed: Bool[Tensor, "G M"], count: int
-    ) -> tuple[Float[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """The `count` most similar others of some members: (cosines, falling; which they are)."""
-        rough, near = self._others(members, allowed).topk(count, dim=1)
-        return rough, near + self.first[members // allowed.shape[1]]
+        Args:
+            best: the same in the type of the rows.
+        """
+        contends = _contends(self._listed(members), best)
+        cosine = np.where(contends, self.cosine[members], -np.inf)
+        row, t = np.isnan(cosine).nonzero()
+        if len(row):
+            cosine[row, t] = self.cosine[members[row], t] = self._cosines(members[row], self.near[members[row], t])
+        closest = cosine.max(1)
 
-    def _exact(self, one: Int[Tensor, "P"], two: Int[Tensor, "P"]) -> Float[Tensor, "P"]:
+        # Where something behind the end of a list may be as near, the runners-up of the whole row contend.
+        beyond = np.flatnonzero(best <= self.rough[members, -1] + DOUBT)
+        if len(beyond):
+            asked, count = members[beyond], min(RUNNERS, self.size)
+            row = torch.from_numpy(self.table[asked] + self.barred[self.group[asked]])
+            rough, near = (part.numpy() for part in row.topk(count, dim=1))
+            row, t = _contends(rough, best[beyond]).nonzero()
+            cosine = np.full(rough.shape, -np.inf)
+            cosine[row, t] = self._cosines(asked[row], near[row, t] + self.group[asked[row]] * self.size)
+            closest[beyond] = cosine.max(1)
+        return closest
+
+    def _cosines(self, one: Int[Array, "P"], two: Int[Array, "P"]) -> Float[Array, "P"]:
         """Cosines in float64 of pairs of members."""
-        left, right = precise(self.rows[one]), precise(self.rows[two])
-        length = torch.linalg.vector_norm(left, dim=-1) * torch.linalg.vector_norm(right, dim=-1)
-        return grained((left * right).sum(-1) / length.masked_fill(length == 0, 1))
+        left, right = self.rows[one].astype(np.float64), self.rows[two].astype(np.float64)
+        length = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        return np.round((left * right).sum(1) / np.where(length == 0, 1, length) * GRAIN) / GRAIN
 
 
-def _contends(rough: Float[Tensor, "B T"], best: Float[Tensor, "B"]) -> Bool[Tensor, "B T"]:
+def _contends(rough: Float[Array, "B T"], best: Float[Array, "B"]) -> Bool[Array, "B T"]:
     """Which cosines of each row float32 cannot tell from the best one."""
-    return (rough >= best[:, None] - DOUBT) & (rough > -torch.inf)
-
-
-def _tied(cosines: Float[Tensor, "G E"]) -> Bool[Tensor, "G E"]:
-    """Those that have another one within `DOUBT`."""
-    ordered, order = cosines.sort(dim=1, descending=True)
-    near = ordered[:, :-1] - ordered[:, 1:] <= DOUBT  # not so of two infinities, whose difference is NaN
-    tied = torch.zeros_like(ordered, dtype=torch.bool)
-    tied[:, 1:] = near
-    tied[:, :-1] |= near
-    return torch.zeros_like(tied).scatter_(1, order, tied)
+    return (rough >= best[:, None] - DOUBT) & (rough > -np.inf)
