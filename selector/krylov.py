@@ -26,17 +26,17 @@ SEARCHING, SETTLING = 1.5, 1.1
 """Growth of the space between two looks at it: while it holds too little, and while that converges."""
 LEAST, LIKELY = 2.4, 1.8
 """Columns per value: with how many the first look at convergence comes, and without room for how many it never will."""
-WORN = 1e-3
-"""Share of the largest column of a new block below which a column of it is orthogonal by a second pass only."""
+WORN, REPEATS = 1e-3, 3
+"""Share of a column below which what is left of it is made orthogonal once more, and how often at most."""
 
 
 class Leading(NamedTuple):
     """The leading singular values of a matrix.
 
     Example:
-        >>> few = leading(torch.diag(torch.arange(100.0)), lambda squares: 2, most=64, tolerance=1e-4)
+        >>> few = leading(torch.diag(0.5 ** torch.arange(100.0)), lambda squares: 2, most=64, tolerance=1e-4)
         >>> [round(value, 2) for value in few.squares.sqrt().tolist()]
-        [99.0, 98.0]
+        [1.0, 0.5]
     """
 
     left: Float[Tensor, "N R"]
@@ -86,13 +86,16 @@ def leading(
         # First against the two blocks that it overlaps most with: the pass over all then has only rounding to remove.
         known, near = basis[:, :end], basis[:, max(0, end - 2 * BLOCK) : end]
         following = following - near @ (near.mT @ following)
+        size = torch.linalg.vector_norm(following, dim=0).amax().clamp(min=torch.finfo(matrix.dtype).tiny)
         block, link = torch.linalg.qr(following - known @ (known.mT @ following))
 
         # Where hardly anything is left of a column, rounding has turned it back towards the space.
-        left = link.diagonal().abs()
-        if bool(left.amin() <= WORN * left.amax()):
+        left = link.diagonal().abs() / size
+        for _ in range(REPEATS):
+            if bool(left.amin() > WORN):
+                break
             block, again = torch.linalg.qr(block - known @ (known.mT @ block))
-            link = again @ link
+            link, left = again @ link, again.diagonal().abs()
 
         if end >= look or end == steps * BLOCK:
             squares, vectors = torch.linalg.eigh(inner[:end, :end])

@@ -56,6 +56,8 @@ class SelectorModule(LightningModule):
         heads: attention heads of each.
         mlp_ratio: width of the MLPs in units of `width`.
         question_layers: layers of an image-transformer that read the question, behind the others.
+        match_rank: rank of the map under which an image-transformer compares patches with the question's words; None:
+            full, which costs little beside a small language model and much beside a 7B one.
         pool: side in patches of the cells over which an image-transformer averages keys and values.
         learning_rate: AdamW's, after the warm-up.
         weight_decay: AdamW's.
@@ -99,6 +101,7 @@ class SelectorModule(LightningModule):
         mlp_ratio: float = 2.0,
         pool: int = 2,
         question_layers: int = 1,
+        match_rank: int | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 50,
@@ -131,7 +134,7 @@ class SelectorModule(LightningModule):
         else:
             asked = encoder.question_dim if question and isinstance(encoder, LlavaNextModel) else None
             sizes = width or dim, layers, heads, mlp_ratio, pool
-            self.selector = ImageTransformer(dim, inputs, *sizes, asked, question_layers)
+            self.selector = ImageTransformer(dim, inputs, *sizes, asked, question_layers, match_rank)
 
         # Without an objective that rebuilds there is nothing for a reconstructor to learn.
         self.reconstructor: Reconstructor | None = None

@@ -44,7 +44,7 @@ REFERENCE = "uniform"
 LEARNED = {
     "gumbel": {"width": 320, "layers": 3, "heads": 5},
     "image-transformer": {"width": 256, "layers": 2, "heads": 4, "inputs": "projected"},
-    "image-transformer-question": {"width": 256, "layers": 2, "heads": 4, "inputs": "projected"},
+    "image-transformer-question": {"width": 256, "layers": 2, "heads": 4, "inputs": "projected", "match_rank": 64},
 }
 """Learned selectors, which are built with random weights for the geometry: by label, arguments of their classes. Three
 layers are those of When Less is Enough, which leaves width and heads open: `gumbel` has those of the recipe for

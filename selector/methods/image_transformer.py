@@ -49,6 +49,8 @@ class ImageTransformer(TableSelector):
         question_dim: d, width of the question's embeddings, for a selector that reads the question; None for one that
             does not.
         question_layers: layers behind the others that also attend to the question.
+        match_rank: rank of what is learned of the map under which patches and words are compared, in 1..d; None learns
+            all of it, which at the width of a 7B model is most of what selection then costs.
 
     Raises:
         ValueError: a size that breaks these rules or is below 1 (layers: below 0), a question wider than the table, or
@@ -76,6 +78,7 @@ class ImageTransformer(TableSelector):
         pool: int = 2,
         question_dim: int | None = None,
         question_layers: int = 1,
+        match_rank: int | None = None,
     ):
         super().__init__(dim, inputs)
         check_sizes(1, dim=dim, width=width, heads=heads, pool=pool)
@@ -84,7 +87,8 @@ class ImageTransformer(TableSelector):
         if width % (4 * heads):
             raise ValueError(f"width must be a multiple of 4 * heads, got width {width} and {heads} heads")
         self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
-        self.pool, self.question_dim, self.question_layers = pool, question_dim, question_layers
+        self.pool, self.question_dim = pool, question_dim
+        self.question_layers, self.match_rank = question_layers, match_rank
 
         # What every image passes through, with a question or without.
         self.embed = nn.Linear(dim, width)
@@ -99,8 +103,10 @@ class ImageTransformer(TableSelector):
                 raise ValueError("inputs must hold the projected tokens ('projected' or 'both') for a question")
             if not 1 <= question_dim <= dim:
                 raise ValueError(f"question_dim must be in 1..{dim}, the width of the table, got {question_dim}")
+            if match_rank is not None and not 1 <= match_rank <= question_dim:
+                raise ValueError(f"match_rank must be in 1..{question_dim}, the width of a question, got {match_rank}")
             self.needs = self.needs | {"question"}
-            self.match = _Match(question_dim, width)
+            self.match = _Match(question_dim, width, match_rank)
 
             asked = [_Block(width, heads, mlp_ratio, cross=True) for _ in range(question_layers)]
             self.asked_blocks = nn.ModuleList(asked)
@@ -246,15 +252,17 @@ class _Match(nn.Module):
     Args:
         question_dim: d, width of the language model's embeddings.
         width: W, width of what comes out.
+        rank: of what the map learns beside the identity; None: any.
     """
 
     SHARPNESS = 10.0
     """Factor on the cosines at the start of the training."""
 
-    def __init__(self, question_dim: int, width: int):
+    def __init__(self, question_dim: int, width: int, rank: int | None):
         super().__init__()
-        self.space = nn.Linear(question_dim, question_dim, bias=False)
-        nn.init.eye_(self.space.weight)
+        self.space: nn.Module = _LowRank(question_dim, rank) if rank else nn.Linear(question_dim, question_dim, False)
+        if isinstance(self.space, nn.Linear):
+            nn.init.eye_(self.space.weight)
 
         # Nothing's logit is that of a cosine of 1/2 at the start: words less like a patch than that get less than it.
         self.sharpness = nn.Parameter(torch.tensor(self.SHARPNESS))
@@ -280,6 +288,24 @@ class _Match(nn.Module):
         # Attention sums to at most one whatever the words; how good the best match is comes as a channel of its own.
         best = alike.amax(-1, keepdim=True)
         return attention @ self.value(asked.words) + self.best(best)
+
+
+class _LowRank(nn.Module):
+    """x + U V x, which is x at the start: V is drawn as a linear layer's weight is, U is zero (Hu et al. 2021, LoRA).
+
+    Args:
+        dim: d, width of x.
+        rank: rows of V and columns of U.
+    """
+
+    def __init__(self, dim: int, rank: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Float[Tensor, "*S d"]) -> Float[Tensor, "*S d"]:
+        """The same, moved within `rank` directions."""
+        return x + self.up(self.down(x))
 
 
 class _Words:
