@@ -31,6 +31,8 @@ from selector.grid import places
 from selector.table import Inputs, TableSelector, check_mlp_ratio, check_sizes
 from selector.tokens import VisualTokens
 
+MATCHED = 128
+"""Patches per tile that are compared with the question at a time."""
 WAVELENGTH = 100.0
 """Base of the rotary frequencies: the slowest turns once in a few hundred patches, more than a page is wide."""
 
@@ -165,7 +167,9 @@ class ImageTransformer(TableSelector):
 
     def _answer(self, seen: _Seen, asked: _Asked) -> Float[Tensor, "T N W"]:
         """The image after the layers that read the question."""
-        x = seen.x + self.match(self._projected(seen.table), asked)
+        # A part of the patches at a time: what is made of a wide table on the way then stays in the cache.
+        parts = seen.table.split(MATCHED, dim=1)
+        x = seen.x + torch.cat([self.match(self._projected(part), asked) for part in parts], 1)
         for block in self.asked_blocks:
             x = block(x, seen.rotation, seen.cell_rotation, seen.cells, asked)
         return x
