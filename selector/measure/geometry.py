@@ -8,7 +8,7 @@ follows from the full configuration by the formulas of `selector.measure.flops`.
 Times of selection depend on how fast the spectrum of the features falls, and what random weights make of white noise or
 of a blank page is far from what a trained tower makes of a photograph. `natural_picture` draws noise whose amplitude
 falls as 1/f, as that of natural images does (Field, 1987); through CLIP-L with random weights, 90% of the features'
-energy then lies in about 110 of 1,024 directions. What it is in a run stands in its result.
+energy about their mean then lies in about 130 of 1,024 directions. What it is in a run stands in its result.
 """
 
 from __future__ import annotations

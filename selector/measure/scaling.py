@@ -49,7 +49,7 @@ LEARNED = {
 """Learned selectors, which are built with random weights for the geometry: by label, arguments of their classes. Three
 layers are those of When Less is Enough, which leaves width and heads open: `gumbel` has those of the recipe for
 LLaVA-NeXT (``configs/train/llava-next.yaml``); the others have the depth of the shipped ones, and pool as their classes
-do."""
+do; words and patches are matched by a map of low rank, since a full one would be most of the cost at this width."""
 SPECS = {
     "cdpruner": ("cdpruner", "cdpruner:relevance=received_attention", "cdpruner:relevance=none"),
     "hiprune": ("hiprune", "hiprune:layer=1"),
@@ -340,6 +340,7 @@ def _untrained(name: str, tokens: VisualTokens) -> TokenSelector:
         settings["num_patches"] = tokens.features.shape[1]
     if name.endswith("-question"):
         settings["question_dim"] = language
+        settings["match_rank"] = min(settings["match_rank"], language)  # tiny models are narrower
 
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(0)
@@ -425,9 +426,12 @@ def _timed_prefill(model: Any, inputs: Mapping[str, Any], scale: float, repeats:
 
 
 def _energy(tokens: VisualTokens, name: str) -> dict[str, Any]:
-    """How fast the spectrum of a field falls: directions that hold half and 90% of its energy, and of how many."""
+    """How fast the spectrum of a field falls: directions that hold half and 90% of its energy, and of how many.
+
+    About the mean token, since selectors subtract it before they decompose.
+    """
     table = getattr(tokens, name)[tokens.valid].float()
-    shares = spectrum(table).shares.cumsum(0)
+    shares = spectrum(table - table.mean(0)).shares.cumsum(0)
     half, most = (int((shares < share).sum()) + 1 for share in (0.5, 0.9))
     return {"half": half, "most": most, "directions": min(table.shape)}
 

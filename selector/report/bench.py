@@ -102,8 +102,8 @@ def _preface(data: dict[str, Any]) -> list[str]:
     machine, energy = data["machine"], data["spectrum"]
     tiles = data["encoder"]["tiles"]
     spectra = "; ".join(
-        f"of the {'encoder features' if name == 'features' else 'projected tokens'}, 90% of the energy lies in "
-        f"{each['most']:,} of {each['directions']:,} directions"
+        f"of the {'encoder features' if name == 'features' else 'projected tokens'} about their mean, 90% of the "
+        f"energy lies in {each['most']:,} of {each['directions']:,} directions"
         for name, each in energy.items()
     )
 
