@@ -26,8 +26,8 @@ SEARCHING, SETTLING = 1.5, 1.1
 """Growth of the space between two looks at it: while it holds too little, and while that converges."""
 LEAST, LIKELY = 2.4, 1.8
 """Columns per value: with how many the first look at convergence comes, and without room for how many it never will."""
-WORN, REPEATS = 1e-3, 3
-"""Share of a column below which what is left of it is made orthogonal once more, and how often at most."""
+WORN = 1e-2
+"""Share of a block's longest column below which what is left of a column outside of the space is mostly rounding."""
 
 
 class Leading(NamedTuple):
@@ -55,8 +55,8 @@ def leading(
 
     Args:
         matrix: X, float32 or float64, finite.
-        wanted: told the squared values ``[M]`` of a space, in descending order, how many of them are wanted, at least
-            1; None where the space does not hold as many.
+        wanted: told the squared values ``[M]`` of a space, in descending order, how many values are wanted, at least
+            1; None where the space holds too few to say.
         most: columns that the space may have, at most min(N, D).
         tolerance: largest ‖XXᵀu − s²u‖ of a wanted vector u, as a share of the smallest wanted s².
         seed: of the start.
@@ -68,7 +68,8 @@ def leading(
     steps = most // BLOCK
     basis = matrix.new_empty(len(matrix), steps * BLOCK)
 
-    # Basisᵀ X Xᵀ basis: what XXᵀ makes of a block lies in that block, the one before and the one behind it.
+    # Basisᵀ X Xᵀ basis: what XXᵀ makes of a block lies in that block, the one before and the one behind it. Of the
+    # symmetric matrix only the lower half is filled, and read.
     inner = matrix.new_zeros(steps * BLOCK, steps * BLOCK)
 
     # Drawn on the CPU, so that a seed means the same on every device.
@@ -80,29 +81,18 @@ def leading(
         last = slice(end - BLOCK, end)
         basis[:, last] = block
         following = matrix @ (block.mT @ matrix).mT
-        own = block.mT @ following
-        inner[last, last] = (own + own.mT) / 2
+        inner[last, last] = block.mT @ following
 
         # First against the two blocks that it overlaps most with: the pass over all then has only rounding to remove.
         known, near = basis[:, :end], basis[:, max(0, end - 2 * BLOCK) : end]
-        following = following - near @ (near.mT @ following)
-        size = torch.linalg.vector_norm(following, dim=0).amax().clamp(min=torch.finfo(matrix.dtype).tiny)
-        block, link = torch.linalg.qr(following - known @ (known.mT @ following))
-
-        # Where hardly anything is left of a column, rounding has turned it back towards the space.
-        left = link.diagonal().abs() / size
-        for _ in range(REPEATS):
-            if bool(left.amin() > WORN):
-                break
-            block, again = torch.linalg.qr(block - known @ (known.mT @ block))
-            link, left = again @ link, again.diagonal().abs()
+        block, link = _outside(following - near @ (near.mT @ following), known, generator)
 
         if end >= look or end == steps * BLOCK:
             squares, vectors = torch.linalg.eigh(inner[:end, :end])
             squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
             count = wanted(squares)
 
-            if count is not None:
+            if count is not None and count <= end:
                 residual = torch.linalg.vector_norm(link @ vectors[last, :count], dim=0).amax()
                 bound = torch.maximum(tolerance * squares[count - 1], torch.finfo(matrix.dtype).eps * squares[0])
                 if bool(residual <= bound) or (anyway and end == steps * BLOCK):
@@ -114,6 +104,29 @@ def leading(
             look = SEARCHING * end if count is None else max(SETTLING * end, LEAST * count)
 
         if end < steps * BLOCK:
-            coming = slice(end, end + BLOCK)
-            inner[coming, last], inner[last, coming] = link, link.mT
+            inner[end : end + BLOCK, last] = link
     return None
+
+
+def _outside(
+    columns: Float[Tensor, "N B"], known: Float[Tensor, "N M"], generator: torch.Generator
+) -> tuple[Float[Tensor, "N B"], Float[Tensor, "B B"]]:
+    """Orthonormal directions Q outside of a space, and R, with columns = Q R but for what of them lies in the space."""
+    length = torch.linalg.vector_norm(columns, dim=0).amax()
+    block, link = torch.linalg.qr(columns - known @ (known.mT @ columns))
+    if bool(link.diagonal().abs().amin() > WORN * length):
+        return block, link
+
+    # Rounding has turned what little was left of a column back towards the space.
+    block, again = torch.linalg.qr(block - known @ (known.mT @ block))
+    link = again @ link
+
+    # Where that was all there was, the matrix has no more directions to offer: any will do, and nothing leads to them.
+    lost = again.diagonal().abs() < 0.5
+    if bool(lost.any()):
+        drawn = torch.randn(block.shape, generator=generator).to(block)
+        block = torch.where(lost, drawn, block)
+        for _ in range(2):
+            block, again = torch.linalg.qr(block - known @ (known.mT @ block))
+            link = again @ link
+    return block, link
