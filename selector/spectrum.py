@@ -121,20 +121,23 @@ def _by_matrix(
     matrix: Float[Tensor, "*B N D"], rank: int | None, energy: float | None, method: str, seed: int
 ) -> tuple[Int[Tensor, "*B"], Int[Tensor, "*B"], Float[Tensor, "*B N"]]:
     """The rank asked for and the rank used of each matrix, and its scores."""
-    # Small matrices are decomposed as one batch.
     batch = matrix.shape[:-2]
     rows = matrix.reshape(-1, *matrix.shape[-2:])
+
+    # A share of the energy is one of the squared Frobenius norm, which is the sum of all squared singular values.
+    energies = energy_of(rows) if rank is None else rows.new_zeros(len(rows), dtype=torch.float64)
+
+    # Small matrices are decomposed as one batch. Of larger ones, whether an iteration does is asked of each by itself:
+    # its neighbours must not decide.
     if min(rows.shape[-2:]) < LARGE and not (method == "fast" and rank is not None):
-        parts = [(rows, _gram(rows))]
+        parts = [(energies, _gram(rows))]
     else:
-        # Whether an iteration does is asked of each matrix by itself: its neighbours must not decide.
-        parts = [(one[None], _leading(one, rank, energy, method, seed)) for one in rows]
+        each = zip(rows, energies, strict=True)
+        parts = [(total[None], _leading(one, rank, energy, total, method, seed)) for one, total in each]
 
     outcomes = []
-    for part, (left, squares) in parts:
-        # An iteration gives the leading values only, so their share is taken of the matrix's own total.
-        total = energy_of(part)
-        numeric = (squares > squares[..., :1] * 10 * torch.finfo(part.dtype).eps).sum(-1)  # below: rounding noise
+    for total, (left, squares) in parts:
+        numeric = (squares > squares[..., :1] * 10 * torch.finfo(squares.dtype).eps).sum(-1)  # below: rounding noise
         wanted = torch.full_like(numeric, rank) if rank is not None else energy_rank(squares, float(energy or 0), total)
         used = torch.minimum(wanted, numeric)
         inside = torch.arange(left.shape[-1], device=left.device) < used[..., None]
@@ -144,21 +147,26 @@ def _by_matrix(
 
 
 def _leading(
-    matrix: Float[Tensor, "N D"], rank: int | None, energy: float | None, method: str, seed: int
+    matrix: Float[Tensor, "N D"],
+    rank: int | None,
+    energy: float | None,
+    total: Float[Tensor, ""],
+    method: str,
+    seed: int,
 ) -> tuple[Float[Tensor, "1 N R"], Float[Tensor, "1 R"]]:
-    """Leading left singular vectors and squared values of one matrix, as many as the cut needs, or all."""
-    smaller = min(matrix.shape)
+    """Leading left singular vectors and squared values of one matrix, as many as the cut needs, or all.
 
-    # A share of the energy is that of the squared Frobenius norm, which is the sum of all squared singular values.
-    total = energy_of(matrix)
+    Args:
+        total: sum of all squared singular values, of which `energy` is a share; not read with a rank.
+    """
 
     def wanted(squares: Tensor) -> int | None:
         if rank is not None:
-            return rank if rank <= len(squares) else None
+            return rank
         enough = squares.sum(dtype=torch.float64) >= float(energy or 0) * total
         return int(energy_rank(squares, float(energy or 0), total)) or 1 if bool(enough) else None
 
-    few = None
+    few, smaller = None, min(matrix.shape)
     if method == "fast" and rank is not None and (most := 2 * rank + FAST_EXTRA) < smaller:
         few = leading(matrix, wanted, most, CONVERGED, seed, anyway=True)
     elif smaller >= LARGE:
@@ -179,9 +187,8 @@ def residual_norms(
     """
     matrix, _ = prepare(features, center, False, mask)
     rows = matrix.reshape(-1, *matrix.shape[-2:])
-    left = torch.cat([_leading(one, rank, None, "exact", 0)[0][..., :rank] for one in rows]).view(
-        *matrix.shape[:-1], -1
-    )
+    parts = [_leading(one, rank, None, matrix.new_zeros(()), "exact", 0)[0][..., :rank] for one in rows]
+    left = torch.cat(parts).view(*matrix.shape[:-1], -1)
 
     # With the left vectors: U Uᵀ X is X V Vᵀ, and V is not computed here.
     residual = (matrix - left @ (left.mT @ matrix)).norm(dim=-1)
