@@ -1,4 +1,4 @@
-"""Ridge leverage: leverage with a soft cut, by one Cholesky factor of the smaller Gram matrix, or by a sketch."""
+"""Ridge leverage: leverage with a soft cut, by one Cholesky factor of the smaller Gram matrix, or by a few directions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from selector.krylov import leading
 from selector.numerics import BLOCK, gram
 from selector.spectrum import LARGE, check_method, energy_of, largest, prepare
 
 RIDGE_ERROR = 1e-2
 """Rounding error of ridge leverage scores above which they are computed in the next larger type."""
-RIDGE_SKETCH = 128
-"""Leading directions that fast ridge leverage scores treat exactly."""
+SQUARED = 1e9
+"""Largest value that a matrix may reach, or inverse of it, for sums of squares to stay well within float32."""
+FAST_DIRECTIONS = 192
+"""Leading directions that fast ridge leverage scores tell apart."""
 
 
 def ridge_leverage_scores(
@@ -46,9 +49,9 @@ def ridge_leverage_scores(
         center: subtract the mean row first (otherwise a strong common mean sets λ).
         normalize_rows: scale rows to unit length after centring.
         mask: ``[*B, N]`` rows that exist; the others get score 0 and do not influence the rest.
-        method: ``"exact"``, or ``"fast"``: the leading 128 directions come from a seeded sketch of the channels, and
-            what they leave of each row is taken as spread evenly over all other directions.
-        seed: of the sketch.
+        method: ``"exact"``, or ``"fast"``: 192 leading directions come from a seeded iteration (`selector.krylov`), and
+            what they leave of each row is taken to lie in directions of one strength.
+        seed: of the iteration's start.
         overwrite: the features may be changed: large ones are not copied then.
 
     Returns:
@@ -63,10 +66,10 @@ def ridge_leverage_scores(
     check_method(method)
     matrix, present = prepare(features, center, normalize_rows, mask, overwrite)
 
-    # Only ratios matter, and entries near 1 neither overflow nor vanish when squared.
+    # Only ratios matter: entries that would overflow or vanish when squared are scaled to 1 first.
     extent = largest(matrix)[..., None, None]
-    extent.masked_fill_(extent == 0, 1)
-    matrix = matrix.div_(extent) if center else matrix / extent  # centring has made a copy
+    if bool(((extent > SQUARED) | (extent < 1 / SQUARED)).any()):
+        matrix = matrix / extent.masked_fill(extent == 0, 1)
     if _ridge_error(alpha, width, matrix.dtype) > RIDGE_ERROR:
         matrix = matrix.double()
 
@@ -74,10 +77,10 @@ def ridge_leverage_scores(
     total = energy_of(matrix)
     ridge = (alpha * total / width).masked_fill(total == 0, 1)  # a zero matrix: any ridge gives zero scores
 
-    # By a sketch, by the [N, N] matrix of products, or by the [D, D] one, whichever is smaller.
-    if method == "fast" and min(matrix.shape[-2:]) > RIDGE_SKETCH:
+    # By leading directions, by the [N, N] matrix of products, or by the [D, D] one, whichever is smaller.
+    if method == "fast" and min(matrix.shape[-2:]) > FAST_DIRECTIONS:
         rows = matrix.reshape(-1, *matrix.shape[-2:])
-        scores = torch.stack([_sketched_ridge(one, r, seed) for one, r in zip(rows, ridge.reshape(-1), strict=True)])
+        scores = torch.stack([_fast_ridge(one, r, seed) for one, r in zip(rows, ridge.reshape(-1), strict=True)])
         scores = scores.view(matrix.shape[:-1])
     elif matrix.shape[-2] < width:
         rows = matrix.reshape(-1, *matrix.shape[-2:])
@@ -118,26 +121,27 @@ def _inverse_diagonal(
     return torch.cat(diagonal, -1)
 
 
-def _sketched_ridge(matrix: Float[Tensor, "N D"], ridge: Float[Tensor, ""], seed: int) -> Float[Tensor, "N"]:
-    """Ridge leverage of one matrix: exact in the leading directions, which a sketch finds, averaged over the others.
+def _fast_ridge(matrix: Float[Tensor, "N D"], ridge: Float[Tensor, ""], seed: int) -> Float[Tensor, "N"]:
+    """Ridge leverage of one matrix by its leading directions, as far as a small space holds them, and one more per row.
 
-    Σ_j U[i, j]² s_j² / (s_j² + λ), with one mean s² for all directions outside of the sketch.
+    Σ_j U[i, j]² s_j² / (s_j² + λ), with one s² for all that the leading directions leave of row i.
     """
-    # One turn is enough for a soft cut, which does not hinge on the last direction.
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[1], RIDGE_SKETCH, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ start).Q
-    basis = torch.linalg.qr(matrix @ (basis.mT @ matrix).mT).Q
-    image = basis.mT @ matrix
-    squares, vectors = torch.linalg.eigh(image @ image.mT)
-    squares = squares.clamp(min=0).double()
-    shares = (basis @ vectors).double().square()
+    # Not converged, which a soft cut does not ask for: it does not hinge on the last direction.
+    few = leading(matrix, len, FAST_DIRECTIONS, 0.0, seed, anyway=True)
+    assert few is not None
+    squares, shares = few.squares.double(), few.left.double().square()
 
     # ‖x_i‖² = Σ_j U[i, j]² s_j²: what the leading directions leave of it is the others'.
     length = torch.linalg.vector_norm(matrix, dim=-1).double().square()
     rest = (length - shares @ squares).clamp(min=0)
-    even = rest.sum() / (min(matrix.shape) - RIDGE_SKETCH)  # mean squared value of the other directions
-    return shares @ (squares / (squares + ridge)) + rest / (even + ridge)
+
+    # Where every row could be a direction of its own, U[i, j]² sum to 1, and what is left of that weighs the row's own
+    # mean of s². Else the mean over all rows stands for it.
+    if matrix.shape[0] < matrix.shape[1]:
+        others = rest / (1 - shares.sum(1)).clamp(min=torch.finfo(matrix.dtype).eps)
+    else:
+        others = rest.sum() / (matrix.shape[1] - len(squares))
+    return shares @ (squares / (squares + ridge)) + rest / (others + ridge)
 
 
 def _ridge_error(alpha: float, width: int, dtype: torch.dtype) -> float:

@@ -23,7 +23,7 @@ class LoFi(ScoreSelector):
         energy: share of the variance that the truncation keeps, in (0, 1]; ignored when `rank` is given.
         rank: fixed truncation rank.
         center: subtract the mean token first.
-        method: ``"exact"`` or, with a small `rank`, ``"fast"``, see `selector.spectrum`; `seed` is that of sketches.
+        method: ``"exact"`` or, with a small `rank`, ``"fast"``, see `selector.spectrum`; `seed` is that of its start.
 
     Example:
         >>> import torch

@@ -29,7 +29,7 @@ class SVDPrune(ScoreSelector):
         center: subtract the mean token first. Uncentred, a strong common mean hides everything else.
         normalize_rows: unit-length tokens after centring, against outlier ("register-like") tokens.
         matrix: ``"image"`` takes all packed tokens of an image as one matrix, ``"tile"`` each tile by itself.
-        method: ``"exact"`` or, with a small `rank`, ``"fast"``, see `selector.spectrum`; `seed` is that of sketches.
+        method: ``"exact"`` or, with a small `rank`, ``"fast"``, see `selector.spectrum`; `seed` is that of its start.
 
     Example:
         >>> import torch
