@@ -1,4 +1,4 @@
-"""Ridge leverage: leverage with a soft cut, by one Cholesky factor of the smaller Gram matrix, or by a few directions."""
+"""Ridge leverage, which has a soft cut: by one Cholesky factor of the smaller Gram matrix, or by a few directions."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class RidgeLeverage(ScoreSelector):
             ``"features"`` of the encoder.
         center: subtract the mean token first.
         matrix: ``"image"`` takes all packed tokens of an image as one matrix, ``"tile"`` each tile by itself.
-        method: ``"exact"``, or ``"fast"``: 192 leading directions, found from a start seeded with `seed`, the others as one.
+        method: ``"exact"``, or ``"fast"``: 192 leading directions from a seeded start, the others as one.
 
     Example:
         >>> import torch
