@@ -118,6 +118,30 @@ class Budget:
             raise ValueError(f"keep={self.keep} removes nothing from an image of {n} visual tokens")
         return count
 
+    def fewest_patches(self, tokens: VisualTokens) -> Int[Tensor, "I"]:
+        """Patches that each image keeps at least under a fixed budget, whatever their scores are.
+
+        Returns:
+            ``[I]`` in 0..patches: exact unless newline tokens are paid for as their rows come (``"kept_rows"``).
+
+        Raises:
+            TypeError, ValueError: as `counts`.
+
+        Example:
+            >>> Budget(3).fewest_patches(VisualTokens.from_features(torch.zeros(1, 4, 1))).tolist()
+            [3]
+        """
+        count, patches = self.counts(tokens), tokens.is_patch.sum(1)
+        newline = (tokens.slots == NEWLINE).sum(1)
+
+        # At worst every patch opens a row of its own, until all rows are open; see `_prefix` for an odd token left.
+        fewest = count
+        if self.newlines == "all":
+            fewest = (count - newline).clamp(min=0)
+        elif self.newlines == "kept_rows":
+            fewest = torch.maximum((count + 1) // 2, count - newline)
+        return torch.where(count >= tokens.lengths, patches, torch.minimum(fewest, patches))
+
     def select(self, scores: Float[Tensor, "T N"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:
         """Keep mask over the packed slots: the highest scores, ties by packed order.
 

@@ -91,6 +91,25 @@ class Groups:
         total, count = total[self.image].clamp(min=1), torch.minimum(count, total)[self.image]
         return (count * size + total - 1) // total  # rounded up: a set that is too long is cut, one too short is not
 
+    def fewest(self, tokens: VisualTokens, budget: Budget) -> Int[Tensor, "G"]:
+        """Patches that the budget leaves of each group at least, whatever their ranking: what ranks below may be cut.
+
+        Returns:
+            ``[G]`` in 0..size; 0 for an adaptive budget, which goes by the scores.
+        """
+        if isinstance(budget.keep, str):
+            return torch.zeros_like(self.image)
+
+        # Tiles share an image's patches by their sizes, each rounded by half a patch at most (`_rank_within_tiles`).
+        # So a tile that gets x patches of its size s stands for less than (x + 1/2) / s of each other tile, plus 1/2.
+        # What the sum of these bounds leaves at x, over n tiles with patches S in all, is s (2 p - n + 2) - S <= 2 S x;
+        # a tile that is the whole image, or an image as a group, keeps p.
+        size, kept = self.size, budget.fewest_patches(tokens)
+        total, many = (torch.zeros_like(kept).index_add(0, self.image, part) for part in (size, (size > 0).long()))
+        kept, total, many = kept[self.image], total[self.image], many[self.image]
+        least = size * (2 * kept - many + 2) - total
+        return -(-least // (2 * total).clamp(min=1)).clamp(max=0)
+
 
 def _without_newlines(tokens: VisualTokens) -> tuple[Int[Tensor, "I M"], Bool[Tensor, "I M"]]:
     """Index and mask of the patches of each image, side by side: what is not there costs every method a row."""

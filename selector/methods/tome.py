@@ -59,26 +59,36 @@ class ToMe(RankSelector):
 
     def ranking(self, tokens: VisualTokens, budget: Budget) -> Float[Tensor, "T N"]:
         """Minus the position in the order of merges, counted from its end: who merges last survives longest."""
-        return self._plan(tokens, budget)[0]
+        return self._plan(tokens, Groups.of(tokens, budget.scope), budget)[0]
+
+    def forward(self, tokens: VisualTokens, budget: Budget) -> Bool[Tensor, "I L"]:
+        """The mask of `select`: the ranking cut by the budget, of which no more is computed than decides."""
+        return self.select(tokens, budget).keep
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, budget: Budget) -> Selection:
         """The tokens that are left, and every other one flowing into the one it ended up in."""
         budget = self.resolved(budget)
-        scores, parent = self._plan(tokens, budget)
+        groups = Groups.of(tokens, budget.scope)
+
+        # Merges below what the budget leaves would not count: a token that is kept merges into none.
+        scores, parent = self._plan(tokens, groups, budget, groups.fewest(tokens, budget))
         keep = budget.select(scores, tokens)
         return Selection(keep, Flow.mean(ancestors(parent, keep, tokens)))
 
     @torch.no_grad()
-    def _plan(self, tokens: VisualTokens, budget: Budget) -> tuple[Float[Tensor, "T N"], Int[Tensor, "T N"]]:
-        """The ranking, and the encoder token that each one merged into (-1: none)."""
-        groups = Groups.of(tokens, budget.scope)
+    def _plan(
+        self, tokens: VisualTokens, groups: Groups, budget: Budget, stop: Int[Tensor, "G"] | None = None
+    ) -> tuple[Float[Tensor, "T N"], Int[Tensor, "T N"]]:
+        """The ranking, and the encoder token that each one merged into (-1: none).
+
+        Args:
+            stop: tokens of each group that the budget keeps in any case (default: their order is wanted as well).
+        """
         # A number per member: the base view and the tiles must not match with each other.
         view = tokens.unpacked(places(tokens, budget.scope).view.float(), -1.0)
         members = groups.gather(view).long()
-        rank, parent = eliminate(
-            groups.gather(tokens.read(self.metric, self)), groups.mask, self.drop, members, merge=True
-        )
+        rank, parent = eliminate(groups.gather(tokens.read(self.metric, self)), groups.mask, self.drop, members, stop)
         # In double, which holds every index; + 1 and - 1, since `scatter` leaves zero where a token has no slot.
         token = groups.index.gather(1, parent.clamp(min=0)).masked_fill(parent < 0, -1)
         into = groups.scatter((token + 1).double(), tokens).long() - 1
