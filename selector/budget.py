@@ -140,7 +140,7 @@ class Budget:
             fewest = (count - newline).clamp(min=0)
         elif self.newlines == "kept_rows":
             fewest = torch.maximum((count + 1) // 2, count - newline)
-        return torch.where(count >= tokens.lengths, patches, torch.minimum(fewest, patches))
+        return torch.minimum(fewest, patches)
 
     def select(self, scores: Float[Tensor, "T N"], tokens: VisualTokens) -> Bool[Tensor, "I L"]:
         """Keep mask over the packed slots: the highest scores, ties by packed order.

@@ -100,10 +100,9 @@ class Groups:
         if isinstance(budget.keep, str):
             return torch.zeros_like(self.image)
 
-        # Tiles share an image's patches by their sizes, each rounded by half a patch at most (`_rank_within_tiles`).
-        # So a tile that gets x patches of its size s stands for less than (x + 1/2) / s of each other tile, plus 1/2.
-        # What the sum of these bounds leaves at x, over n tiles with patches S in all, is s (2 p - n + 2) - S <= 2 S x;
-        # a tile that is the whole image, or an image as a group, keeps p.
+        # A tile that keeps x of its s patches ends the cut at most (x + 1/2) / s of the way down every tile's ranking
+        # (`_rank_within_tiles`), where another one of u patches keeps at most u (x + 1/2) / s + 1/2. Summed up over n
+        # tiles with S patches, of which p stay: s (2 p - n + 2) - S <= 2 S x. With n = 1, as for a whole image: p <= x.
         size, kept = self.size, budget.fewest_patches(tokens)
         total, many = (torch.zeros_like(kept).index_add(0, self.image, part) for part in (size, (size > 0).long()))
         kept, total, many = kept[self.image], total[self.image], many[self.image]

@@ -6,8 +6,8 @@ left, so the order in which tokens leave ranks all of them, and a smaller choice
 as few are left as the caller looks at. Groups go one by one, since each has rounds of its own lengths. A round only
 looks at what is left, so all rounds together cost about as much as one matrix of all pairs, which is never kept.
 
-Shapes: G groups, M members (padded), N members of one group, C channels, V views; of what is left in a round, E tokens
-at even positions, O at odd ones, R of the even ones that may leave, Q that do.
+Shapes: G groups, M members (padded), N members of one group, C channels; of what is left in a round, E tokens at even
+positions and O at odd ones (E1 and O1 of one view), R of the even ones that may leave, Q that do.
 """
 
 from __future__ import annotations
@@ -79,9 +79,8 @@ def eliminate(
 def _rounds(
     table: Float[Tensor, "N C"], view: Int[Tensor, "N"] | None, drop: float, stop: int
 ) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-    """`eliminate` of one group without padding: (rank, parent)."""
+    """`eliminate` of one group without padding: (rank, parent); a float64 table is overwritten."""
     total = precise(table)  # sums: tokens match by cosine, so a sum serves as the mean
-    total = total.clone() if total is table else total
     unit = directions(total.float())
     views = 1
     if view is not None:
@@ -89,13 +88,15 @@ def _rounds(
         views = len(names)
 
     alive = torch.ones(len(table), dtype=torch.bool, device=table.device)
-    left, gone, parents = len(table), [alive.nonzero()[:0, 0]], [alive.nonzero()[:0, 0]]
+    left, nothing = len(table), torch.empty(0, dtype=torch.long, device=table.device)
+    gone, parents = [nothing], [nothing]
     while left > max(1, stop):
         # A product that rounding puts a hair above a whole number must not cost one token more.
         quota = min(math.ceil(left * drop - 1e-9), left // 2, left - stop)
-        there = alive.nonzero()[:, 0]
-        out, into = _closest(total, unit, _by_view(there[::2], there[1::2], view, views), quota)
+        packed = alive.nonzero()[:, 0]
+        out, into = _closest(total, unit, _by_view(packed[::2], packed[1::2], view, views), quota)
 
+        # Of those that leave in one round, the most similar counts as the first to go.
         gone.append(out)
         parents.append(into)
         alive[out] = False
@@ -108,7 +109,7 @@ def _rounds(
         total.index_add_(0, into, total[out])
         unit[into] = directions(total[into].float())
 
-    # Who is first to go is last in rank; those that are left have the ranks before that, in packed order.
+    # Who is first to go is last in rank; those that are left have the first ranks, in packed order.
     order = torch.cat([*gone, alive.nonzero()[:, 0].flip(0)])
     parent = torch.full_like(order, -1).scatter_(0, torch.cat(gone), torch.cat(parents))
     return inverse_permutation(order.flip(0)), parent
@@ -116,8 +117,8 @@ def _rounds(
 
 def _by_view(
     even: Int[Tensor, "E"], odd: Int[Tensor, "O"], view: Int[Tensor, "N"] | None, views: int
-) -> list[tuple[Int[Tensor, "E1"], Int[Tensor, "O1"]]]:
-    """The even and the odd tokens of each view, in packed order.
+) -> list[tuple[Tensor, Tensor]]:
+    """The even and the odd tokens of each view that has even ones, in packed order.
 
     Args:
         view: of each token, in 0..views - 1; None where there is but one.

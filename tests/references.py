@@ -228,6 +228,30 @@ def tome(keys, count, drop):
     return clusters
 
 
+def elimination(keys, view, drop):
+    """(rank from the end, token merged into or -1) when tokens merge within their view until one is left.
+
+    Equals go by packed order: of partners the first, and the first to leave.
+    """
+    total = np.array(keys, dtype=np.float64)
+    left, rank, parent = list(range(len(keys))), [0] * len(keys), [-1] * len(keys)
+    while len(left) > 1:
+        even, odd = left[::2], left[1::2]
+        best = {}
+        for i in even:
+            inside = [(round(cosine(total[i], total[j]) * 2**32), -j) for j in odd if view[j] == view[i]]
+            best[i] = max(inside, default=(-np.inf, 1))
+        quota = min(int(np.ceil(len(left) * drop)), len(left) // 2)
+        leaving = sorted(even, key=lambda i: -best[i][0])[:quota]
+        for k, i in enumerate(leaving):
+            rank[i], parent[i] = len(left) - 1 - k, -best[i][1]
+        for i in leaving:
+            if parent[i] >= 0:
+                total[parent[i]] += total[i]
+        left = [i for i in left if i not in leaving]
+    return rank, parent
+
+
 def prumerge(attention, keys, kept, absorb, weights="published"):
     """{kept token: {token: weight}}: itself and its nearest others, kept or not; nothing when all are kept."""
     if len(kept) == len(keys):

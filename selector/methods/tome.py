@@ -2,10 +2,10 @@
 
 Bipartite matching of tokens at even and odd positions by cosine of their keys; the most similar pairs merge into a
 size-weighted mean. Published between the layers of a vision transformer, with a fixed number of merges per layer; here
-on the encoder's output, where each round merges the share `drop` of what is left. Merging goes on to the last token, so
-the order of merges is a ranking and every budget is a point on the way; a token that was merged flows, with all it had
-taken in, into the kept one it ended up in. One round is exactly the official one. Where we depart: between rounds
-tokens stay in packed order (the official code puts those at even positions that did not merge first, by falling
+on the encoder's output, where each round merges the share `drop` of what is left. Merging could go on to the last
+token, so the order of merges is a ranking and every budget is a point on the way; a token that was merged flows, with
+all it had taken in, into the kept one it ended up in. One round is exactly the official one. Where we depart: between
+rounds tokens stay in packed order (the official code puts those at even positions that did not merge first, by falling
 similarity, and the others behind them, so its later rounds pair other tokens); and tokens of the base view and of tiles
 do not merge with one another.
 """
