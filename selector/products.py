@@ -95,11 +95,13 @@ class Products:
             members = own.nonzero()[:, 0]
             if not len(members):
                 continue
-            if g in self.lean:
+            if g in self.lean or self.table is None:
                 self._search(g, members, highest[g])
-            else:
-                for rows in members.split(BLOCK):
-                    highest[g, rows] = self._highest(g, rows, members)
+                continue
+            for rows in members.split(BLOCK):
+                inner = self.table[g, rows]
+                inner = inner if len(members) == inner.shape[1] else inner[:, members]
+                highest[g, rows] = self._highest(g, rows, members, inner)
         return highest
 
     def _search(self, g: int, members: Int[Tensor, "R"], highest: Float[Tensor, "M"]) -> None:
@@ -111,22 +113,26 @@ class Products:
         highest[: len(own)] = precise(cosines.amax(1)) * inverse - DOUBT
 
         # The likeliest rows first, until no bound of the others is as low as the lowest value.
+        others = own if len(members) == len(own) else own[members]
         sure = torch.ones_like(highest, dtype=torch.bool)
         sure[members] = False
         lowest = torch.inf
         while len(rows := (~sure & (highest <= lowest)).nonzero()[:, 0]):
             rows = rows[highest[rows].argsort()[:SEARCHED]]
-            highest[rows], sure[rows] = self._highest(g, rows, members), True
+            highest[rows], sure[rows] = self._highest(g, rows, members, own[rows] @ others.mT), True
             lowest = min(lowest, highest[rows].amin())
 
-    def _highest(self, g: int, rows: Int[Tensor, "B"], members: Int[Tensor, "R"]) -> Float[Tensor, "B"]:
-        """Highest cosine of some members with another one, or -inf."""
-        if g in self.lean or self.table is None:
-            inner = self.rows[g, rows] @ self.rows[g, members].mT
-        else:
-            inner = self.table[g, rows]
-            inner = inner if len(members) == inner.shape[1] else inner[:, members]
+    def _highest(
+        self, g: int, rows: Int[Tensor, "B"], members: Int[Tensor, "R"], inner: Float[Tensor, "B R"]
+    ) -> Float[Tensor, "B"]:
+        """Highest cosine of some members with another one, or -inf.
 
+        Args:
+            g: their group.
+            rows: they themselves.
+            members: all that take part, ascending.
+            inner: products of the two.
+        """
         # But for the row's own length, which does not change which is best.
         inverse = self.inverse_lengths[g]
         itself = torch.searchsorted(members, rows)[:, None]
