@@ -60,7 +60,8 @@ class Groups:
     def gather(self, values: Tensor) -> Tensor:
         """``[T, N, ...]`` to ``[G, M, ...]``, zero where there is no member."""
         table = values.flatten(0, 1).index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
-        table[~self.mask] = 0  # selecting has copied: these are ours to change
+        if not bool(self.mask.all()):
+            table[~self.mask] = 0  # selecting has copied: these are ours to change
         return table
 
     def scatter(self, values: Float[Tensor, "G M"], tokens: VisualTokens) -> Float[Tensor, "T N"]:

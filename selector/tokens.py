@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -181,24 +182,26 @@ class VisualTokens:
         """I, images of the batch."""
         return self.slots.shape[0]
 
-    @property
+    # What follows from the packing is computed once: the tensors of a table are never changed.
+
+    @cached_property
     def is_patch(self) -> Bool[Tensor, "I L"]:
         """Slots that hold an encoder token (neither newline nor padding)."""
         return self.slots >= 0
 
-    @property
+    @cached_property
     def lengths(self) -> Int[Tensor, "I"]:
         """Visual tokens of each image that reach an unpruned language model, newlines included."""
         return (self.slots != PAD).sum(1)
 
-    @property
+    @cached_property
     def valid(self) -> Bool[Tensor, "T N"]:
         """Tokens that land in a slot; unpadding removes the others before the language model sees them."""
         mask = self.slots.new_zeros(self.features.shape[0] * self.features.shape[1], dtype=torch.bool)
         mask[self.slots[self.is_patch]] = True
         return mask.view(self.features.shape[:2])
 
-    @property
+    @cached_property
     def base(self) -> Bool[Tensor, "I L"]:
         """Slots of the downscaled base view of an image that has tiles beside it."""
         # Tiles are numbered through the batch, an image's one behind the other, the base view first.
@@ -207,7 +210,7 @@ class VisualTokens:
         tile = self.slots.div(self.features.shape[1], rounding_mode="floor")
         return self.is_patch & (tile == first_tile) & (per_image > 1)
 
-    @property
+    @cached_property
     def rows(self) -> Int[Tensor, "I L"]:
         """Row of the packed grid that each slot lies in, -1 where no newline ends it (base view, no newlines)."""
         # A row begins behind the newline before it; a newline belongs to the row that it ends.

@@ -229,6 +229,25 @@ def test_inside_the_language_model_the_page_is_the_committed_data():
     assert f"Spearman {rank:+.2f} [{low:+.2f}, {high:+.2f}]" in prose
 
 
+def test_the_table_of_the_match_is_the_committed_data():
+    page = (ROOT / "training/README.md").read_text()
+    rows = json.loads((ROOT / "configs/compare/match-rank.json").read_text())["rows"]
+    right = {(row["selector"], row["keep"], row["task"]): row["right"].count("1") for row in rows}
+    assert {len(row["right"]) for row in rows} == {100}
+
+    def said(name: str, keep: str | None) -> str:
+        return " / ".join(str(right[name, keep, task]) for task in ("documents", "charts", "scenes", "receipts"))
+
+    assert f"without pruning {said('full', None)};" in page
+    labels = {
+        "full rank, 192 (the shipped checkpoint)": "selector-llava-next-tiny-question",
+        "rank 16": "question-rank-16",
+        "*ridge-leverage*": "ridge-leverage",
+    }
+    for label, name in labels.items():
+        assert f"| {label} | {' | '.join(said(name, keep) for keep in ('64', '32', '16'))} |" in page
+
+
 def test_the_claims_are_the_committed_data():
     page = (ROOT / "configs/compare/README.md").read_text()
     data = json.loads((ROOT / "configs/compare/claims.json").read_text())

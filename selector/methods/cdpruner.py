@@ -23,9 +23,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import pivots
 from selector.groups import Groups
 from selector.numerics import directions, precise
+from selector.pivots import pivots
 from selector.tokens import VisualTokens
 
 Relevance = Literal["text", "cls_attention", "received_attention", "none"]

@@ -14,9 +14,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import Products, farthest
+from selector.greedy import farthest
 from selector.groups import Groups
 from selector.numerics import directions
+from selector.products import Products
 from selector.tokens import VisualTokens
 
 

@@ -26,7 +26,7 @@ from selector.attention import Attention, attention_field
 from selector.base import RankSelector
 from selector.budget import Budget
 from selector.groups import Groups, ranks, shared_out
-from selector.numerics import grained, precise, unit
+from selector.numerics import directions, extents, grained, gram, precise
 from selector.tokens import VisualTokens
 
 
@@ -67,11 +67,11 @@ class HoloV(RankSelector):
         groups = Groups.of(tokens, budget.scope)
         count = groups.quota(tokens, budget)
         attention = precise(groups.gather(tokens.read(attention_field(self.attention), self)))
-        rows = unit(groups.gather(tokens.read("projected", self)))
+        rows = tokens.read("projected", self).flatten(0, 1)
 
         # Each run as a row of its own.
         member, there = self._runs(groups.mask)
-        weight = self._weights(rows, attention, member, there)
+        weight = self._weights(rows, groups, attention, member, there)
         rank = _by_member(ranks_within(attention, member, there), member, there, attention.shape[1])
 
         # Whole tokens in proportion to the weights; the few that rounding leaves go to the heaviest runs.
@@ -102,18 +102,28 @@ class HoloV(RankSelector):
 
     def _weights(
         self,
-        rows: Float[Tensor, "G M C"],
+        rows: Float[Tensor, "S C"],
+        groups: Groups,
         attention: Float[Tensor, "G M"],
         member: Int[Tensor, "G P R"],
         there: Bool[Tensor, "G P R"],
     ) -> Float[Tensor, "G P"]:
-        """w of every run as a share of the largest in its group, 0 for an empty one."""
+        """w of every run as a share of the largest in its group, 0 for an empty one.
+
+        Args:
+            rows: of all encoder tokens, S = T N.
+            groups: which of these the members are.
+            attention: of each member.
+            member: members of every run.
+            there: which of them exist.
+        """
         weights = torch.zeros(there.shape[:2], dtype=attention.dtype, device=attention.device)
         for p in range(self.crops):  # a run at a time: pairs of its members alone
             real, index = there[:, p], member[:, p]
             size = real.sum(1, keepdim=True).to(attention)
-            own = rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2])) * real[..., None]
-            similarity = own @ own.mT
+            token = groups.index.gather(1, index)
+            own = directions(rows.index_select(0, token.flatten()).unflatten(0, token.shape), overwrite=True)
+            similarity = precise(gram(own, extents(real)))
             similarity.diagonal(dim1=1, dim2=2).zero_()
 
             # Over m - 1 and the zero diagonal included, both as the official code has it.

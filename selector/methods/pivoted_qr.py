@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selector.base import GreedySelector
-from selector.greedy import pivots
 from selector.groups import Groups
 from selector.numerics import working
+from selector.pivots import pivots
 from selector.tokens import VisualTokens
 
 

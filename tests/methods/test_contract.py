@@ -32,14 +32,19 @@ def gumbel() -> GumbelSelector:
     return GumbelSelector(dim=D, num_patches=N, width=16, heads=2).eval()
 
 
-def transformer(question: bool = False) -> ImageTransformer:
+def transformer(question: bool = False, rank: int | None = None) -> ImageTransformer:
     torch.manual_seed(0)
     dim, asked = (D + 2, D + 2) if question else (D, None)
     inputs = "projected" if question else "features"
-    return ImageTransformer(dim, inputs, width=16, heads=2, question_dim=asked).eval()
+    return ImageTransformer(dim, inputs, width=16, heads=2, question_dim=asked, match_rank=rank).eval()
 
 
-LEARNED = {"gumbel": gumbel, "image-transformer": transformer, "image-transformer:question": lambda: transformer(True)}
+LEARNED = {
+    "gumbel": gumbel,
+    "image-transformer": transformer,
+    "image-transformer:question": lambda: transformer(True),
+    "image-transformer:question,low rank": lambda: transformer(True, 2),
+}
 
 # Their masks are made while a language model runs; tests/inside has them.
 RUNNING = {"stages", "vscan", "vtw"}

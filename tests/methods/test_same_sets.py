@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from visual_tokens import anyres, only, ragged, single
 
-from selector import Budget, greedy
-from selector.greedy import Products
+from selector import Budget, products
 from selector.groups import Groups
 from selector.methods.cdpruner import CDPruner
 from selector.methods.divprune import DivPrune
@@ -22,6 +21,7 @@ from selector.methods.pivoted_qr import PivotedQR
 from selector.methods.scope import SCOPE
 from selector.methods.vispruner import VisPruner
 from selector.numerics import BLOCK, DOUBT, directions, gram
+from selector.products import Products
 
 pytestmark = pytest.mark.slow  # oracles in float64 over many inputs
 
@@ -160,11 +160,11 @@ def test_the_loneliest_row_is_found_without_the_gram_matrix(seed, kind, absent, 
     there = mask.clone()
     there[:, :absent] = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy, "SAMPLED", sampled)
-        patch.setattr(greedy, "SEARCHED", searched)
-        products = Products(rows, mask, steps=1)
-        assert products.lean == [0]
-        highest = products.nearest_other(there)[there]
+        patch.setattr(products, "SAMPLED", sampled)
+        patch.setattr(products, "SEARCHED", searched)
+        lean = Products(rows, mask, steps=1)
+        assert lean.lean == [0]
+        highest = lean.nearest_other(there)[there]
     whole = Products(rows, mask, steps=None).nearest_other(there)[there]
     assert torch.equal((highest == highest.min()).nonzero(), (whole == whole.min()).nonzero())
     assert bool((highest <= whole + DOUBT).all())  # both are rounded

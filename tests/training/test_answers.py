@@ -220,19 +220,20 @@ def given(asked, selector: ImageTransformer, progress: float = 0.5, seed: int = 
     return Step(encoded.tokens, selector, progress, generator, None, language, taught, encoded)
 
 
-def transformer(question: bool = False) -> ImageTransformer:
+def transformer(question: bool = False, rank: int | None = None) -> ImageTransformer:
     torch.manual_seed(0)
-    return ImageTransformer(48, "projected", width=32, pool=1, question_dim=48 if question else None)
+    asked = 48 if question else None
+    return ImageTransformer(48, "projected", width=32, pool=1, question_dim=asked, match_rank=rank)
 
 
-@pytest.mark.parametrize("question", [False, True])
+@pytest.mark.parametrize(("question", "rank"), [(False, None), (True, None), (True, 3)])
 @pytest.mark.parametrize(
     "objective",
     [Answers(), Answers(gate="noise"), AnswerSaliency(), AnswerSaliency(target="gradient")],
     ids=["attention", "noise", "looks", "gradient"],
 )
-def test_every_objective_trains_every_weight_of_the_selector(asked, question, objective):
-    selector = transformer(question)
+def test_every_objective_trains_every_weight_of_the_selector(asked, question, rank, objective):
+    selector = transformer(question, rank)
     objective(given(asked, selector)).value.backward()
     without = [name for name, p in selector.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())]
     assert not without
