@@ -35,8 +35,8 @@ class Elimination(NamedTuple):
     Example:
         >>> table = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]]])
         >>> outcome = eliminate(table, torch.ones(1, 4, dtype=torch.bool), drop=0.25)
-        >>> outcome.rank.tolist(), outcome.parent.tolist()  # 0 goes into 1, then 1 into 2, then 2 into 3
-        ([[3, 2, 1, 0]], [[1, 2, 3, -1]])
+        >>> outcome.rank.tolist(), outcome.parent.tolist()  # 0 goes into 1, then 3 into 2, then 1
+        ([[3, 1, 0, 2]], [[1, 2, -1, 2]])
     """
 
     rank: Int[Tensor, "G M"]
