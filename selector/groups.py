@@ -108,7 +108,8 @@ class Groups:
         total, many = (torch.zeros_like(kept).index_add(0, self.image, part) for part in (size, (size > 0).long()))
         kept, total, many = kept[self.image], total[self.image], many[self.image]
         least = size * (2 * kept - many + 2) - total
-        return -(-least // (2 * total).clamp(min=1)).clamp(max=0)
+        rounded_up = -(-least // (2 * total).clamp(min=1))
+        return rounded_up.clamp(min=0)
 
 
 def _without_newlines(tokens: VisualTokens) -> tuple[Int[Tensor, "I M"], Bool[Tensor, "I M"]]:
