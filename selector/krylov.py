@@ -13,6 +13,7 @@ Shapes: N rows, D columns, M columns of the space, B of a block, R leading value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,8 +23,10 @@ from torch import Tensor
 
 BLOCK = 32
 """Columns that a step adds: fewer would reach the same values in a smaller space, but slow products down."""
-SEARCHING, SETTLING = 1.5, 1.1
-"""Growth of the space between two looks at it: while it holds too little, and while that converges."""
+SEARCHING = 1.5
+"""Growth of the space between two looks at it while it holds too little."""
+RATE = 3.0
+"""About what a block divides the residual by, at least, once the space holds enough."""
 LEAST, LIKELY = 2.4, 1.8
 """Columns per value: with how many the first look at convergence comes, and without room for how many it never will."""
 WORN = 1e-2
@@ -92,16 +95,18 @@ def leading(
             squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
             count = wanted(squares)
 
+            blocks = 1
             if count is not None and count <= end:
                 residual = torch.linalg.vector_norm(link @ vectors[last, :count], dim=0).amax()
                 bound = torch.maximum(tolerance * squares[count - 1], torch.finfo(matrix.dtype).eps * squares[0])
                 if bool(residual <= bound) or (anyway and end == steps * BLOCK):
                     return Leading(known @ vectors[:, :count], squares[:count])
+                blocks = math.ceil(math.log(float(residual / bound)) / math.log(RATE)) if bound > 0 else 1
 
             # A flat spectrum shows early: what holds too little by now, or many directions, will not do in the end.
             if not anyway and (count or end) * LIKELY > most:
                 return None
-            look = SEARCHING * end if count is None else max(SETTLING * end, LEAST * count)
+            look = SEARCHING * end if count is None else max(LEAST * count, end + blocks * BLOCK)
 
         if end < steps * BLOCK:
             inner[end : end + BLOCK, last] = link
