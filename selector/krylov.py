@@ -27,7 +27,7 @@ SEARCHING = 1.5
 """Growth of the space between two looks at it while it holds too little."""
 RATE = 3.0
 """About what a block divides the residual by, at least, once the space holds enough."""
-LEAST, LIKELY = 2.4, 1.8
+LEAST, LIKELY = 2.5, 1.8
 """Columns per value: with how many the first look at convergence comes, and without room for how many it never will."""
 WORN = 1e-2
 """Share of a block's longest column below which what is left of a column outside of the space is mostly rounding."""

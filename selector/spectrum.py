@@ -307,10 +307,10 @@ def prepare(
         if not whole:
             matrix.mul_(present[..., None])
 
-        # Identical rows leave rounding noise behind, which must not be mistaken for variance.
-        noise = largest(matrix) <= 8 * torch.finfo(matrix.dtype).eps * largest(mean)
-        if bool(noise.any()):
-            matrix[noise] = 0
+        # Identical rows leave rounding noise behind, which must not be mistaken for variance; a few rows excuse the rest.
+        bound = 8 * torch.finfo(matrix.dtype).eps * largest(mean)
+        if bool((largest(matrix[..., :8, :]) <= bound).any()):
+            matrix[largest(matrix) <= bound] = 0
     if normalize_rows:
         matrix = torch.nn.functional.normalize(matrix, dim=-1)
     return matrix, present
