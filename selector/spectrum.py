@@ -307,7 +307,7 @@ def prepare(
         if not whole:
             matrix.mul_(present[..., None])
 
-        # Identical rows leave rounding noise behind, which must not be mistaken for variance; a few rows excuse the rest.
+        # Identical rows leave rounding noise behind, which must not pass for variance; a few rows excuse the rest.
         bound = 8 * torch.finfo(matrix.dtype).eps * largest(mean)
         if bool((largest(matrix[..., :8, :]) <= bound).any()):
             matrix[largest(matrix) <= bound] = 0
