@@ -155,11 +155,11 @@ def _closest(
 
     # Most rows decide nothing: only those that float32 cannot tell to stay are looked at again.
     least = torch.cat(largest).topk(quota, sorted=False).values.amin() - 2 * DOUBT
-    found = [
+    candidates = [
         _candidates(even, odd, table, (best >= least).nonzero()[:, 0])
         for (even, odd), table, best in zip(parts, tables, largest, strict=True)
     ]
-    token, near, rival, close = (torch.cat(columns) for columns in zip(*found, strict=True))
+    token, near, rival, close = (torch.cat(columns) for columns in zip(*candidates, strict=True))
     best, near = _nearer(total, token, near, rival, close)
 
     # Equals leave in packed order, also where views do not follow one another in it.
