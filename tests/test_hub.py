@@ -274,6 +274,7 @@ def test_a_config_that_cannot_be_is_named(checkpoint, changes, message):
         *(({"mlp_ratio": value}, "mlp_ratio must .* finite, got") for value in (-1.0, float("nan"), float("inf"))),
         ({"width": 24}, "width must be a multiple of 4 \\* heads, got width 24 and 4 heads"),
         *(({"question_dim": value, "inputs": "both"}, r"question_dim must be in 1\.\.8") for value in (0, 9)),
+        ({"match_rank": 4}, "match_rank must be None for a selector that reads no question, got 4"),
         *(
             (
                 {"question_dim": 6, "inputs": "both", "match_rank": value},

@@ -119,7 +119,7 @@ class SelectorModule(LightningModule):
         super().__init__()
         self.objectives = objectives or [SampledBudget()]
         self.asks = any(objective.asks for objective in self.objectives)
-        self._check(encoder, architecture, question, kept_shares, questions)
+        self._check(encoder, architecture, question, match_rank, kept_shares, questions)
 
         self.encoder = encoder
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
@@ -166,6 +166,7 @@ class SelectorModule(LightningModule):
         encoder: VisionEncoder,
         architecture: Architecture,
         question: bool,
+        match_rank: int | None,
         kept_shares: tuple[float, ...],
         questions: int,
     ) -> None:
@@ -186,6 +187,8 @@ class SelectorModule(LightningModule):
             raise ValueError(f"model.objectives: Paper needs architecture gumbel, got {architecture!r}")
         if question and architecture != "image-transformer":
             raise ValueError(f"model.question needs architecture image-transformer, got {architecture!r}")
+        if match_rank is not None and not question:
+            raise ValueError(f"model.match_rank needs model.question, got {match_rank} without it")
         if question and (not self.asks or any(objective.reconstructs for objective in self.objectives)):
             raise ValueError("model.question needs objectives that ask questions, and none that reconstructs")
 

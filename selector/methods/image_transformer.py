@@ -56,7 +56,7 @@ class ImageTransformer(TableSelector):
 
     Raises:
         ValueError: a size that breaks these rules or is below 1 (layers: below 0), a question wider than the table, or
-            one without the projected tokens in `inputs`.
+            one without the projected tokens in `inputs`, or a rank without a question.
 
     Example:
         >>> import torch
@@ -98,6 +98,9 @@ class ImageTransformer(TableSelector):
         self.blocks = nn.ModuleList(_Block(width, heads, mlp_ratio) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
+
+        if question_dim is None and match_rank is not None:
+            raise ValueError(f"match_rank must be None for a selector that reads no question, got {match_rank}")
 
         # What only a selector with a question has; without one these weights are not in the checkpoint.
         if question_dim is not None:

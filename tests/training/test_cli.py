@@ -245,6 +245,7 @@ def _distance(module, tokens):
         (["--data.images=NOWHERE"], "data.images must be a folder of images"),
         (["--data.generated=pages"], "data.generated must be 'mixed' or one or more of"),
         (["--model.question=true"], "model.question needs architecture image-transformer"),
+        (["--model.match_rank=4"], "model.match_rank needs model.question, got 4 without it"),
         (
             ["--model.architecture=image-transformer", "--model.objectives+=training.objectives.Paper"],
             "Paper needs architecture gumbel",
