@@ -92,6 +92,23 @@ def directions(rows: Float[Tensor, "*G M C"], overwrite: bool = False) -> Float[
     return out
 
 
+def pairwise_cosines(rows: Float[Tensor, "*P R C"]) -> Float[Tensor, "*P R R"]:
+    """Cosines of all pairs of rows in float64, of products in the `working` type; 0 with a row of zeros.
+
+    Products are scaled by their own diagonal, which spares a table of unit rows.
+    """
+    rows = working(rows)
+    inner = rows @ rows.mT
+    square = inner.diagonal(dim1=-2, dim2=-1)
+
+    # The squares of very large or small values leave float32's range: then unit rows are needed after all.
+    if bool((~(square < 1e30) | (square < 1e-30)).any()):
+        inner = directions(rows) @ directions(rows).mT
+        square = inner.diagonal(dim1=-2, dim2=-1)
+    inverse = precise(square).rsqrt().masked_fill_(square == 0, 0)
+    return precise(inner).mul_(inverse[..., None]).mul_(inverse[..., None, :])
+
+
 def within_unit(rows: Float[Tensor, "G M C"]) -> Float[Tensor, "G M C"]:
     """All rows of a group scaled together so that no value exceeds one, and no square overflows."""
     rows = working(rows)

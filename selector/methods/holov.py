@@ -26,8 +26,11 @@ from selector.attention import Attention, attention_field
 from selector.base import RankSelector
 from selector.budget import Budget
 from selector.groups import Groups, ranks, shared_out
-from selector.numerics import directions, extents, grained, gram, precise
+from selector.numerics import grained, pairwise_cosines, precise
 from selector.tokens import VisualTokens
+
+ROWS = 576
+"""Rows of the runs that are compared at a time."""
 
 
 class HoloV(RankSelector):
@@ -118,23 +121,32 @@ class HoloV(RankSelector):
             there: which of them exist.
         """
         weights = torch.zeros(there.shape[:2], dtype=attention.dtype, device=attention.device)
-        for p in range(self.crops):  # a run at a time: pairs of its members alone
-            real, index = there[:, p], member[:, p]
-            size = real.sum(1, keepdim=True).to(attention)
-            token = groups.index.gather(1, index)
-            own = directions(rows.index_select(0, token.flatten()).unflatten(0, token.shape), overwrite=True)
-            similarity = precise(gram(own, extents(real)))
-            similarity.diagonal(dim1=1, dim2=2).zero_()
-
-            # Over m - 1 and the zero diagonal included, both as the official code has it.
-            mean = similarity.sum(2) / (size - 1).clamp(min=1)
-            spread = (similarity - mean[..., None]).square() * real[:, None]
-            varying = spread.sum(2) / (size - 1).clamp(min=1) * real
-
-            u = 1000 * attention.gather(1, index) * real
-            u_mean, v_mean = (part.sum(1) / size[:, 0].clamp(min=1) for part in (u, varying))
-            weights[:, p] = u_mean + self.variety * v_mean * u_mean / (v_mean + 1e-6)
+        for g, longest in enumerate(there.sum(2).amax(1).tolist()):
+            # A group at its own length, so that the rounding of its products is its own; and a few runs at a time,
+            # whose rows stay in the cache.
+            for some in torch.arange(self.crops, device=rows.device).split(max(1, ROWS // max(1, longest))):
+                index, real = member[g, some, :longest], there[g, some, :longest]
+                token = groups.index[g, index]
+                own = rows.index_select(0, token.flatten()).unflatten(0, token.shape)
+                weights[g, some] = self._weights_of(own, attention[g, index], real)
         return grained(weights / weights.amax(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny))
+
+    def _weights_of(
+        self, rows: Float[Tensor, "P R C"], attention: Float[Tensor, "P R"], there: Bool[Tensor, "P R"]
+    ) -> Float[Tensor, "P"]:
+        """w of some runs of one group."""
+        similarity = pairwise_cosines(rows) * (there[:, None] & there[:, :, None])
+        similarity.diagonal(dim1=1, dim2=2).zero_()
+
+        # Over m - 1 and the zero diagonal included, both as the official code has it.
+        size = there.sum(1, keepdim=True).to(attention)
+        mean = similarity.sum(2) / (size - 1).clamp(min=1)
+        spread = (similarity - mean[..., None]).square() * there[:, None]
+        varying = spread.sum(2) / (size - 1).clamp(min=1) * there
+
+        u = 1000 * attention * there
+        u_mean, v_mean = (part.sum(1) / size[:, 0].clamp(min=1) for part in (u, varying))
+        return u_mean + self.variety * v_mean * u_mean / (v_mean + 1e-6)
 
 
 def ranks_within(
