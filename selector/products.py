@@ -91,6 +91,7 @@ class Products:
             lowest one may be bounds.
         """
         highest = torch.full_like(self.squares, -torch.inf)
+
         for g, own in enumerate(there):
             members = own.nonzero()[:, 0]
             if not len(members):
@@ -98,6 +99,8 @@ class Products:
             if g in self.lean or self.table is None:
                 self._search(g, members, highest[g])
                 continue
+
+            # A block of rows at a time, so that no second matrix of all pairs is held.
             for rows in members.split(BLOCK):
                 inner = self.table[g, rows]
                 inner = inner if len(members) == inner.shape[1] else inner[:, members]

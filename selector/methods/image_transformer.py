@@ -23,18 +23,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selector.grid import places
+from selector.page_attention import Asked, Block, Cells, Words, page_positions, rotations
 from selector.table import Inputs, TableSelector, check_mlp_ratio, check_sizes
 from selector.tokens import VisualTokens
 
 MATCHED = 128
 """Patches per tile that are compared with the question at a time."""
-WAVELENGTH = 100.0
-"""Base of the rotary frequencies: the slowest turns once in a few hundred patches, more than a page is wide."""
 
 
 class ImageTransformer(TableSelector):
@@ -95,7 +93,7 @@ class ImageTransformer(TableSelector):
         # What every image passes through, with a question or without.
         self.embed = nn.Linear(dim, width)
         self.view = nn.Parameter(torch.zeros(2, width))  # high resolution, base view
-        self.blocks = nn.ModuleList(_Block(width, heads, mlp_ratio) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
 
@@ -113,12 +111,12 @@ class ImageTransformer(TableSelector):
             self.needs = self.needs | {"question"}
             self.match = _Match(question_dim, width, match_rank)
 
-            asked = [_Block(width, heads, mlp_ratio, cross=True) for _ in range(question_layers)]
+            asked = [Block(width, heads, mlp_ratio, cross=True) for _ in range(question_layers)]
             self.asked_blocks = nn.ModuleList(asked)
 
             # Embeddings know no context: one layer among the words gives them some before patches read them.
             self.read_words = nn.Sequential(nn.LayerNorm(question_dim), nn.Linear(question_dim, width))
-            self.question_block = _Block(width, heads, mlp_ratio)
+            self.question_block = Block(width, heads, mlp_ratio)
             self.question_norm = nn.LayerNorm(width)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "T N"]:
@@ -155,7 +153,7 @@ class ImageTransformer(TableSelector):
     def _look(self, tokens: VisualTokens) -> _Seen:
         """The image after the layers that do not read the question."""
         positions, base = page_positions(tokens)
-        cells = _Cells(tokens.grid, tokens.image, tokens.valid, self.pool)
+        cells = Cells(tokens.grid, tokens.image, tokens.valid, self.pool)
         table = self.raw_table(tokens)
 
         # A cell lies where the mean of its patches lies: its key turns by that position.
@@ -168,7 +166,7 @@ class ImageTransformer(TableSelector):
             x = block(x, rotation, cell_rotation, cells)
         return _Seen(x, table, rotation, cell_rotation, cells)
 
-    def _answer(self, seen: _Seen, asked: _Asked) -> Float[Tensor, "T N W"]:
+    def _answer(self, seen: _Seen, asked: Asked) -> Float[Tensor, "T N W"]:
         """The image after the layers that read the question."""
         # A part of the patches at a time: what is made of a wide table on the way then stays in the cache.
         parts = seen.table.split(MATCHED, dim=1)
@@ -181,7 +179,7 @@ class ImageTransformer(TableSelector):
         """One score per patch, from what the last layer leaves."""
         return self.head(self.norm(x))[..., 0]
 
-    def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> _Asked:
+    def _read(self, question: Float[Tensor, "R Q d"], mask: Bool[Tensor, "R Q"]) -> Asked:
         """The question's tokens: in the units of the table, and as words that know their neighbours."""
         raw = question.to(self.feature_mean.dtype)
 
@@ -190,8 +188,8 @@ class ImageTransformer(TableSelector):
         positions = torch.stack([torch.zeros_like(column), column], -1).expand(len(question), -1, -1)
         rotation, attend = rotations(positions, self.width // self.heads), mask[:, None, None]
 
-        words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, _Words(attend)))
-        return _Asked(self._projected(raw), words, attend)
+        words = self.question_norm(self.question_block(self.read_words(raw), rotation, rotation, Words(attend)))
+        return Asked(self._projected(raw), words, attend)
 
     def _projected(self, raw: Float[Tensor, "R S C"]) -> Float[Tensor, "R S d"]:
         """A question, or the projected columns of a table (its last), in units of the training set's spread.
@@ -200,29 +198,6 @@ class ImageTransformer(TableSelector):
         """
         width = self.question_dim or 0
         return (raw[..., -width:] - self.feature_mean[-width:]) / self.feature_std[-width:]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Questions in the form that the layers read.
-
-    Attributes:
-        embeddings: ``[R, Q, d]`` in the units of the table's projected columns.
-        words: ``[R, Q, W]`` the same after a layer of attention among them, as keys and values.
-        mask: ``[R, 1, 1, Q]`` which of them are real.
-    """
-
-    embeddings: Float[Tensor, "R Q d"]
-    words: Float[Tensor, "R Q W"]
-    mask: Bool[Tensor, "R 1 1 Q"]
-
-    def of(self, index: Int[Tensor, "T"]) -> _Asked:
-        """The question that belongs to each tile.
-
-        Args:
-            index: ``[T]`` number of the question, in 0..R-1.
-        """
-        return _Asked(self.embeddings[index], self.words[index], self.mask[index])
 
 
 @dataclass(frozen=True)
@@ -240,7 +215,7 @@ class _Seen:
     table: Float[Tensor, "T N C"]
     rotation: Tensor
     cell_rotation: Tensor
-    cells: _Cells
+    cells: Cells
 
     def repeated(self, count: int) -> _Seen:
         """The image `count` times, one after the other, each an image by itself for the attention."""
@@ -276,7 +251,7 @@ class _Match(nn.Module):
         self.nothing = nn.Parameter(torch.tensor(0.5 * self.SHARPNESS))
         self.value, self.best = nn.Linear(width, width), nn.Linear(1, width)
 
-    def forward(self, projected: Float[Tensor, "T N d"], asked: _Asked) -> Float[Tensor, "T N W"]:
+    def forward(self, projected: Float[Tensor, "T N d"], asked: Asked) -> Float[Tensor, "T N W"]:
         """What each patch takes from the words most like it, and how much its best word is like it.
 
         Args:
@@ -313,213 +288,3 @@ class _LowRank(nn.Module):
     def forward(self, x: Float[Tensor, "*S d"]) -> Float[Tensor, "*S d"]:
         """The same, moved within `rank` directions."""
         return x + self.up(self.down(x))
-
-
-class _Words:
-    """Keys and values of a question attending to itself: its own tokens, where `_Cells` has those of an image.
-
-    Attributes:
-        mask: ``[R, 1, 1, Q]`` tokens that may be attended to.
-    """
-
-    def __init__(self, mask: Bool[Tensor, "R 1 1 Q"]):
-        self.mask: Bool[Tensor, "R 1 1 Q"] | None = mask
-
-    def mean(self, x: Float[Tensor, "R Q C"]) -> Float[Tensor, "R Q C"]:
-        """The tokens themselves: words are not pooled."""
-        return x
-
-    def of_image(self, x: Float[Tensor, "R H Q C"]) -> Float[Tensor, "R H Q C"]:
-        """The tokens themselves: no question sees another."""
-        return x
-
-
-class _Cells:
-    """Keys and values of an image: cells of `pool` x `pool` patches of all its tiles.
-
-    Patches that unpadding removes count in no mean, and cells of nothing else are never attended to.
-
-    Args:
-        grid: ``(h, w)`` patches of a tile.
-        image: ``[T]`` index of the image of each tile, ascending.
-        valid: ``[T, N]`` patches that the language model sees.
-        pool: side of a cell, in patches; 1: every patch is a cell.
-
-    Attributes:
-        mask: ``[T, 1, 1, K]`` cells that may be attended to; None: all.
-    """
-
-    def __init__(self, grid: tuple[int, int], image: Int[Tensor, "T"], valid: Bool[Tensor, "T N"], pool: int):
-        self.grid, self.image, self.valid, self.pool = grid, image, valid, pool
-        self.weight = valid[..., None].float()
-        self.whole = bool(valid.all())
-        self.count = self._pooled(self.weight)  # share of each cell's patches that are valid
-        there = self.count[..., 0] > 0
-
-        # [I, most tiles]: which tiles an image has, so that their cells can be laid side by side.
-        tiles = torch.bincount(self.image)
-        first = tiles.cumsum(0) - tiles
-        number = torch.arange(int(tiles.max()), device=self.image.device)
-        self.tiles = torch.minimum(first[:, None] + number, first[:, None] + tiles[:, None] - 1)
-
-        # An image with fewer tiles repeats its last one; the mask removes the copies. None is faster than a full mask.
-        mask = there[self.tiles] & (number < tiles[:, None])[..., None]
-        self.alone = len(tiles) == 1
-        self.mask = None if bool(mask.all()) else mask.flatten(1)[self.image][:, None, None]
-
-    def repeated(self, count: int) -> _Cells:
-        """The cells of one image, for `count` questions about it: as many images, none of which sees another."""
-        image = torch.arange(count, device=self.image.device).repeat_interleave(len(self.image))
-        return _Cells(self.grid, image, self.valid.repeat(count, 1), self.pool)
-
-    def mean(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
-        """Mean over the valid patches of each cell; a cell without any is masked, and what it holds means nothing."""
-        if self.pool == 1:
-            return x
-        if self.whole:
-            return self._pooled(x)
-
-        # Mean of the valid ones: the mean with zeros for the others, over the share of valid ones.
-        return self._pooled(x * self.weight) / self.count.clamp(min=1e-6)
-
-    def of_image(self, x: Float[Tensor, "T H P C"]) -> Float[Tensor, "T H K C"]:
-        """For every tile, the cells of all tiles of its image, side by side."""
-        if self.alone:  # one image: no copy is needed
-            return x.transpose(0, 1).flatten(1, 2)[None].expand(len(x), -1, -1, -1)
-        return x[self.tiles].transpose(1, 2).flatten(2, 3)[self.image]
-
-    def _pooled(self, x: Float[Tensor, "T N C"]) -> Float[Tensor, "T P C"]:
-        """Mean over each cell of the grid; cells at the far edges may be smaller."""
-        h, w = self.grid
-        p = self.pool
-
-        # Sums of strided views: several times faster than one mean over two axes.
-        if h % p == 0 and w % p == 0:
-            rows = x.unflatten(1, (h // p, p, w)).unbind(2)
-            columns = sum(rows[1:], rows[0]).unflatten(2, (w // p, p)).unbind(3)
-            return (sum(columns[1:], columns[0]) / p**2).flatten(1, 2)
-
-        # Cells that stick out of the grid are means of what is inside.
-        table = x.transpose(1, 2).unflatten(-1, self.grid)
-        cells = F.avg_pool2d(table, p, ceil_mode=True, count_include_pad=False)
-        return cells.flatten(2).transpose(1, 2)
-
-
-class _Block(nn.Module):
-    """A pre-norm Transformer layer with rotary positions, and with `cross` an attention to the question.
-
-    Args:
-        width: W, channels of the tokens.
-        heads: H, attention heads; `width` is a multiple of it.
-        mlp_ratio: width of the MLP, as a multiple of `width`.
-        cross: whether the layer also attends to the question.
-    """
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float, cross: bool = False):
-        super().__init__()
-        inner = round(width * mlp_ratio)
-        self.heads = heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key_value, self.out = (
-            nn.Linear(width, width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-        )
-        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
-        if cross:
-            self.cross_norm = nn.LayerNorm(width)
-            self.cross_query, self.cross_key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
-            self.cross_out = nn.Linear(width, width)
-
-    def forward(
-        self,
-        x: Float[Tensor, "T N W"],
-        rotation: Tensor,
-        key_rotation: Tensor,
-        seen: _Cells | _Words,
-        asked: _Asked | None = None,
-    ) -> Float[Tensor, "T N W"]:
-        """The tokens after attention to what they see, to the question if there is one, and the MLP.
-
-        Args:
-            x: the tokens, patches of T tiles or words of T questions.
-            rotation, key_rotation: rotary angles of the tokens and of `seen`, see `rotations`.
-            seen: what the tokens attend to.
-            asked: the question of each tile, for a layer made with `cross`.
-        """
-        # Keys and values are of pooled tokens, and turned before they are gathered: once, not once per tile.
-        normed = self.attention_norm(x)
-        keys, values = self.key_value(seen.mean(normed)).chunk(2, -1)
-        q = turned(self._split(self.query(normed)), rotation)
-        k = seen.of_image(turned(self._split(keys), key_rotation))
-        v = seen.of_image(self._split(values))
-        x = x + self.out(_merge(F.scaled_dot_product_attention(q, k, v, seen.mask)))
-
-        # Without rotation: positions of words and of patches have no common scale.
-        if asked is not None:
-            k, v = map(self._split, self.cross_key_value(asked.words).chunk(2, -1))
-            q = self._split(self.cross_query(self.cross_norm(x)))
-            x = x + self.cross_out(_merge(F.scaled_dot_product_attention(q, k, v, asked.mask)))
-
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
-
-    def _split(self, x: Float[Tensor, "T S W"]) -> Float[Tensor, "T H S C"]:
-        """Channels into heads."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-def _merge(x: Float[Tensor, "T H S C"]) -> Float[Tensor, "T S W"]:
-    """Heads back into channels."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def page_positions(tokens: VisualTokens) -> tuple[Float[Tensor, "T N 2"], Bool[Tensor, "T N"]]:
-    """Row and column of every patch, in patches of the high-resolution page, and which ones are of a base view.
-
-    A patch of the base view, which shows the same page smaller, has the position of its middle on the page. Patches
-    that have no slot are at 0.
-
-    Returns:
-        ``[T, N, 2]`` rows and columns, fractional in the base view, and ``[T, N]`` True in a base view.
-    """
-    # The page is what is packed of the tiles, laid out as one grid; its size is that after unpadding.
-    view, y, x = places(tokens)
-    base = tokens.base
-    page = (view >= 0) & ~base
-    position = torch.stack([y, x], -1).clamp(min=0).float()
-    extent = torch.where(page[..., None], position + 1, 0).amax(1, keepdim=True)
-
-    # Middles on middles: patch i of h covers the page from i / h to (i + 1) / h.
-    grid = position.new_tensor(tokens.grid)
-    position = torch.where(base[..., None], (position + 0.5) * extent / grid - 0.5, position)
-
-    rows, columns = (tokens.unpacked(part) for part in position.unbind(-1))
-    return torch.stack([rows, columns], -1), tokens.unpacked(base.float()).bool()
-
-
-def rotations(positions: Float[Tensor, "T S 2"], width: int) -> Tensor:
-    """Rotary angles (Su et al. 2021) in two dimensions, as unit complex numbers ``[T, 1, S, width / 2]``.
-
-    Half of the channel pairs of a head turn with y, half with x.
-
-    Args:
-        positions: rows and columns, in patches.
-        width: channels of a head, a multiple of 4.
-    """
-    # Frequencies fall geometrically from one radian per patch, as in one dimension; both axes have the same.
-    pairs = width // 4
-    steps = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
-    angles = (positions[..., None] * WAVELENGTH**-steps).flatten(-2)
-    return torch.polar(torch.ones_like(angles), angles)[:, None]
-
-
-def turned(x: Float[Tensor, "T H S C"], rotation: Tensor) -> Float[Tensor, "T H S C"]:
-    """Queries or keys turned by their positions' angles; neighbouring channels are a pair.
-
-    Args:
-        x: queries or keys, split into heads.
-        rotation: angles of the same tokens, see `rotations`.
-    """
-    # In float32 whatever the input: bfloat16 has no complex type.
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
