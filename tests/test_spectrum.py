@@ -329,3 +329,12 @@ def test_fast_ridges_find_the_same_rows(n, d):
     assert torch.equal(fast, ridge_leverage_scores(matrix, method="fast", seed=3))
     same = set(fast.topk(64).indices.tolist()) & set(np.argsort(-want)[:64].tolist())
     assert len(same) >= 0.95 * 64
+
+
+def test_fast_ridges_know_how_strong_the_rest_of_each_row_is():
+    """Beside a few common directions every row has one of its own, of its own strength: that is what is left of it."""
+    rng = np.random.default_rng(0)
+    common = 3 * rng.normal(size=(500, 20)) @ rng.normal(size=(20, 100))
+    matrix = torch.from_numpy(np.concatenate([common, np.diag(np.linspace(1, 9, 500))], 1)).float()
+    fast, exact = (ridge_leverage_scores(matrix, alpha=1e-3, method=method) for method in ("fast", "exact"))
+    torch.testing.assert_close(fast, exact, atol=0.05, rtol=0)

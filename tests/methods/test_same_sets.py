@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from visual_tokens import anyres, only, ragged, single
 
-from selector import Budget, products
+from selector import Budget, products, thinning
 from selector.groups import Groups
 from selector.methods.cdpruner import CDPruner
 from selector.methods.divprune import DivPrune
@@ -20,7 +20,7 @@ from selector.methods.farthest_point import FarthestPoint
 from selector.methods.pivoted_qr import PivotedQR
 from selector.methods.scope import SCOPE
 from selector.methods.vispruner import VisPruner
-from selector.numerics import BLOCK, DOUBT, directions, gram
+from selector.numerics import BLOCK, DOUBT, directions, gram, pairwise_cosines
 from selector.products import Products
 
 pytestmark = pytest.mark.slow  # oracles in float64 over many inputs
@@ -168,3 +168,28 @@ def test_the_loneliest_row_is_found_without_the_gram_matrix(seed, kind, absent, 
     whole = Products(rows, mask, steps=None).nearest_other(there)[there]
     assert torch.equal((highest == highest.min()).nonzero(), (whole == whole.min()).nonzero())
     assert bool((highest <= whole + DOUBT).all())  # both are rounded
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_cosines_of_pairs_whatever_the_size_of_the_rows(size):
+    rows = features("random")[:20]
+    want = torch.nn.functional.cosine_similarity(rows.double()[:, None], rows.double()[None], dim=-1)
+    rows[::2] *= size
+    rows[3] = 0
+    want[3], want[:, 3] = 0, 0
+    torch.testing.assert_close(pairwise_cosines(rows), want, atol=1e-6, rtol=0)
+
+
+def test_lists_of_neighbours_are_made_anew_now_and_then(monkeypatch):
+    """A token whose whole list has left gets another one, instead of being compared with everyone in every round."""
+    counts = {"_list": 0, "_listed": 0}
+    for name in counts:
+        whole = getattr(thinning._Neighbours, name)
+
+        def counted(self, members, *rest, name=name, whole=whole):
+            counts[name] += len(members)
+            return whole(self, members, *rest)
+
+        monkeypatch.setattr(thinning._Neighbours, name, counted)
+    VisPruner()(single(features("power law", n=600)[None]), Budget(20))
+    assert 0 < counts["_list"] < 0.1 * counts["_listed"]
